@@ -27,7 +27,7 @@ def _dispatch() -> None:
     if name in ("-h", "--help"):
         print("usage: lit-gpt <command> [flags]    (or: python -m lit_gpt_scratch.<command> [flags])\n")
         print("\n".join(f"  {command:<10} {purpose}" for command, purpose in COMMANDS.items()))
-        print("\nEach command explains its flags with --help.")
+        print("\nRun a command with --help to list its flags.")
         return
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")

@@ -8,16 +8,16 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 IGNORE_INDEX: Final = -100
-"""Label of positions that the loss ignores, as in PyTorch."""
+"""Label of positions that the loss ignores; the default ``ignore_index`` of ``torch.nn.CrossEntropyLoss``."""
 PADDING_MULTIPLE: Final = 8
-"""Row lengths are padded to a multiple of this number, to suit tensor cores and to limit the number of shapes."""
+"""Row lengths are padded to a multiple of this number, to suit tensor cores and limit the number of tensor shapes."""
 
 
 class Batch(TypedDict):
     """``B`` rows of ``T`` tokens for next-token prediction.
 
-    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: labels are shifted only once, when the batch is
-    created. Positions whose label is ``IGNORE_INDEX`` (-100) are ignored in the loss.
+    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: the labels are already shifted, and the model must
+    not shift them again. Positions whose label is ``IGNORE_INDEX`` (-100) are ignored in the loss.
 
     If the batch contains ``document_ids``, each token attends only to tokens of the same document, and positions are
     counted from the first token of the document. The tokens of a document are contiguous.
@@ -131,12 +131,12 @@ class PromptSource:
         decode: Function that maps token ids to text.
         text_reward: Function that looks up a reward function by name; None selects the default of the data module. It
             returns the name, the reward function, and the reward of truncated replies, which is None if the reward
-            function also scores truncated replies. The reward function accepts a list of prompts and a list with one
-            reply per prompt, and returns one number per reply as a list, an array or a tensor.
-        reply_check: Function that returns a check of whether a reply satisfies the verifiable preference, or None if
-            replies are not checked.
-        phase: Length of a rollout phase. The policy sets this field before training, because the data module requires
-            it to order the rollouts.
+            function also scores truncated replies. The reward function accepts a list of prompts and a list of replies,
+            one per prompt, and returns one number per reply as a list, an array or a tensor.
+        reply_check: Function that returns a predicate, which tests whether a reply satisfies the verifiable preference
+            (a rule that a program can check), or None if replies are not checked.
+        phase: Number of optimizer steps per pass and number of passes in a rollout phase. The policy sets this field
+            before training, because the data module needs it to order the rollouts.
     """
 
     counts: dict[DataSplit, int]

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
-"""Profiler action that wraps the fetching of a training batch, because no callback hook runs when fetching starts."""
+"""Name of the profiler action for fetching a training batch; no callback hook runs when fetching starts."""
 
 
 def global_seed() -> int:
@@ -27,7 +27,10 @@ def global_seed() -> int:
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Return whether gradients accumulate beyond this micro-batch; the last batch of an epoch always ends a step."""
+    """Return whether gradients accumulate beyond this micro-batch.
+
+    The last micro-batch of an epoch always completes an optimizer step.
+    """
     return trainer.fit_loop._should_accumulate()
 
 
@@ -37,7 +40,7 @@ def is_validating_between_steps(trainer: Trainer) -> bool:
 
 
 def can_stop_early(trainer: Trainer) -> bool:
-    """Return whether ``min_steps`` and ``min_epochs`` are reached, so that ``should_stop`` takes effect."""
+    """Return whether ``min_steps`` and ``min_epochs`` have been reached, so that ``should_stop`` takes effect."""
     return bool(trainer.fit_loop._can_stop_early)
 
 
@@ -52,7 +55,7 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Prevent Lightning from installing its own signal handlers, which run collectives inside the handler."""
+    """Prevent Lightning from installing its own signal handlers, which call collective operations."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
@@ -72,14 +75,14 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses, which would wait forever for a terminated rank."""
+    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` that chooses its parallel sizes when the number of processes is known."""
+    """A ``ModelParallelStrategy`` whose tensor-parallel size is chosen when the number of processes is known."""
 
     def choose_tensor_parallel_size(self) -> int:
         """Return the number of ranks that share a model replica, which must divide the number of processes."""

@@ -1,4 +1,4 @@
-"""Checkpointing and stopping between optimizer steps, and base classes for the other callbacks."""
+"""Callbacks that save checkpoints and stop runs between optimizer steps, and base classes for other callbacks."""
 
 import math
 import time
@@ -64,14 +64,14 @@ class BetweenSteps(Callback):
 
         Args:
             trainer: The trainer of the run.
-            pl_module: The task.
+            pl_module: The LightningModule.
             batch: The next micro-batch.
         """
         raise NotImplementedError
 
 
 class PeriodicCallback(Callback):
-    """Base class for callbacks that measure the first optimizer step and every n-th step.
+    """Base class for callbacks that take measurements at the first optimizer step and at every n-th step.
 
     Attributes:
         every_n_steps: Number of optimizer steps between measurements; 0 disables them.
@@ -85,7 +85,7 @@ class PeriodicCallback(Callback):
         self._step = trainer.global_step
 
     def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Call ``measure_gradient`` if this step is to be measured.
+        """Call ``measure_gradient`` if measurements are due at this step.
 
         ``GPTModule`` calls this hook when the gradient is complete and has not been clipped yet.
         """
@@ -95,7 +95,7 @@ class PeriodicCallback(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Call ``measure_step`` if this micro-batch completed an optimizer step that is to be measured."""
+        """Call ``measure_step`` if this micro-batch completed an optimizer step at which measurements are due."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._is_due(self._step):
@@ -108,12 +108,12 @@ class PeriodicCallback(Callback):
         """Take measurements after the optimizer step, which Lightning logs as step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Return whether to measure a step, counted from 1: the first step and every ``every_n_steps``-th step."""
+        """Return whether measurements are due at a step: step 1 (the first) or a multiple of ``every_n_steps``."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
 class HostReducer:
-    """All-reduce of small integers across all ranks with gloo, which does not synchronize the accelerator.
+    """All-reduce of integers across all ranks on the host (with Gloo), which does not synchronize the accelerator.
 
     An instance must be created on all ranks at the same point, after the process group has been initialized.
     """
@@ -133,10 +133,10 @@ class HostReducer:
 
 
 class ValidateAtEnd(Callback):
-    """Callback that runs a validation at the end of every run, regardless of ``val_check_interval``.
+    """Callback that runs validation at the end of every run, regardless of ``val_check_interval``.
 
-    The trainer validates before it stops if ``should_stop`` is set, but not if it reaches ``max_steps`` between two
-    validations. This callback therefore sets ``should_stop`` at the last step.
+    The trainer runs validation before it stops if ``should_stop`` is set, but not if it reaches ``max_steps`` between
+    two validation runs. This callback therefore sets ``should_stop`` at the last step.
     """
 
     def on_train_batch_end(
@@ -166,13 +166,14 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
 
     ``last.ckpt`` is saved between two optimizer steps, after the first of them has been logged. It is never saved
     between the micro-batches of a step, because the accumulated gradients would be lost. It is also saved before and
-    after each validation; a run that is resumed from the checkpoint before a validation starts with that validation.
+    after each validation run. If a run is resumed from a checkpoint saved before a validation run, it starts with that
+    validation run.
 
     Args:
-        every_n_steps: Number of optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and
-            at the end of the run.
-        every_minutes: Maximum number of minutes between saves of ``last.ckpt``; None disables saving by time.
-        keep_best: Number of models with the lowest validation loss to keep as ``step=N.ckpt``; 0 keeps none.
+        every_n_steps: Number of optimizer steps between saves of ``last.ckpt``, which is also saved before and after
+            each validation run and at the end of training.
+        every_minutes: Maximum number of minutes between saves of ``last.ckpt``; None disables time-based saving.
+        keep_best: Number of checkpoints with the lowest validation loss to keep as ``step=N.ckpt``; 0 keeps none.
         background: Whether to write checkpoints in a background thread, from a copy of the state in host memory, while
             training continues.
 
@@ -202,7 +203,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.best: dict[str, float] = {}
         """Validation loss of each saved best model, keyed by file name and sorted from lowest to highest."""
         self.untested = False
-        """Whether the resumed run has finished training and only its test is missing; set when resuming."""
+        """Whether the resumed run has finished training and only its test run is still due; set when resuming."""
         self._has_test_data = False
         self._validation_due = False
         self._saved: int | None = None
@@ -211,9 +212,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise the step and epoch limits by one if only the last validation or the test is missing.
+        """Raise the step and epoch limits by one if they have been reached, but a validation or test run is still due.
 
-        A trainer that has already reached its limits would return without running the validation or the test.
+        Otherwise, the trainer would return without starting that validation or test run.
         """
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
@@ -225,7 +226,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
                 loop.max_epochs = epochs + 1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Clear ``should_stop`` if a validation or test is missing, so that it runs even if ``max_time`` has elapsed.
+        """Clear ``should_stop`` if a validation or test run is due, so that it starts even if ``max_time`` has elapsed.
 
         Lightning runs ``Checkpoint`` callbacks last, so the timer has already set ``should_stop``.
         """
@@ -234,7 +235,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove partial files of a killed run, and run the validation if the killed run did not finish it."""
+        """Remove partial files left by a killed run, and start the validation run that it did not finish, if any."""
         self._reducer = HostReducer()
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
@@ -250,9 +251,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self.untested = False
 
     def _run_missed_validation(self, trainer: L.Trainer) -> None:
-        """Run the validation that was due after the last saved step.
+        """Run validation if it was due after the last saved step, and restore the step and epoch limits.
 
-        The step and epoch counts during this validation and a subsequent test are the same as in an uninterrupted run.
+        During this validation run and a subsequent test run, the step and epoch counts are the same as in an
+        uninterrupted run.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
@@ -330,7 +332,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        """Return whether a callback stopped the run before it reached a limit; only the result on rank 0 is saved."""
+        """Return whether a callback stopped the run before it reached a limit on steps, epochs or time.
+
+        Only the result on rank 0 is saved.
+        """
         requested = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
         return requested and not limit_reached(trainer) and not time_is_up(trainer)
 
@@ -351,12 +356,16 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best models, and whether a validation is missing, test data exists or a callback ended the run."""
+        """Return the record of the best models, and three flags.
+
+        The flags are whether a validation run is still due, whether test data exists, and whether a callback ended the
+        run.
+        """
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best models and whether a validation is still missing."""
+        """Restore the record of the best models, and whether a validation run is still due."""
         self.best = dict(state_dict["best"])
         self._validation_due = state_dict.get("validation_due", False)
 
@@ -393,7 +402,7 @@ class StopBetweenSteps(BetweenSteps, ABC):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop immediately if a signal arrives during validation; ``last.ckpt`` was saved before the validation."""
+        """Stop immediately if a signal arrives during validation; ``last.ckpt`` was saved before validation."""
         if is_validating_between_steps(trainer) and self._signal_received():
             self.stop(trainer)
 

@@ -33,7 +33,7 @@ def default_callbacks(
         run_files: Callbacks that write the run's flags and provenance to its directory.
         inspection: Callback that logs activation statistics; its interval and prompts are also used by related
             callbacks.
-        signals: Callback that stops the run on signals.
+        signals: Callback that stops the run when a signal is received.
         checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
         guard: Mode of the spike guard, which handles steps with spikes or non-finite values.

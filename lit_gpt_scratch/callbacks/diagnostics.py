@@ -38,7 +38,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
     A diagnosis names the symptom, its likely cause and a flag to try. Diagnoses are printed, logged to TensorBoard's
     text tab, and written to ``doctor.json`` as a list of ``{symptom, cause, flag, step}`` objects, which is empty if no
     problem was found. The metrics are received from a ``MetricTap``, which ``setup`` adds to the loggers. Properties of
-    the run, such as its number of parameters, are logged as single points named ``run/...``, so that
+    the run, such as its number of parameters, are logged at the start of training as metrics named ``run/...``, so that
     ``python -m lit_gpt_scratch.doctor RUN`` reaches the same diagnoses from the TensorBoard events of the run. The
     rules are defined in ``diagnostics/rules.py``.
     """
@@ -116,7 +116,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
-        """Log the properties of the run that are new or have changed, such as the number of steps after resuming."""
+        """Log the properties of the run that are new or have changed since earlier sessions, e.g. the step count."""
         known = self.engine.history
         facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.latest(name) != value}
         if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # measured on the first batch only
@@ -142,7 +142,7 @@ def format_table(found: list[Diagnosis]) -> str:
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
     """Return the properties of the run that the rules use, rounded to float32 like the values in TensorBoard events."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
-    data = trainer.datamodule  # type: ignore[attr-defined]  # the same
+    data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
     facts: dict[str, float] = {"run/guard": GUARD_MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
     if isinstance(data, BaseDataModule) and isinstance(task, GPTModule):

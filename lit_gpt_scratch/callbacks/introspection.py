@@ -146,18 +146,19 @@ class ActivationStats(PeriodicCallback):
 
     Statistics are computed with the training weights and logged every ``every_n_steps`` optimizer steps; the metric
     names are listed in ``metric_logging.py``. Plots, tables and histograms are computed with the validated weights,
-    which may be a moving average, and logged after each validation. The network runs uncompiled and in evaluation mode,
-    draws no random numbers, and is left unchanged. It runs on all ranks, so that every strategy is supported; only rank
-    0 draws the plots.
+    which may be a moving average, and logged after each validation run. The network runs uncompiled and in evaluation
+    mode, draws no random numbers, and is left unchanged. It runs on all ranks, so that every strategy is supported;
+    only rank 0 draws the plots.
 
     Args:
         every_n_steps: Number of optimizer steps between measurements of gradient, activation and attention statistics.
             The first step is always measured. 0 disables these measurements, the loss breakdown and the plots.
-        pictures: Whether to log attention maps, a table of the logit lens, the loss by position, the hardest passages
-            and histograms after each validation, and the token embedding for TensorBoard's projector after training.
-        prompts: Prompts that a language model continues after each validation. If None, the prompts of the data module
-            are used: a short prompt and the beginnings of two validation documents, or validation conversations. An
-            empty list disables text samples.
+        pictures: Whether to log attention maps, a logit lens table, the loss by position, the passages with the highest
+            loss and histograms after each validation run, and the token embedding for TensorBoard's projector after
+            training.
+        prompts: Prompts that a language model continues after each validation run. If None, the prompts of the data
+            module are used: for text, a short prompt and the beginnings of two validation documents; for chat data,
+            the prompts of validation conversations. An empty list disables text samples.
 
     Raises:
         UserError: If ``every_n_steps`` is negative.
@@ -282,7 +283,7 @@ HISTOGRAM_BINS: Final = 64
 MAX_HISTOGRAM_VALUES: Final = 2**15
 """Approximate maximum number of values per tensor in a histogram; subsampling reduces the time by a factor of ten."""
 MAX_PROJECTOR_TOKENS: Final = 512
-"""Maximum number of tokens in the projector; tokens with low ids are special tokens, bytes and frequent merges."""
+"""Maximum number of tokens in the projector. The lowest ids are used: special tokens, bytes and frequent merges."""
 
 
 class ActivationPlots:
@@ -301,10 +302,10 @@ class ActivationPlots:
         self.targets = targets
 
     def log(self, trainer: L.Trainer, task: GPTModule, captured: CapturedActivations[LayerStats]) -> None:
-        """Log all plots after a validation; must be called on every rank."""
+        """Log all plots after a validation run; must be called on every rank."""
         lens = self._logit_lens(task.net, captured)
         for board in tensorboard_writers(trainer):
-            step = trainer.global_step - 1  # step at which Lightning logs a validation
+            step = trainer.global_step - 1  # step at which Lightning logs validation metrics
             self._log_attention(board, captured.layers, step)
             if lens is not None:
                 board.add_text("views/logit_lens", lens, step)

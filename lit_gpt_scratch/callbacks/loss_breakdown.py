@@ -31,8 +31,8 @@ class LossBreakdown(Callback):
     - Loss by token frequency in the training data, as metrics for frequency ranks 1 to 10, 11 to 100, and so on.
     - The passages of ``PASSAGE_LENGTH`` labels with the highest loss, as text.
 
-    All of them are computed from the token losses of the validation, across all ranks. The metric names are listed in
-    ``metric_logging.py``.
+    All of them are computed from the losses of the individual tokens in a validation run, across all ranks. The metric
+    names are listed in ``metric_logging.py``.
 
     Args:
         enabled: Whether the callback is enabled.
@@ -177,7 +177,7 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
 
 
 class ConfusionMatrixPlot(Callback):
-    """Callback that plots the confusion matrix in TensorBoard's image tab after each validation and after the test."""
+    """Callback that plots the confusion matrix in TensorBoard's image tab after each validation or test run."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plot the confusion matrix of the validation data."""
@@ -192,9 +192,9 @@ class ConfusionMatrixPlot(Callback):
         counts = getattr(pl_module, "confusion", None)
         if not trainer.is_global_zero or counts is None:
             return
-        names: list[str] = pl_module.class_names  # type: ignore[assignment]  # a task with a confusion matrix has it
+        names: list[str] = pl_module.class_names  # type: ignore[assignment]  # tasks with a confusion matrix have it
         picture = plot_confusion_matrix(counts.cpu().numpy(), names)
-        for board in tensorboard_writers(trainer):  # step at which Lightning logs a validation
+        for board in tensorboard_writers(trainer):  # step at which Lightning logs validation metrics
             board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 

@@ -15,17 +15,17 @@ At the first optimizer step and every ``inspect.every_n_steps`` steps (``introsp
   every inspected token.
 - ``dynamics/logit_norm``: mean L2 norm of a token's logits over the inspected tokens.
 - ``dynamics/stream_norm/layer_N``: root mean square of the residual stream after block N.
-- ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: entropy in nats, mean
-  distance in tokens, and fraction of the attention on the first token; averaged over heads, layers and all tokens that
-  can attend to more than themselves.
+- ``attention/entropy``, ``attention/distance``, ``attention/sink``: entropy in nats, mean distance in tokens, and
+  fraction of the attention on the first token; averaged over heads, layers and all tokens that can attend to other
+  tokens besides themselves. The averages for layer N have the suffix ``/layer_N``.
 - ``attention/sink/most``: maximum of ``attention/sink`` across all heads and layers.
 
-At every validation (``loss_breakdown.py``):
+After every validation run (``loss_breakdown.py``):
 
 - ``loss_by_position/A-B``: mean loss at positions A to B of a window, counted from 0.
 - ``loss_by_frequency/A-B``: mean loss on the A-th to B-th most frequent tokens in the training data, counted from 1.
 
-At log points (``throughput.py``): ``throughput/...``.
+Every ``trainer.log_every_n_steps`` steps (``throughput.py``): ``throughput/...``.
 """
 
 from argparse import Namespace
@@ -43,8 +43,8 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
     """Log values that are the same on all ranks; must be called on every rank.
 
-    ``LightningModule.log`` cannot be called after a validation, and it takes several times as long because it reduces
-    the values across ranks.
+    ``LightningModule.log`` cannot be called in ``on_validation_end``, and it takes several times as long because it
+    reduces the values across ranks.
 
     Args:
         trainer: The trainer of the run.

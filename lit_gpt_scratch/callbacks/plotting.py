@@ -1,7 +1,7 @@
 """Heat maps, attention maps and line plots for TensorBoard, drawn with Pillow.
 
-A figure of attention maps is drawn for up to four layers at every validation. On one busy core, Pillow draws it in
-0.03 s; Matplotlib would take 0.9 s.
+After every validation run, one figure of attention maps is drawn for each of up to four layers. On a single busy CPU
+core, Pillow takes 0.03 s per figure; Matplotlib would take 0.9 s.
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,8 @@ class RunProgressBar(ProgressBar):
     Validation metrics are printed above the bar. If standard error is not a terminal (e.g. a log file or CI), a line is
     logged after every tenth of the run instead.
 
-    The training loss is read only at log points, because reading it synchronizes the device. At other steps, the
-    last logged loss is shown with its step.
+    The training loss is read only at the steps at which it is logged, because reading it synchronizes the device. At
+    other steps, the last logged loss is shown with its step.
     """
 
     def __init__(self) -> None:
@@ -120,14 +120,14 @@ class RunProgressBar(ProgressBar):
             self._bar = None
 
     def _status(self, trainer: L.Trainer, name_step: bool = False) -> str:
-        """Format the training loss and speed; add the step of the loss if it is not current or ``name_step`` is set."""
+        """Format the training loss and speed; name the step if the loss is not current or ``name_step`` is set."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         parts = []
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             is_current = self._loss_step in (None, self._step) and not (name_step and self._loss_step)
             parts.append(f"loss {loss:.3f}" + ("" if is_current else f" at step {self._loss_step}"))
-        if speed:  # not known before the first log point
+        if speed:  # not known before it is first logged
             parts.append(f"{speed:,.0f} tokens/s")
         return ", ".join(parts)
 

@@ -43,8 +43,8 @@ class RunPlan(RunDirCallback):
 
     Args:
         only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
-            checkpoints or run validations.
-        validates: Whether the planned run includes validations.
+            checkpoints or run validation.
+        validates: Whether the planned run includes validation runs.
     """
 
     def __init__(self, only: bool = False, validates: bool = True) -> None:
@@ -71,7 +71,7 @@ class RunPlan(RunDirCallback):
                 log.warning("%-11s %s", "warning", warning)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the step time if a ``--plan`` run ended before all first steps were timed."""
+        """Report the step time if a ``--plan`` run ended before all of the first ``FIRST_STEPS`` steps were timed."""
         if self.only and self._throughput and self._throughput.on_first_steps is not None:
             self._report_time(trainer)
 
@@ -154,11 +154,11 @@ class RunPlan(RunDirCallback):
         validations = self._validations(trainer, done, int(steps))
         total = (steps - done) * seconds + validations * validation
         return f"{measured}; about {format_duration(total)} for {pluralize(steps - done, 'step')} and " + pluralize(
-            validations, "validation"
+            validations, "validation run"
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """Return the number of validations that remain after ``done`` of ``steps`` steps, including the final one."""
+        """Return the number of validation runs left after ``done`` of ``steps`` steps, including the final one."""
         if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
             return 0
         if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
@@ -183,7 +183,7 @@ MAX_USEFUL_EPOCHS = 4
 
 
 PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
-"""Purpose of each split, for messages."""
+"""Activity for which each split is used, as named in messages, keyed by split."""
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
@@ -272,17 +272,21 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     },
     "throughput": {"fraction of step time": ["Multiline", list(TIME_SHARE_TAGS)]},
 }
-"""Charts shown after the losses in TensorBoard's custom-scalars tab, keyed by group; curves are names or regexes."""
+"""Charts shown after the losses in TensorBoard's custom-scalars tab, keyed by group.
+
+Curves are specified by metric names or regular expressions.
+"""
 
 
 class TensorBoardLayout(Callback):
-    """Callback that logs the plan, the text audit, the longest tokens and the chart layout to TensorBoard.
+    """Callback that logs the plan, the cleaning reports, the longest tokens and the chart layout to TensorBoard.
 
-    It must come after ``RunPlan`` and ``BaselineMetrics``. A resumed run logs only the chart layout.
+    It must follow ``RunPlan`` and ``BaselineMetrics`` in the list of callbacks. A resumed run logs only the chart
+    layout.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the chart layout and, at the start of a new run, the plan, the text audit and the longest tokens."""
+        """Log the chart layout and, for a new run, the plan, the cleaning reports and the longest tokens."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
             board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run

@@ -1,4 +1,4 @@
-"""Callbacks that generate text samples after each validation and measure the true reward of sampled replies."""
+"""Callbacks that generate text samples after each validation run and measure the fraction of correct replies."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,17 +19,17 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class Samples(Callback):
-    """Callback that generates text samples after each validation and logs them to TensorBoard's text tab.
+    """Callback that generates text samples after each validation run and logs them to TensorBoard's text tab.
 
     Each prompt is continued twice: once by sampling and once by greedy decoding. The greedy continuation shows the
     model's most probable output and where it starts to repeat itself.
 
     Args:
-        prompts: Strings to continue. If None, the prompts of the data module are used: a short prompt and the
-            beginnings of validation documents, or validation conversations without their last reply.
+        prompts: Strings to continue. If None, the prompts of the data module are used: for text, a short prompt and the
+            beginnings of validation documents; for chat data, the prompts of validation conversations.
         tokens: Maximum number of tokens per sample. If the data module has the attribute ``reply_tokens``, that value
             is used instead.
-        greedy_tokens: Maximum number of tokens per greedy continuation; never more than per sample.
+        greedy_tokens: Maximum number of tokens per greedy continuation; capped at the maximum per sample.
         sampling: Sampling parameters, such as the temperature.
     """
 
@@ -72,7 +72,7 @@ class Samples(Callback):
                 both = zip((how_sampled, "greedy"), pair, strict=True)
                 text = "\n\n".join(f"**{how}**\n\n{_as_code_block(sample)}" for how, sample in both)
                 name = "sample" if len(sampled) == 1 else f"sample/{row + 1}"
-                board.add_text(name, text, trainer.global_step - 1)  # step at which Lightning logs a validation
+                board.add_text(name, text, trainer.global_step - 1)  # step at which Lightning logs validation metrics
 
 
 def _precision_context(trainer: L.Trainer, task: L.LightningModule) -> Any:
@@ -101,7 +101,7 @@ def _as_code_block(text: str) -> str:
 class RewardEval(Callback):
     """Callback that generates replies to held-out prompts and logs the fraction of correct replies.
 
-    At each validation and at the end of the test, it logs ``true_reward``, the fraction of replies that pass the data
+    At the end of each validation or test run, it logs ``true_reward``, the fraction of replies that pass the data
     module's ``reply_check``, and ``reply_tokens``, the mean length of a reply in tokens. A reply that reaches the token
     limit without an end-of-text token counts as incorrect. Replies are sampled from the model's unmodified
     distribution, always with the same seeds, so that the metrics change only if the model does.
@@ -116,7 +116,7 @@ class RewardEval(Callback):
         self.prompts = prompts
         self.sampling = Sampling(temperature=1.0, top_k=None)
         self.start: float | None = None
-        """True reward of the initial model on the test prompts, or on the validation prompts without a test split."""
+        """True reward of the initial model on the test prompts; without a test split, on the validation prompts."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the true reward of the initial model, unless an earlier session has already measured it."""

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal, so that cleanup code runs."""
+    """Context manager that raises ``SystemExit(128 + signal number)`` on SIGINT, SIGTERM or SIGUSR1.
+
+    Unlike the default action of SIGTERM and SIGUSR1, this lets cleanup code run.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
         before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
@@ -38,15 +41,15 @@ class SignalHandling(StopBetweenSteps):
     """Callback that, on a signal, finishes the optimizer step, saves ``last.ckpt``, prints how to resume, and exits.
 
     The exit code is 128 + signal number. A signal to one rank stops all ranks after the same step. Further signals are
-    ignored. If a run with a single process has not finished a step yet, there is no progress to save, and it exits
-    immediately.
+    ignored. A run with a single process exits immediately if this session has not finished a step yet, because there is
+    no progress to save.
 
     Args:
         checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Install the signal handlers; all ranks exist at this point and can agree to stop.
+        """Install the signal handlers; from this point on, all ranks are running and can agree to stop.
 
         They replace Lightning's handlers, which run a broadcast even if the rank is in the middle of another
         collective.
@@ -70,7 +73,7 @@ class SignalHandling(StopBetweenSteps):
             _exit(signum)
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process with the exit code that belongs to the signal."""
+        """Exit this process with code 128 + signal number, or 0 if Lightning would otherwise kill rank 0."""
         if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
             raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
         raise SystemExit(128 + self.signum)

@@ -1,4 +1,4 @@
-"""Spike guard: report or skip steps with a spike or a non-finite loss or gradient, and rewind if they persist."""
+"""Spike guard: report or skip steps whose loss or gradient is a spike or non-finite, and rewind if they persist."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 GuardMode = Literal["off", "warn", "act"]
 GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
 MAX_REWINDS: Final = 3
-"""Maximum number of rewinds to the same good checkpoint; after that, the new loss level is accepted."""
+"""Maximum number of rewinds to the same checkpoint; after that, the new loss level is accepted as normal."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
 """Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
@@ -34,25 +34,28 @@ class SpikeGuard(RunDirCallback):
     """Callback that checks the loss and the gradient norm of every step before the optimizer updates the weights.
 
     A step is an outlier if its loss or gradient norm is non-finite or a spike (see ``diagnostics/spike_detector.py``).
-    In ``warn`` mode, the guard reports outliers, the module where non-finite values first appear and the documents with
-    the highest loss, but does not change training. In ``act`` mode, it also skips outliers: a skipped step is counted,
-    but weights, moving averages and optimizer states stay unchanged, and training continues with the next batch. If
-    ``PATIENCE`` consecutive steps are outliers, the batches are not the cause. The guard then restores the weights and
-    optimizer states of the last good checkpoint, and training continues with the next batch. If rewinding does not help
-    either, a finite new loss level is accepted, and the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive non-finite
-    steps. All ranks make the same decision.
+    In ``warn`` mode, the guard reports outliers, but does not affect training. In ``act`` mode, it also skips them: a
+    skipped step is counted, but weights, moving averages and optimizer states stay unchanged, and training continues
+    with the next batch. If ``PATIENCE`` consecutive steps are outliers, their batches are probably not the cause. The
+    guard then rewinds the run: it restores the weights and optimizer states of the last good checkpoint, and training
+    continues with the next batch. If rewinding does not help either, a new loss level is accepted if it is finite;
+    otherwise, the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive skipped steps. In this mode, all ranks make the
+    same decision.
 
-    Good checkpoints are saved as ``good-N.ckpt`` next to ``last.ckpt``, at step intervals and before validations. They
-    are not saved by time or on signals, so that a run that was killed and resumed rewinds to the same step as an
-    uninterrupted run.
+    A good checkpoint is one saved after a normal step. In ``act`` mode, good checkpoints are saved as ``good-N.ckpt``
+    next to ``last.ckpt``, every ``every_n_steps`` steps and before each validation run. They are not saved at time
+    intervals or on signals, so that a run that was killed and resumed rewinds to the same step as an uninterrupted run.
 
-    ``act`` synchronizes the device once per step. ``warn`` reads the values at every step only on a CPU, where this is
-    free, and at log points on other devices.
+    ``act`` mode reads the loss and the gradient norm at every step, which synchronizes the device. ``warn`` mode does
+    so only on a CPU, where it costs nothing; on other devices, it reads them every ``trainer.log_every_n_steps`` steps.
+    If they are read at every step, reports also name the module in which non-finite values first appear, and the
+    documents with the highest loss.
 
     Args:
         mode: Reaction to outliers: ``off`` disables the guard, ``warn`` only reports outliers, and ``act`` also skips
             them and rewinds the run.
-        every_n_steps: Number of optimizer steps between good checkpoints; None saves them at validations only.
+        every_n_steps: Number of optimizer steps between good checkpoints. If None, they are saved only before
+            validation runs.
     """
 
     state_key = "Guard"  # key in checkpoints; unchanged since 0.1
@@ -110,7 +113,7 @@ class SpikeGuard(RunDirCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Rewind the run if necessary, and check the recorded steps at log points."""
+        """Rewind the run if necessary, and check the recorded steps every ``trainer.log_every_n_steps`` steps."""
         self._drop_outdated(trainer)
         if self._rewind_due:
             self._rewind_due = False
@@ -228,7 +231,7 @@ class SpikeGuard(RunDirCallback):
         return self.folder.checkpoints / f"good-{step}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the detector, the numbers of skips and rewinds, and the step of the good checkpoint."""
+        """Return the detector's state, the numbers of skips and rewinds, and the step of the last good checkpoint."""
         self._read()
         return {
             "watch": self.detector.state_dict(),
@@ -238,7 +241,7 @@ class SpikeGuard(RunDirCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the detector, the numbers of skips and rewinds, and the step of the good checkpoint."""
+        """Restore the detector's state, the numbers of skips and rewinds, and the step of the last good checkpoint."""
         self.detector.load_state_dict(state_dict["watch"])
         self.n_skipped, self.good = state_dict["refused"], state_dict["good"]
         self._rewinds = state_dict["rewinds"]
@@ -297,7 +300,7 @@ def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) ->
 
 
 def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
-    """Describe the rows with the highest loss in a step by their loss, source and first characters.
+    """Describe the rows with the highest loss in a step: the loss, source and first characters of each row.
 
     Args:
         trainer: The trainer of the run.

@@ -37,9 +37,10 @@ MAX_XZ_TOKENS = 4_000_000
 class BaselineMetrics(Callback):
     """Callback that computes and logs baselines that require no training.
 
-    The baselines are token-count models and ``xz -9`` for text, the majority class for classification, and the true
-    reward of the initial model for RL and preference tuning. They are logged at every validation as
-    ``baselines/<name>``, and plotted in one chart with the metric of the model in TensorBoard's custom-scalars tab.
+    The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the majority class for classification,
+    and the true reward (fraction of correct replies) of the initial model for RL and preference tuning. They are logged
+    after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars tab shows them in the same chart as
+    the corresponding metric of the model.
     """
 
     def __init__(self) -> None:
@@ -66,11 +67,11 @@ class BaselineMetrics(Callback):
             self.figures = {"true_reward": start}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the baselines at every validation, so that they appear as horizontal lines in a chart."""
+        """Log the baselines after every validation run, so that they appear as horizontal lines in a chart."""
         figures = {f"baselines/{name}": value for name, value in self.figures.items()}
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
-                logger.log_metrics(figures, trainer.global_step - 1)  # step at which Lightning logs a validation
+                logger.log_metrics(figures, trainer.global_step - 1)  # step at which Lightning logs validation metrics
 
 
 def _initial_true_reward(trainer: L.Trainer) -> float | None:
@@ -126,7 +127,7 @@ class RunMetadata(RunDirCallback):
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
             raise UserError(
-                f"{data.origin} on this machine differs from that of rank 0; copy it from the machine of rank 0"
+                f"{data.origin} differs between this machine and that of rank 0; copy it from the machine of rank 0"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

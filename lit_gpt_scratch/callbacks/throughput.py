@@ -29,7 +29,7 @@ TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 
 
 FIRST_STEPS = 8
-"""Number of steps from which the median step time is measured; the first step, which compiles, is excluded."""
+"""Number of steps from which the median step time is computed, not counting the very first step, which compiles."""
 
 
 @runtime_checkable
@@ -41,10 +41,10 @@ class GeneratesBatches(Protocol):
 
 
 class Throughput(Callback):
-    """Callback that logs training speed and its bottlenecks at log points.
+    """Callback that logs training speed and its bottlenecks every ``trainer.log_every_n_steps`` steps.
 
     - ``tokens``: number of training tokens so far across all ranks, including padding.
-    - ``tokens_per_second``: training tokens per second since the last log point.
+    - ``tokens_per_second``: training tokens per second since it was last logged.
     - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: fraction of the step
       time that each phase takes on rank 0; the fractions add up to 1. ``data`` is the time spent waiting for the next
       batch, ``generation`` the time spent on generating and scoring replies in RL, ``optimizer`` the time from the end
@@ -56,7 +56,7 @@ class Throughput(Callback):
       (see ``training_flops_per_token``). The peak is the data sheet's FLOP/s for dense matmuls on this GPU in this
       precision or, if it is unknown, the FLOP/s of a matmul measured at the start (see ``peak_flops``). Logged only for
       tasks whose ``net`` is a ``GPT``.
-    - ``throughput/peak_memory_gigabytes``: maximum across all ranks, including validations; see ``peak_memory``.
+    - ``throughput/peak_memory_gigabytes``: maximum across all ranks, including validation; see ``peak_memory``.
 
     Only training is timed; validation, sampling, checkpointing and the first step, which compiles, are excluded. The
     device is synchronized only at the end of training and, if ``on_first_steps`` is set, after each of the first
@@ -94,7 +94,7 @@ class Throughput(Callback):
         self._timer = StepTimer(pl_module.device)
         self._reducer = HostReducer()
         self._loader_timer = DataLoaderTimer(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
-        trainer.profiler = self._loader_timer  # type: ignore[attr-defined]  # the same
+        trainer.profiler = self._loader_timer  # type: ignore[attr-defined]  # the trainer sets it late
         net = getattr(pl_module, "net", None)
         if isinstance(net, GPT):
             self._flops_per_token = training_flops_per_token(net)
@@ -106,7 +106,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Mark the end of the ``rest`` phase, or start the timer if it is stopped, e.g. after a validation."""
+        """Mark the end of the ``rest`` phase, or start the timer if it is stopped, e.g. after validation."""
         waited = {"data": self._loader_timer.take()}
         if isinstance(pl_module, GeneratesBatches):
             waited["generation"] = pl_module.take_generation_seconds()
@@ -129,7 +129,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count the tokens of the batch, and log at log points."""
+        """Count the tokens of the batch, and log the throughput every ``trainer.log_every_n_steps`` steps."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         sampler = trainer.distributed_sampler_kwargs or {"num_replicas": 1}  # tensor-parallel ranks share a batch
         tokens = batch["input_ids"].numel() * sampler["num_replicas"]
@@ -204,7 +204,7 @@ class Throughput(Callback):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Include the steps after the last log point in the totals, and restore the user's profiler."""
+        """Add the steps since the throughput was last logged to the totals, and restore the user's profiler."""
         trainer.profiler = self._loader_timer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
         self._close_window(self._timer.finish())
         self._memory = self._peak_gigabytes(pl_module.device)
@@ -277,7 +277,10 @@ class DataLoaderTimer:
 
 
 COLLECT_EVERY = 32
-"""Number of marks that are read at once; reading them one by one takes twice as long because of cold CPU caches."""
+"""Number of timer events to collect before reading them together.
+
+Reading them one by one takes twice as long because of cold CPU caches.
+"""
 
 
 class TimerEvent(Protocol):
@@ -297,7 +300,7 @@ class TimerEvent(Protocol):
 
 
 class HostTimerEvent:
-    """Timer event that is measured with the clock of the host."""
+    """Timer event that uses the clock of the host."""
 
     def record(self) -> None:
         """Record the current time."""
@@ -353,9 +356,9 @@ class StepTimer:
 
         Args:
             phase: The phase that ends, one of ``STEP_PHASES``.
-            waits: Seconds of this time to add to other phases instead, keyed by phase, e.g. the time that the host
-                waited for data. They are limited to the time since the last mark, because an accelerator with pending
-                work waits for less time than the host.
+            waits: Seconds that are added to other phases instead, keyed by phase, e.g. the time that the host waited
+                for data. Their sum is limited to the time since the last mark, because an accelerator with pending work
+                waits for less time than the host.
         """
         if self.running:
             self._record(phase, waits or {})

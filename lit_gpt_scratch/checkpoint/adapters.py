@@ -80,7 +80,7 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
         raise UserError(
             f"{adapter} belongs to another base model: it was trained on different weights; "
-            "pass the model that the adapter was trained on as the checkpoint"
+            "as the checkpoint, pass the model that the adapter was trained on"
         )
     net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
     copy_weights(base, net)

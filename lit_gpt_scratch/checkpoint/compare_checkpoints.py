@@ -14,14 +14,15 @@ from tensorboard.util.tensor_util import make_ndarray
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
-"""Pattern for keys and tags of wall-clock measurements, which differ between any two runs."""
+"""Pattern that matches the keys and tags of wall-clock measurements, which differ between any two runs."""
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 )
-"""Pattern for tags whose points may be logged twice with the same value.
+"""Pattern that matches the tags whose points may be logged twice with the same value.
 
-A process can be killed after a validation is logged but before the validation is recorded as completed; the resumed run
-then repeats it. Also, the chart layout is logged each time a run is started or resumed.
+If a process is killed after it has logged the results of a validation run, but before it has recorded this validation
+run as completed, the resumed run repeats it. Also, the layout of the TensorBoard charts is logged each time a run is
+started or resumed.
 """
 
 

@@ -16,7 +16,7 @@ LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics",
 
 
 def collect_environment() -> dict[str, Any]:
-    """Return the code version, library versions and hardware of this process as plain data."""
+    """Return the current time and the command, code version, library versions and hardware of this process."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -36,7 +36,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def _hash_sources() -> str:
-    """Compute the SHA-256 of the package's source files. Unlike the git commit, it covers uncommitted changes."""
+    """Compute the SHA-256 digest of the package's source files, including uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -18,7 +18,9 @@ MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes"
 
 @dataclass(frozen=True)
 class InitialModel:
-    """Pretrained checkpoint whose network has not been built yet; its memory is freed together with this object.
+    """Pretrained checkpoint whose network has not been built yet.
+
+    The checkpoint stays in memory for as long as this object exists.
 
     Attributes:
         path: Path of the file or folder from which the checkpoint was read.
@@ -83,7 +85,7 @@ def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> in
     """
     if gpt.position == "learned" and block_size > trained.net.block_size:
         raise UserError(
-            f"--data.block_size is {block_size}, but the model of --model.init_from has only "
+            f"--data.block_size is {block_size}, but the pretrained model (--model.init_from) has only "
             f"{trained.net.block_size} learned positions; set --data.block_size to at most {trained.net.block_size}"
         )
     return max(block_size, trained.net.block_size)

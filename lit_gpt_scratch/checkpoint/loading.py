@@ -66,12 +66,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # reading an arbitrary file can raise anything
         raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
-        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint that fit has written")
+        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
     return loaded
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a Hugging Face folder as a checkpoint dict without optimizer state and loop counters.
+    """Load a Hugging Face folder as a checkpoint dict without optimizer state or loop counters.
 
     Raises:
         UserError: The folder is missing, or its model is not supported.

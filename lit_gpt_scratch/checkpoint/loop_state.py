@@ -1,4 +1,4 @@
-"""Normalize the loop counters in a Trainer's checkpoint, and convert them to another batch layout."""
+"""Normalize the loop counters in a Trainer's checkpoint, and convert them to a different ``BatchLayout``."""
 
 from typing import Any, Final
 
@@ -8,17 +8,19 @@ from lit_gpt_scratch.lightning_compat import set_saved_logging_step
 Counts = dict[str, int]
 
 BATCH_LAYOUT_KEY: Final = "layout"
-"""Checkpoint key of the ``BatchLayout`` with which the batches were counted."""
+"""Checkpoint key of the ``BatchLayout`` that was in use when the checkpoint was saved."""
 
 
 def normalize_progress(fit_loop: dict[str, Any]) -> None:
-    """Change the counters of a saved training loop, in place, as if it had been saved between two steps.
+    """Normalize the counters of a saved training loop, in place, to the values they would have between two steps.
 
-    A checkpoint can be saved before or after a batch, during validation, or at the end of a run, and Lightning 2.6
-    increments its counters at four different points of each event. If a run is resumed from counters saved halfway
-    through an event, Lightning repeats or skips a batch, a validation or the rest of an epoch. Therefore, only
-    completed events are counted, and an epoch is complete once its last batch is complete. A run then resumes in the
-    same way regardless of when its checkpoint was saved.
+    Lightning 2.6 keeps four counters of batches and four of epochs (``ready``, ``started``, ``processed`` and
+    ``completed``), which it increments one after another in the course of each batch and epoch. A checkpoint can be
+    saved when only some of them have been incremented: before or after a batch, during validation, or at the end of a
+    run. Lightning would then repeat or skip a batch, a validation run or the rest of an epoch when the run is resumed.
+
+    This function therefore counts only batches that have been processed, and counts an epoch as completed once its last
+    batch has been processed. A run then resumes in the same way regardless of when its checkpoint was saved.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a Trainer's checkpoint.
@@ -46,7 +48,7 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
 
 
 def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
-    """Convert the batch counts of a normalized training loop, in place, to another batch layout.
+    """Convert the batch counts of a normalized training loop, in place, to a different batch layout.
 
     All other counters count steps or epochs and stay the same. If the number of rows per step is unchanged, training
     continues with the next row. Otherwise, training continues with the first full step that contains only unseen rows,

@@ -22,11 +22,11 @@ class CheckpointMetadata:
         tokenizer: Content of the ``tokenizer.json``; empty in an adapter file.
         start_of_text: Id of the token that precedes every document; None if it is the end-of-text token.
         lora: Fields of the ``LoRA`` settings; None if the state dict contains no adapters.
-        base: SHA-256 of the base model weights that the adapters were trained on, without the head if ``new_head`` is
-            True; None if there is no base model.
+        base: SHA-256 digest of the base model weights that the adapters were trained on, without the head if
+            ``new_head`` is True; None if there is no base model.
         new_head: Whether the head was trained together with the adapters.
         classes: Class names of a classification head; None for other heads.
-        pooling: Name in ``model.output_heads.POOLINGS`` of a classifier's pooling method; None for other heads.
+        pooling: Pooling method of a classifier, a key of ``model.output_heads.POOLINGS``; None for other heads.
         rewards: Whether the head predicts the reward of a conversation.
     """
 
@@ -58,7 +58,7 @@ class CheckpointMetadata:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """All settings except the tokenizer, keyed by flag name."""
+        """All settings except the tokenizer, keyed by name."""
         sizes = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
         head = {"pooling": self.pooling, "rewards": self.rewards}
@@ -76,7 +76,7 @@ class CheckpointMetadata:
             return cls(**checkpoint[METADATA_KEY])
         except (KeyError, TypeError) as error:
             raise UserError(
-                "the checkpoint was not written by lit_gpt_scratch; use a checkpoint that fit has written"
+                "the checkpoint was not written by lit_gpt_scratch; use a checkpoint written by fit"
             ) from error
 
 
@@ -101,7 +101,7 @@ def require_same_model(
     ]
     if different:
         raise UserError(
-            f"the checkpoint contains another model: {'; '.join(different)}; use the settings of the checkpoint"
+            f"the checkpoint contains a different model: {'; '.join(different)}; use the settings of the checkpoint"
         )
 
 
@@ -113,6 +113,6 @@ def require_same_tokenizer(metadata: CheckpointMetadata, tokenizer_json: str) ->
     """
     if metadata.tokenizer != tokenizer_json:
         raise UserError(
-            "the checkpoint was trained with another tokenizer: the training data or --data.tokenizer has changed; "
+            "the checkpoint was trained with a different tokenizer: the training data or --data.tokenizer has changed; "
             "set --data.tokenizer to the tokenizer.json in the run folder of the checkpoint"
         )

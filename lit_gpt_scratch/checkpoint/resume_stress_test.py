@@ -1,4 +1,4 @@
-"""Kill runs at random times, resume them, and check that their results are identical to an uninterrupted run."""
+"""Kill runs at random times, resume them, and check that the results equal those of an uninterrupted run."""
 
 import os
 import random
@@ -20,9 +20,9 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 
 STARTUP_KILL_SHARE: Final = 0.2
-"""Fraction of the kills that are scheduled during startup, before the first step."""
+"""Fraction of kills that are scheduled for the startup of a run, before its first step."""
 EXIT_GRACE_SECONDS: Final = 8.0
-"""Number of seconds to wait for the other processes of a run to exit after one process was killed."""
+"""Number of seconds to wait for the other processes of a run to exit after one process has been killed."""
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 FINISHED_MESSAGE: Final = "to continue, set"
@@ -34,10 +34,10 @@ class StressTestReport:
     """Result of a ``ResumeStressTest``.
 
     Attributes:
-        kills: Number of kills, keyed by the phase of the run.
+        kills: Number of kills, keyed by the phase in which the run was killed.
         runs: Number of runs that were killed and resumed until they finished.
         bits: Number of bits compared per run.
-        differences: Number of differing bits or curve points, keyed by name.
+        differences: Number of differing bits or points, keyed by the name of the checkpoint entry or curve.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class ResumeStressTest:
     Args:
         flags: Command-line flags for ``fit``.
         folder: Folder for the runs.
-        seed: Seed of the random kill times.
+        seed: Seed for the random kill times.
     """
 
     def __init__(self, flags: Sequence[str], folder: Path, seed: int = 0) -> None:
@@ -75,7 +75,7 @@ class ResumeStressTest:
 
         Args:
             kills: Total number of kills.
-            on_kill: Callback that is called after each kill.
+            on_kill: Function that is called after each kill.
 
         Raises:
             UserError: A run fails without being killed.
@@ -91,7 +91,7 @@ class ResumeStressTest:
         began = time.monotonic()
         self._wait_until_finished(self._start(reference))
         if not (reference.last.exists() and reference.config.exists()):
-            raise UserError("fit saved no checkpoint with these flags, so no run can be resumed; enable checkpoints")
+            raise UserError("fit saved no checkpoint with these flags, so no run can be resumed; enable checkpointing")
         self.training_seconds = time.time() - reference.config.stat().st_mtime  # written when training begins
         self.startup_seconds = max(time.monotonic() - began - self.training_seconds, 0.1)
         self.expected = load_checkpoint(reference.last)
@@ -145,7 +145,7 @@ class ResumeStressTest:
         """Kill one process of a run at a random time.
 
         Returns:
-            Phase of the run when it was killed, or None if it finished earlier.
+            Phase in which the run was killed, or None if it finished before it could be killed.
         """
         config_time = _modified_at(run.config)
         if self.random.random() < STARTUP_KILL_SHARE:
@@ -171,7 +171,10 @@ class ResumeStressTest:
 
 
 def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
-    """Count the differing bits in all checkpoints except ``last.ckpt``. A file that only one run has counts as 1."""
+    """Count the differing bits in all checkpoints except ``last.ckpt``.
+
+    A checkpoint that exists in only one of the runs counts as one differing bit.
+    """
     names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (reference, run)]
     found = {f"{name} in only one run": 1 for name in names[0] ^ names[1]}
     for name in (names[0] & names[1]) - {reference.last.name}:

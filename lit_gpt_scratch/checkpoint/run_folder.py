@@ -20,7 +20,7 @@ from lit_gpt_scratch.errors import UserError
 log = logging.getLogger(__name__)
 
 EVENTS_PREFIX: Final = "events.out.tfevents."
-"""Prefix of a TensorBoard event file name, followed by the time in seconds, host, process id and a counter."""
+"""Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder, so that no other process trains in it. If the process is killed, the lock is released.
+        """Lock the folder, so that no other process trains in it. The lock is released even if this process is killed.
 
         Raises:
             UserError: Another process holds the lock.
@@ -133,7 +133,7 @@ class RunFolder:
             ) from error
 
     def read_sessions(self) -> list[dict[str, Any]]:
-        """Read the environments of all processes that trained in this folder from ``provenance.json``, oldest first."""
+        """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first."""
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
         except FileNotFoundError:
@@ -150,11 +150,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def order_events(self) -> None:
-        """Rename event files of earlier sessions so that they sort before the files of a session that starts now.
+        """Rename the event files of earlier sessions so that they sort before those of a session that starts now.
 
-        TensorBoard reads sessions in the order of their file names, and each session discards points of the sessions
-        before it. Without renaming, the order would be wrong if the clock was set back or if two sessions started in
-        the same second.
+        TensorBoard reads event files in the order of their names. When it reaches the file of a resumed session, it
+        discards all points of earlier files at or after the step from which the run was resumed. Without renaming, the
+        order would be wrong if the clock was set back or if two sessions started in the same second.
         """
         bound = int(time.time())
         for path in sorted(self.path.glob(f"{EVENTS_PREFIX}*"), reverse=True):
@@ -165,7 +165,7 @@ class RunFolder:
             path.rename(path.with_name(f"{EVENTS_PREFIX}{bound:010d}.{rest}"))
 
     def last_saved_at(self) -> float:
-        """Return the save time of the newest checkpoint in seconds since the epoch; 0 if there is no checkpoint."""
+        """Return the time at which the newest checkpoint was saved, as a Unix timestamp; 0 if there is none."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
@@ -184,10 +184,10 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """Find the checkpoint that the user specified.
 
     Args:
-        given: Path of a checkpoint file or a Hugging Face folder, which is returned unchanged; path of a run folder,
-            for the last checkpoint in the folder; or ``last`` or None, for the last checkpoint of the newest run.
+        given: Path of a checkpoint file or a Hugging Face folder, which is returned as is, or path of a run folder,
+            whose last checkpoint is returned. ``last`` or None selects the last checkpoint of the newest run.
         runs: Folder that contains all experiments.
-        experiment: Name of the experiment that is searched for the newest run; None searches all experiments.
+        experiment: Name of the experiment in which to search for the newest run; None searches all experiments.
 
     Raises:
         UserError: No such checkpoint exists.
@@ -236,7 +236,7 @@ def _newest_intact_checkpoint(folder: Path) -> Path:
             log.warning("%s", error)
         else:
             return path
-    reason = "all are damaged" if last or others else "there are no .ckpt files in its folder checkpoints"
+    reason = "all are damaged" if last or others else "there are no .ckpt files in its checkpoints folder"
     raise UserError(f"{folder} contains no checkpoint that can be read: {reason}; use another run")
 
 

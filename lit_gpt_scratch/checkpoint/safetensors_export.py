@@ -22,7 +22,7 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
     """Write the weights, config and tokenizer of a checkpoint to a ``.safetensors`` file.
 
     Optimizer state and loop counters are omitted. The header of the file contains the checkpoint metadata as JSON, and
-    a SHA-256 of the metadata and weights.
+    the SHA-256 digest of the metadata and weights.
 
     Args:
         checkpoint: Checkpoint dict returned by ``loading.load_checkpoint``.
@@ -48,7 +48,7 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
 
 
 def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
-    """Load a file written by ``export_safetensors`` as a checkpoint dict without optimizer state and loop counters.
+    """Load a file written by ``export_safetensors`` as a checkpoint dict without optimizer state or loop counters.
 
     Args:
         path: Path of the file.
@@ -73,7 +73,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
 
 
 def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:
-    """Compute the SHA-256 of a string and of tensors, including the names, dtypes and shapes of the tensors."""
+    """Compute the SHA-256 digest of a string and of tensors, including their names, dtypes and shapes."""
     sha256 = hashlib.sha256(metadata.encode())
     for name, weight in sorted(weights.items()):
         sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())

@@ -38,19 +38,20 @@ def chat_session(
 ) -> Iterator[str]:
     """Reply to each line, using the conversation so far as context.
 
+    If the context is nearly full, the oldest messages and their replies are dropped. A message that does not fit into
+    the context on its own gets no reply. Both cases are logged.
+
     Args:
         model: Model in evaluation mode.
         tokenizer: Tokenizer of the model.
         system: System message, or None to omit it.
-        lines: Messages from the user; empty messages are skipped.
+        lines: Messages from the user; blank messages are skipped.
         max_new_tokens: Maximum number of tokens per reply.
         sampling: Sampling parameters.
-        seed: Seed for the first reply; each further reply uses the next seed.
+        seed: Seed for the reply to the first message; it is increased by 1 for each further message.
 
-    Returns:
-        Pieces of the replies, as they are generated, with an empty piece after each reply. If the context is nearly
-        full, the oldest turns are dropped. A question that does not fit into the context gets no reply. Both cases are
-        logged.
+    Yields:
+        Parts of the replies as they are generated, and an empty string after each complete reply.
     """
     template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     turns: list[Message] = []
@@ -62,7 +63,7 @@ def chat_session(
             continue
         turns.append(message)
         while len(turns) > 1 and len(template.render_prompt([*head, *turns])) + reply_tokens > model.block_size:
-            log.warning("the context is full; dropping the oldest question and its reply")
+            log.warning("the context is full; dropping the oldest message and its reply")
             turns = turns[2:]
         prompt = template.render_prompt([*head, *turns])
         reply = ""
@@ -75,7 +76,7 @@ def chat_session(
 
 
 def read_stdin_lines() -> Iterator[str]:
-    """Yield lines from standard input until it ends, and print a prompt before each line if it is a terminal."""
+    """Yield lines from standard input until it ends; if it is a terminal, print a prompt before reading each line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # do not fail on bytes that are not UTF-8
     while True:

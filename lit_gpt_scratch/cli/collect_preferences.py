@@ -31,10 +31,10 @@ def collect_preferences(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Reply twice to each question, ask which reply is better, and append the answer to the file.
+    """Reply twice to each prompt, ask which reply is better, and append the answer to the file.
 
-    Replies that are truncated, equal or blank are sampled again. Each answer is flushed to disk before the next
-    question, so that no answer is lost if the command is interrupted.
+    Replies that are truncated, identical or blank are sampled again. Each answer is flushed to disk before the next
+    prompt, so that no answer is lost if the command is interrupted.
 
     Args:
         model: Model in evaluation mode.
@@ -45,14 +45,14 @@ def collect_preferences(
         path: JSONL file to append to, with keys ``prompt``, ``chosen`` and ``rejected``.
         max_new_tokens: Maximum number of tokens per reply.
         sampling: Sampling parameters.
-        seed: Seed for the first reply if the file is empty; each further reply uses the next seed. Seeds that
-            existing lines of the file may have used are skipped, so that repeating the command yields different pairs.
+        seed: Seed for the first reply; each further reply uses the next seed. For each existing line of the file,
+            ``2 * MAX_ATTEMPTS`` seeds are skipped, so that repeating the command yields different pairs.
 
-    Returns:
-        Lines of text to print.
+    Yields:
+        Text to print.
 
     Raises:
-        UserError: A question is too long, or the file cannot be written.
+        UserError: A prompt is too long, or the file cannot be written.
     """
     template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     append_line(path, "")  # fail before the first answer if the file is not writable
@@ -66,7 +66,7 @@ def collect_preferences(
                 model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2))
             )
             pair = one.text, two.text
-            whole = one.ended and two.ended  # training on truncated replies would teach stopping mid-sentence
+            whole = one.ended and two.ended  # truncated replies would teach the model to stop mid-sentence
             if whole and one.text != two.text and not any(map(is_blank, pair)):
                 break
         else:
@@ -90,7 +90,7 @@ def collect_preferences(
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and flush it to disk, first adding a missing newline after the last line.
+    """Append a line to a file, after adding a newline if the file does not end with one, and flush it to disk.
 
     Raises:
         UserError: The file cannot be written.
@@ -114,6 +114,6 @@ def _count_lines(path: Path) -> int:
 
 
 def _parse_answer(answers: Iterator[str]) -> str | None:
-    """Parse the next answer: ``1``, ``2``, ``s`` or ``q``; None if it is invalid. The end of the input means quit."""
+    """Return the next answer as ``1``, ``2``, ``s`` or ``q``, or None if it is invalid; the end of input means quit."""
     answer = next(answers, "quit").strip().casefold()
     return answer[:1] if answer in ("1", "2", "s", "skip", "q", "quit") else None

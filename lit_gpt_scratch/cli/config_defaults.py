@@ -1,4 +1,4 @@
-"""Defaults that depend on a preset, a pretrained model, a class or the machine; resolved before a config is saved."""
+"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine, for the saved config."""
 
 import inspect
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
 
 MAX_STEPS: Final = 900
-"""Default number of optimizer steps if no number of steps, number of epochs or time limit is set."""
+"""Default of ``trainer.max_steps`` if none of ``max_steps``, ``max_epochs`` and ``max_time`` is set."""
 PUBLISHED_VOCABULARIES: Final = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
 """Vocabulary sizes of the published models, keyed by preset family; other presets use the default vocabulary size."""
 TRAINER_DEFAULTS: Final[dict[str, Any]] = {
@@ -47,11 +47,11 @@ def apply_preset(parser: ArgumentParser, name: str | None) -> None:
 def apply_init_from(
     parser: ArgumentParser, place: str | None, task: str | None, preset: str | None
 ) -> InitialModel | None:
-    """Set the parser's default architecture and context length to those of the ``model.init_from`` model.
+    """Set the parser's default architecture and context length to those of the pretrained model, if there is one.
 
     Args:
         parser: Parser whose defaults are changed.
-        place: Value of ``model.init_from``.
+        place: Value of ``model.init_from``, the path of the pretrained model; None if there is none.
         task: Class name or import path of the task; None for the default task.
         preset: Value of ``--preset``.
 
@@ -77,7 +77,10 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change defaults of the default class; a class selected by a flag inherits the arguments that it accepts."""
+    """Change default arguments of the default class for ``model`` or ``data``.
+
+    If a flag selects another class, the parser keeps the arguments that the other class also accepts.
+    """
     before = parser.get_default(part)
     parser.set_defaults(
         {part: {"class_path": before["class_path"], "init_args": {**before.get("init_args", {}), **arguments}}}
@@ -104,7 +107,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
     changes the class: AdamW would inherit Muon's learning rate, for example, which is too high for AdamW.
 
     Args:
-        part: Parsed class and arguments: ``class_path`` and ``init_args``.
+        part: Parsed config of the class, with ``class_path`` and ``init_args``.
         init_from: Value of ``model.init_from``.
     """
     kind = import_class(str(part.get("class_path", "")), "lit_gpt_scratch.optim")
@@ -115,7 +118,10 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Return whether an argument's default is ``None``; a user-defined subclass may have a different default."""
+    """Return whether an argument of a class is ``None`` by default.
+
+    A user-defined subclass may inherit ``default_arguments``, but declare a different default in its ``__init__``.
+    """
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if argument in parameters:
@@ -145,7 +151,10 @@ def unset_defaults(config: Namespace) -> None:
 
 
 def resolve_defaults(config: Namespace) -> None:
-    """Replace every ``None`` by the value that the run will use, if that value depends only on flags."""
+    """Set arguments that are ``None`` to the defaults that the run will use.
+
+    ``compile`` and ``vocab_size`` depend on the device and the data; ``resolve_built_defaults`` sets them later.
+    """
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] is None and name != "vocab_size":
@@ -164,8 +173,8 @@ def resolve_defaults(config: Namespace) -> None:
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
     """Set the defaults that depend on the device and the prepared data: compilation and vocabulary size.
 
-    If the training text yields a vocabulary smaller than the default, the vocabulary size stays ``None``, because an
-    explicit size that the text cannot yield is an error.
+    If the training text is too small for the default vocabulary size, ``vocab_size`` stays ``None``, because an
+    explicit size that cannot be reached is an error.
     """
     if "model.init_args.compile" in config and config.model.init_args.compile is None:
         config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False

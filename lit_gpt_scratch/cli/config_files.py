@@ -26,9 +26,9 @@ class FitParser(LightningArgumentParser):
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
         """Parse the content of a config file.
 
-        The config of a run contains every default value. This method unsets the defaults of classes and schedules, so
-        that a flag that selects another class also selects the defaults of that class. Arguments that stay unset are
-        later resolved to the same values again.
+        The ``config.yaml`` of a run contains all default values. This method resets arguments that have the default of
+        their class to ``None``, so that a flag that selects another class also selects the defaults of that class.
+        Arguments that are not changed by a flag are resolved to the same defaults again.
         """
         config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
         unset_defaults(config)
@@ -52,7 +52,8 @@ def find_config(name: str) -> str:
         return str(shipped)
     if EXPERIMENTS.is_dir():
         raise UserError(
-            f"--config {name}: file not found, and no shipped experiment has this name; use --config list to list all"
+            f"--config {name}: file not found, and no shipped experiment has this name; "
+            "use --config list to list all experiments"
         )
     raise UserError(
         f"--config {name}: file not found; to use a shipped experiment, install the package from a clone of the "
@@ -95,7 +96,7 @@ class SaveConfig(RunDirCallback):
     """Callback that writes ``config.yaml`` into the run folder when training starts, after all checks have passed.
 
     Args:
-        parser: Parser of the flags.
+        parser: Parser that parsed the flags.
         config: Values of all flags, with defaults resolved.
     """
 

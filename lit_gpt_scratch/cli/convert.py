@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``convert``."""
+    """Run the ``convert`` command."""
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.convert",
         description="Export a checkpoint to another format, or import a published model as a checkpoint.",
@@ -118,7 +118,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Read a model with its weights in the dtype of the file; loading them into a network would change the dtype."""
+    """Read a model and keep the dtype of its weights, which would change if they were loaded into a network."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel

@@ -1,4 +1,8 @@
-"""``doctor``: diagnose a run, check this machine, or test that resuming is exact and strategies are equivalent."""
+"""``doctor``: diagnose a run, check this machine, or test ``fit``.
+
+One test checks that a run that was killed and resumed is identical to an uninterrupted run. The other test checks that
+all training strategies compute the same results.
+"""
 
 import argparse
 import json
@@ -22,7 +26,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.profiling.device_check import RELATIVE_TOLERANCES, compare_devices, describe_machine
 
 RESUME_DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
-"""Flags for a short run that saves often; the user's flags override them."""
+"""Flags for a short run that saves checkpoints often; the user's flags override them."""
 PARITY_DEFAULTS = (
     "--trainer.accelerator=cpu", "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64",
     "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2",
@@ -30,11 +34,11 @@ PARITY_DEFAULTS = (
 )  # fmt: skip
 """Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
 OPTIONS = {"kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity"}
-"""Flag of the test that each option requires, keyed by option name."""
+"""Flag that each option requires, keyed by option name."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``doctor``: diagnose a run, check this machine, or test runs with the given flags of ``fit``."""
+    """Run the ``doctor`` command: diagnose a run, check this machine, or test ``fit`` with the given flags."""
     args = sys.argv[1:] if args is None else list(args)
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.doctor",
@@ -90,10 +94,10 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(1)
         return
     if given.kills < 1:
-        raise UserError(f"argument --kills: {given.kills} is below 1; it must be 1 or more")
+        raise UserError(f"argument --kills is {given.kills}; it must be 1 or more")
     taken = [flag for flag in fit_flags if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
-        raise UserError(f"{taken[0]} is not supported with doctor, because its runs are temporary; omit it")
+        raise UserError(f"{taken[0]} is not supported by doctor, because its runs are temporary; omit it")
     with exit_on_signal(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run_test = _test_parity if given.parity else _test_resume
         if not run_test(given, fit_flags, Path(folder)):
@@ -101,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:
-    """Print the diagnoses of a run, and return True: finding problems is not a failure of the command."""
+    """Print the diagnoses of a run; return True, because finding problems is not a failure of the command."""
     engine = RuleEngine(RULES)
     replay_events(run, engine)
     if not any(len(engine.history[name]) for rule in RULES for name in rule.reads):
@@ -118,7 +122,7 @@ def _diagnose_run(run: Path, as_json: bool) -> bool:
 
 
 def _check_machine() -> bool:
-    """Print a description of the machine; return whether all devices compute the same results as the CPU."""
+    """Print a description of the machine; return whether all tested devices compute the same results as the CPU."""
     configure_process()
     for name, text in describe_machine({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
         print(f"{name:14} {text}")

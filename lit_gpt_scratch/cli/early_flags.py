@@ -1,4 +1,4 @@
-"""Flags that affect how other flags are parsed, read before the parser runs."""
+"""Flags that affect how other flags are parsed; they are read before the parser runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class EarlyFlags:
     Attributes:
         flags: All flags, with names of shipped experiments replaced by file paths, and old class paths by new ones.
         help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
-        print_config: Whether ``--print_config`` is given, without options.
+        print_config: Whether ``--print_config`` is given without options such as ``comments``.
         lists: Flag whose value is ``list`` (``--config`` or ``--preset``), or None.
     """
 

@@ -13,7 +13,7 @@ from lit_gpt_scratch.errors import UserError
 
 
 def silence_libraries() -> None:
-    """Hide log messages and warnings from libraries that users cannot act on."""
+    """Hide library log messages and warnings that users cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # If a class has no validation examples, AUROC averages over the other classes.
@@ -38,7 +38,8 @@ def silence_libraries() -> None:
 def user_errors() -> Iterator[None]:
     """Convert errors caused by invalid flags or configs to ``UserError``; other exceptions keep their traceback.
 
-    The whole chain of causes is searched, because the parser wraps errors from the classes that it instantiates.
+    The whole chain of causes is searched for a ``UserError``, because the parser wraps errors from the classes that it
+    instantiates.
     """
     try:
         yield

@@ -54,11 +54,11 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         {"type": Path, "metavar": "DIR", "help": "folder with YAML files that define additional benchmarks"},
     ),
 }
-"""Flags and their argparse settings, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
+"""Flag and argparse settings of each option, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``evaluate``: print metrics as a table or as one JSON object."""
+    """Run the ``evaluate`` command: print metrics as a table or as one JSON object."""
     tasks = "; ".join(f"{name}: {kind.description}" for name, kind in EVAL_TASKS.items())
     flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Evaluate a trained model.")
     flags.add_checkpoint_arguments()
@@ -89,15 +89,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
-    """Reject flags that would have no effect, and values out of range."""
+    """Reject flags that would have no effect, and values that are out of range."""
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
-            raise UserError(f"argument {flag}: it has no effect with {what}; omit it")
+            raise UserError(f"argument {flag} has no effect with {what}; omit it")
     for name, least in (("limit", 1), ("few_shot", 0), ("max_new_tokens", 1)):
         if name in given and getattr(given, name) < least:
-            raise UserError(
-                f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}; it must be {least} or more"
-            )
+            raise UserError(f"argument {OPTIONS[name][0]} is {getattr(given, name)}; it must be {least} or more")
 
 
 def _evaluate(given: Namespace, task: str) -> None:
@@ -125,7 +123,7 @@ def _benchmark(given: Namespace) -> None:
     try:
         from lit_gpt_scratch.evaluation import lm_eval_adapter
     except ImportError as error:
-        raise UserError(f"argument --benchmark: {error}; install it: pip install -e '.[eval]'") from error
+        raise UserError(f"argument --benchmark: {error}; install it with: pip install -e '.[eval]'") from error
     names = given.benchmark.split(",")
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     model, tokenizer, _, _ = _open_checkpoint(given)
@@ -158,9 +156,9 @@ def _classify(given: Namespace) -> None:
 
 
 def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
-    """Load the model, its tokenizer and, for a classifier, the class names and the pooling.
+    """Load the model, its tokenizer and, for a classifier, the class names and the pooling method.
 
-    Sets ``given.checkpoint`` to the path of the checkpoint.
+    Sets ``given.checkpoint`` to the path of the checkpoint, and ``given.step`` to its number of optimizer steps.
     """
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)

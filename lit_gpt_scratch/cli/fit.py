@@ -58,12 +58,12 @@ class FitCLI(LightningCLI):
     """Command-line interface that parses flags and configs, builds the trainer, task and data, and runs training.
 
     Raises:
-        UserError: A flag, a config or a file is invalid. No files are left on disk.
+        UserError: A flag, a config or a file is invalid; in this case, no files are left on disk.
     """
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.fit [--config FILE ...] [--flag value ...]",
-        description=f"Train a GPT on real text, for {MAX_STEPS} steps by default if no epochs or time limit are set.",
+        description=f"Train a GPT on real text, for {MAX_STEPS} steps if no limit on steps, epochs or time is set.",
     )
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -74,7 +74,7 @@ class FitCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
-                save_config_callback=None,  # Lightning's saves next to the logger's files, SaveConfig in the run folder
+                save_config_callback=None,  # it would use the logger's folder; SaveConfig uses the run folder
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
@@ -110,7 +110,7 @@ class FitCLI(LightningCLI):
             "--preset",
             type=str | None,
             default=None,
-            help="Named architecture to start from, which flags and configs override: "
+            help="Named architecture to start from, whose settings flags and config files can override: "
             f"{', '.join(PRESETS)}, or 'list' to print their sizes.",
         )
         parser.add_argument(
@@ -124,20 +124,21 @@ class FitCLI(LightningCLI):
             "--guard",
             type=GuardMode,
             default="warn",
-            help="Check each step before it is applied, and warn if its loss or gradient is not finite or is an "
-            "outlier. 'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help; "
+            help="Check each optimizer step before it is applied, and warn if its loss or gradient norm is an outlier "
+            "or not finite. 'act' also skips the step, and rewinds to the last good checkpoint if that does not help; "
             "'off' disables the check.",
         )
         parser.add_argument(
             "--force",
             action="store_true",
-            help="Resume even if flags, seed or training text differ from those of the checkpoint's run. A different "
-            "architecture, tokenizer or optimizer class is always an error.",
+            help="Resume even if the flags, the seed or the training text differ from those of the checkpoint's run. A "
+            "different architecture, tokenizer or optimizer class is always an error.",
         )
         parser.add_argument(
             "--plan",
             action="store_true",
-            help="Print the plan and the cost of the run, time a few steps, and stop, without creating a run folder.",
+            help="Print a description of the run, estimate its duration from a few steps, and exit without creating a "
+            "run folder.",
         )
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(ActivationStats, "inspect")
@@ -152,7 +153,7 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the flags on top of the flags of a resumed run, so that only changed flags must be specified.
+        """Parse the flags on top of the flags of a resumed run, so that only the flags that change must be given.
 
         Everything is parsed once, except that the config of a resumed run is also parsed alone, for comparison.
         """
@@ -202,7 +203,7 @@ class FitCLI(LightningCLI):
         sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, and convert its exceptions to ``UserError`` with the flags that may have caused them."""
+        """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause."""
         config = {**self.config_init.trainer, **kwargs}
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
@@ -245,7 +246,7 @@ class FitCLI(LightningCLI):
         Raises:
             UserError: The data, the run folder or the checkpoint is unusable, another process is training in the
                 folder, or no steps are left to train. A run folder created by this call is removed.
-            SystemExit: The process received a signal.
+            SystemExit: The process received a termination signal.
         """
         writes_nothing = self.config.plan or self.config.trainer.fast_dev_run
         folder = self.resumed.folder if self.resumed and not writes_nothing else None
@@ -296,7 +297,7 @@ class FitCLI(LightningCLI):
         self.model.initial_model, self.datamodule.initial_tokenizer = initial, initial.tokenizer
 
     def _compare(self, resumed: ResumedRun) -> None:
-        """Log or reject changes since the run started."""
+        """Log changes to the flags and the environment since the run started, or reject them."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,
@@ -311,7 +312,7 @@ class FitCLI(LightningCLI):
             self.provenance.changed = resumed.changed
 
     def _set_run_folder(self, folder: RunFolder | None, first_step: int) -> None:
-        """Set the folder that callbacks and the logger write to; None on ranks that write nothing."""
+        """Set the folder that callbacks and the logger write to; ``folder`` may be None on ranks that write nothing."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, RunDirCallback):
                 callback.folder = folder
@@ -329,7 +330,7 @@ class FitCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command ``fit``."""
+    """Run the ``fit`` command."""
     silence_libraries()
     with exit_on_signal():
         cli = FitCLI(args)

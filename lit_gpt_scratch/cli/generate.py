@@ -15,7 +15,7 @@ from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``generate``, which writes only prompts and generated text to standard output."""
+    """Run the ``generate`` command, which writes only prompts and generated text to standard output."""
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
@@ -66,21 +66,21 @@ def main(args: Sequence[str] | None = None) -> None:
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
     if given.samples < 1:
-        raise UserError(f"argument --samples: {given.samples} is below 1; it must be 1 or more")
+        raise UserError(f"argument --samples is {given.samples}; it must be 1 or more")
     if given.seed < 0:
-        raise UserError(f"argument --seed: {given.seed} is negative; it must be 0 or more")
+        raise UserError(f"argument --seed is {given.seed}; it must be 0 or more")
     validate_utf8(given, "prompt", "stop", "system")
     if given.system is not None and not (given.chat or given.rank):
-        raise UserError("argument --system: it has no effect without --chat or --rank; add one of them")
+        raise UserError("argument --system has no effect without --chat or --rank; add one of them")
     if given.system is not None and not given.system.strip():
-        raise UserError("argument --system: it is empty; pass a message, or omit it")
+        raise UserError("argument --system is empty; pass a message, or omit the argument")
     interactive = given.chat and given.prompt is None
     if interactive and (given.json or given.stop or given.compile or given.samples > 1):
         raise UserError(
-            "argument --chat: without --prompt it cannot be combined with --json, --stop, --samples or --compile"
+            "argument --chat without --prompt cannot be combined with --json, --stop, --samples or --compile"
         )
     if given.rank and (given.chat or given.json or given.stop or given.compile or given.samples > 1):
-        raise UserError("argument --rank: it cannot be combined with --chat, --json, --stop, --samples or --compile")
+        raise UserError("argument --rank cannot be combined with --chat, --json, --stop, --samples or --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = load_language_model(given)
@@ -121,7 +121,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
-    """Yield (row, text) pairs in row order, each as soon as the text and all earlier texts are complete."""
+    """Yield (row, text) pairs in row order, each as soon as this text and all texts before it are complete."""
     texts, done, next_row = [""] * n, [False] * n, 0
     for row, piece in pieces:
         texts[row] += piece

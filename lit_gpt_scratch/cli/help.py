@@ -51,15 +51,15 @@ WITHOUT: Final = {
     "trainer.max_epochs": "no limit",
     "trainer.max_time": "no limit",
 }
-"""Description shown in place of the default, for flags whose default is None."""
+"""Text shown in place of the default for flags whose default is None, keyed by flag."""
 REWORDED: Final = {
-    "seed_everything": "Seed for weight initialisation, data order and all other randomness.",
+    "seed_everything": "Seed for weight initialization, data order and all other randomness.",
     "trainer.devices": "Number of devices or processes, a list of device indices, or 'auto' for all devices.",
     "trainer.strategy": "Strategy for multiple devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any Lightning strategy.",
     "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any Lightning precision.",
     "trainer.max_epochs": "Maximum number of passes over the training data.",
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
-    "trainer.val_check_interval": "Number of micro-batches between validations.",
+    "trainer.val_check_interval": "Number of micro-batches between validation runs.",
     "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
 """Help texts that replace those of Lightning's flags and of flags whose value is a class, keyed by flag."""
@@ -114,11 +114,11 @@ class HelpPage:
     without: tuple[str, ...] = ()
 
     def render(self, parser: ArgumentParser, topic: str, model: str | None, data: str | None) -> str:
-        """Render the first page, all flags for the topic ``all``, or the flags that mention any other topic.
+        """Render the first page, all flags, or the flags that mention a word, depending on the topic.
 
         Args:
             parser: Parser of the command.
-            topic: Argument of ``--help``; empty for the first page.
+            topic: Argument of ``--help``: empty for the first page, ``all`` for all flags, or a word.
             model: Value of ``--model``, the class whose flags are shown; None for the default class.
             data: Value of ``--data``, the class whose flags are shown; None for the default class.
 
@@ -173,7 +173,7 @@ class HelpPage:
             yield ""
 
     def _of_other_classes(self, chosen: dict[str, str], seen: set[str]) -> dict[str, list[Flag]]:
-        """Return the flags of unselected classes, keyed by a heading that contains the flag to select the class."""
+        """Return the flags of classes that are not selected, keyed by headings such as ``with --model DPO``."""
         found: dict[str, list[Flag]] = {}
         for part, package in PACKAGES.items():
             module = import_module(package)
@@ -195,7 +195,7 @@ def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
     accelerator = default_precision("auto").value
     known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
     known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
-    yield Flag("config", "FILE", "", "Config file, or shipped experiment such as finetune/spam; 'list' lists all.")
+    yield Flag("config", "FILE", "", "Config file, or a shipped experiment such as finetune/spam; 'list' lists them.")
     for action in parser._actions:
         if action.dest in ("help", "config", "print_config", "model", "data") or action.dest.endswith(".help"):
             continue
@@ -277,5 +277,5 @@ def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):
-        return str(value)  # 1.0, not 1: for some flags a float is a fraction and an integer a number
+        return str(value)  # 1.0, not 1: some flags interpret a float as a fraction and an integer as a count
     return str(value.class_path).rpartition(".")[2] if isinstance(value, Namespace) else type(value).__name__

@@ -27,7 +27,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum bytes of held-out text on which tokenizers are compared; larger texts are sampled."""
+"""Maximum number of bytes of held-out text on which tokenizers are compared; a larger text is sampled."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [
@@ -72,7 +72,7 @@ class PrepareCLI(FitCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command ``prepare``: prepare the tokens and print a report, or compare tokenizers."""
+    """Run the ``prepare`` command: prepare and report the tokens, verify existing tokens, or compare tokenizers."""
     silence_libraries()
     limit_threads()
     cli = PrepareCLI(args)
@@ -82,7 +82,7 @@ def main(args: ArgsType = None) -> None:
         )
     config = cli.config
     if config.show < 0:
-        raise UserError(f"argument --show: {config.show} is negative; it must be 0 or more")
+        raise UserError(f"argument --show is {config.show}; it must be 0 or more")
     if (config.compare is not None) + config.verify + (config.show > 0) > 1:
         raise UserError("--compare, --verify and --show are mutually exclusive; use only one of them")
     try:
@@ -120,7 +120,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
 
 
 def _compare_packing(data: PackedText) -> list[list[str]]:
-    """Return table rows with the cost of each packing policy; an asterisk marks the selected policy."""
+    """Return table rows with the ``PackingCost`` of each packing policy; an asterisk marks the selected policy."""
     rows = [[f"windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
     for policy in PACKING_POLICIES:
         total = sum(
@@ -145,7 +145,7 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
             f"argument --compare: '{unknown[0]}' is not a tokenizer type; choose from {', '.join(TOKENIZER_KINDS)}"
         )
     if data.store_folder is not None:
-        raise UserError("argument --data.store: it has no effect with --compare, which saves no tokens; omit it")
+        raise UserError("argument --data.store has no effect with --compare, which saves no tokens; omit it")
     recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
     training_texts = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))

@@ -1,4 +1,4 @@
-"""Resume a run: find its checkpoint, check that steps are left, and detect changes of flags and environment."""
+"""Resume a run: find its checkpoint, check for remaining steps, and detect changes to the flags and environment."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ Changes = dict[str, tuple[Any, Any]]
 OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that do not affect training."""
 FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
-"""Data flags that do not affect the result."""
+"""Data flags that may change when a run is resumed, because they do not affect its results."""
 CHECKED_BY_CHECKPOINT: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
 """Flags that are compared with the checkpoint's metadata; a mismatch is an error even with ``--force``."""
 MUST_MATCH: Final = (
@@ -40,7 +40,7 @@ MUST_MATCH: Final = (
 )
 """Flags that must not change, because they determine the data, its order, or the computation of a step."""
 BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
-"""Flags that divide a step's samples among micro-batches and processes; only the number of samples must match."""
+"""Flags that divide a step's samples among micro-batches and processes; the number of samples must stay the same."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
 """Environment variables in which Lightning, torchrun and SLURM store the rank of this machine."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
@@ -52,7 +52,7 @@ class ResumedRun:
 
     Attributes:
         checkpoint: Path of the checkpoint file.
-        changed: Changes since earlier sessions of the run, as (old value, new value), keyed by flat flag name.
+        changed: Changes since earlier sessions of the run, as (old value, new value) pairs keyed by dotted name.
         origin: Code, library versions, hardware, seed and data fingerprint that are stored in the checkpoint.
         layout: Distribution of a step's samples over micro-batches and ranks; None if it is not in the checkpoint.
     """
@@ -64,7 +64,7 @@ class ResumedRun:
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
-        """Find the run specified by ``--ckpt_path``; return None if the flag is ``auto`` and there is no run yet.
+        """Find the run specified by ``--ckpt_path``; return None if it is ``auto`` and no run has a checkpoint yet.
 
         Raises:
             UserError: The checkpoint does not exist, or all checkpoints are damaged.
@@ -75,7 +75,9 @@ class ResumedRun:
             return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
         except UserError as error:
             if any(os.environ.get(name, "0") != "0" for name in NODE_RANKS):
-                raise UserError(f"{error}; copy the run folder to every machine, or share --runs") from error
+                raise UserError(
+                    f"{error}; copy the run folder to every machine, or set --runs to a shared folder"
+                ) from error
             raise
 
     @property
@@ -116,7 +118,7 @@ class ResumedRun:
         elif _seconds(trainer) <= seconds:
             more = (
                 f"reached its time limit after {seconds:.0f} s",
-                "a longer --trainer.max_time, which includes all sessions",
+                "a longer --trainer.max_time, which limits the total time of all sessions",
             )
         elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.state_key)):
             more = f"been stopped early by a callback, at step {step}", "--force"
@@ -129,7 +131,7 @@ class ResumedRun:
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
-        """Return whether the run includes a test that has not finished."""
+        """Return whether the run has test data, but no test results yet."""
         if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
             return False
         summary = self.folder.path / "summary.json"
@@ -142,10 +144,10 @@ class ResumedRun:
         """Log changes since the run started, and reject changes that would make it a different run.
 
         Args:
-            config_before: All flags of the run's earlier sessions.
-            config: All flags of the current session.
-            here: Current number of processes, number of data-parallel replicas, seed and data fingerprint.
-            force: Whether to only warn about changes.
+            config_before: All flags of the run before this session.
+            config: All flags of this session.
+            here: Number of processes, number of data-parallel replicas, seed and data fingerprint in this session.
+            force: Whether to warn about such changes instead of rejecting them.
 
         Raises:
             UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer class changed.
@@ -228,7 +230,7 @@ def _seconds(trainer: Trainer) -> float:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     limits = (
         callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)
-    )  # nothing has run in this session
+    )  # nothing has run in this session, so all of the time remains
     return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
 
 

@@ -1,4 +1,4 @@
-"""Print packed windows with their document boundaries, attention masks and labels."""
+"""Print packed training windows with their document boundaries, attention masks and labels."""
 
 import os
 import sys
@@ -17,11 +17,11 @@ COLORS: Final = (36, 33, 35, 32, 34)
 """ANSI codes for cyan, yellow, magenta, green and blue; consecutive documents cycle through them."""
 PLAIN, DIM, INVERSE, STRUCK = 0, 2, 7, 9
 CELLS: Final = 24
-"""Maximum number of rows and columns of cells in a drawn mask."""
+"""Maximum number of cells in each row and column of a drawn attention mask."""
 LEGEND: Final = (
-    "Each document has its own color; end-of-text is inverse; text without labels is struck through, or in « » "
-    "if there are no colors. The attention mask is below each window: each row of cells is a span of query tokens, and "
-    "█ marks the keys that these queries attend to."
+    "Each document has its own color; end-of-text tokens are inverted; text without labels is struck through, or in "
+    "« » if there are no colors. The attention mask is below each window: each row of cells is a span of query tokens, "
+    "and █ marks the keys that these queries attend to."
 )
 
 
@@ -39,7 +39,7 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
         colors: Whether to use ANSI colors.
     """
     yield LEGEND
-    order = data.train_sampler.order  # the order of windows, because there may be fewer windows than one batch
+    order = data.train_sampler.order  # of windows, not of batches, because there may be too few windows to fill a batch
     for index in order.rows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_dataset[index]
         # Without a document mask the batch has no document ids, so count end-of-text tokens.

@@ -25,7 +25,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
-    """Run the command ``sweep``.
+    """Run the ``sweep`` command.
 
     Args:
         args: Command-line arguments; None uses ``sys.argv``.
@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
     if (arguments.file is None) == (arguments.compare is None):
         raise UserError("pass either a sweep file, or run folders after --compare (see --help)")
     if arguments.workers < 1:
-        raise UserError(f"argument --workers: {arguments.workers} is below 1; it must be 1 or more")
+        raise UserError(f"argument --workers is {arguments.workers}; it must be 1 or more")
     missing = [name for name in REQUIRED_MODULES if find_spec(name) is None]
     if missing:
         raise UserError(f"sweep requires {', '.join(missing)}; install with: python -m pip install -e '.[sweep]'")

@@ -21,10 +21,10 @@ class _ParseOnlyCLI(FitCLI):
 
 
 def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
-    """Parse every setting of a sweep file as ``fit`` would, and build the baseline.
+    """Parse every setting of a sweep file as ``fit`` would, and resolve the flags of the baseline.
 
-    Each setting is checked alone, on top of the baseline. Contradictions between settings are not detected; a trial
-    with contradictory settings fails and reports the reason.
+    Each setting is checked on its own, with the baseline values of all other flags. Contradictions between settings are
+    not detected; a trial with contradictory settings fails and reports the reason.
 
     Returns:
         The flags of the baseline and its number of replicas.
@@ -51,7 +51,7 @@ def _check_assignment(cli: FitCLI, sweep: SweepConfig, assignment: Assignment, k
     except UserError as error:
         message = str(error)
         for name in map(short_flag, sweep.fit_flags(assignment)):
-            leaf = name.rpartition(".")[2]  # the parser of a class reports its flags by their last part
+            leaf = name.rpartition(".")[2]  # a class parser reports only the last component of a flag
             mentioned = re.search(rf"--{re.escape(name)}\b|['\"]{re.escape(leaf)}['\"]", message)
             if name not in known_flags and mentioned:
                 section = "fixed" if name in map(short_flag, sweep.fixed) else "vary"
@@ -60,7 +60,7 @@ def _check_assignment(cli: FitCLI, sweep: SweepConfig, assignment: Assignment, k
 
 
 def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
-    """Yield the baseline, then the baseline with one setting changed, for each example setting."""
+    """Yield the baseline and then, for each example setting, the baseline with only this setting changed."""
     baseline = sweep.baseline_assignment
     yield baseline
     for name, dimension in sweep.vary.items():

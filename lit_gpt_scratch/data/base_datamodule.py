@@ -1,4 +1,4 @@
-"""Base class of all data modules, which batch rows in a reproducible order that can be resumed at any step.
+"""Base class of all data modules; batches have a reproducible order, so that training can be resumed at any step.
 
 A row is one sequence of a batch: packed documents, or one padded record.
 """
@@ -25,7 +25,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Upper bound for sizes, far above any useful value, because some libraries abort the process on an impossible size."""
+"""Upper bound for sizes, far above any useful value; some libraries abort the process if a size is too large."""
 
 
 class SplitCounts(NamedTuple):
@@ -34,7 +34,7 @@ class SplitCounts(NamedTuple):
     Attributes:
         items: Number of documents or records.
         tokens: Number of tokens without padding.
-        labels: Number of labels that the loss counts.
+        labels: Number of labels that contribute to the loss.
         n_bytes: Number of UTF-8 bytes of text; None if it was not counted.
     """
 
@@ -48,7 +48,8 @@ class BaseDataModule(L.LightningDataModule):
     """Base class for data modules that batch rows.
 
     Subclasses implement ``tokenizer``, and set ``train_dataset``, ``validation_dataset`` and, if there is a test split,
-    ``test_dataset`` in ``setup``. The members under "For reports" are optional: callbacks report what they return.
+    ``test_dataset`` in ``setup``. They can also override the members from ``item_name`` to ``prompts``, which
+    callbacks use in reports and logs.
 
     Args:
         block_size: Tokens per row.
@@ -59,7 +60,7 @@ class BaseDataModule(L.LightningDataModule):
         seed: Seed for the row order. None uses the seed of ``seed_everything``.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: An argument is null or out of range.
     """
 
     train_dataset: RowDataset[Any]
@@ -67,9 +68,9 @@ class BaseDataModule(L.LightningDataModule):
     test_dataset: RowDataset[Any] | None = None
     """Test rows; None if there is no test split."""
     init_from: str | None = None
-    """Checkpoint of the pretrained model to start training from, whose tokenizer is used; None trains a new model."""
+    """Checkpoint of the pretrained model to start from, whose tokenizer is used; None if a new model is trained."""
     initial_tokenizer: Tokenizer | None = None
-    """Tokenizer of the ``init_from`` model; None until it is read. Set it if the model has already been read."""
+    """Tokenizer of the ``init_from`` model, read on first use; can be set in advance if the model is already loaded."""
     weights: Sequence[float] | None = None
     """Sampling weight of each part of ``train_dataset``. If None, an epoch visits every row once."""
 
@@ -103,7 +104,7 @@ class BaseDataModule(L.LightningDataModule):
         """Hash of all training and evaluation data."""
         raise NotImplementedError
 
-    # For reports: all optional.
+    # Optional overrides, which callbacks use in reports and logs.
 
     item_name: ClassVar[str] = "row"
     """Singular name of what ``SplitCounts.items`` counts, such as "document"."""
@@ -132,11 +133,11 @@ class BaseDataModule(L.LightningDataModule):
         return iter(())
 
     def sample_train_tokens(self, n: int) -> TokenIds | None:
-        """Return about the first ``n`` training tokens, or None if the rows are not running text."""
+        """Return about ``n`` tokens of training text, or None if the data is not continuous text."""
         return None
 
     def validation_tokens(self) -> TokenIds | None:
-        """Return all validation tokens, or None if the rows are not running text."""
+        """Return all tokens of the validation text, or None if the data is not continuous text."""
         return None
 
     @property
@@ -191,7 +192,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def shard(self) -> dict[str, int]:
-        """Number of data-parallel replicas and data-parallel rank of this process.
+        """Number of data-parallel replicas (``num_replicas``), and data-parallel rank of this process (``rank``).
 
         All processes of a tensor-parallel group have the same data-parallel rank.
         """
@@ -311,7 +312,7 @@ class BaseDataModule(L.LightningDataModule):
 
 
 def reject_null(given: dict[str, Any]) -> None:
-    """Reject arguments that are None, because the command line accepts ``null`` for any type."""
+    """Reject arguments that are None; the command line accepts ``null`` for arguments of any type."""
     for name, value in given.items():
         if value is None:
             raise UserError(f"data.{name} is null; omit it to use the default")
@@ -325,14 +326,15 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
 
 
 STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Signals of Ctrl-C, a termination request, and SLURM's warning before the time limit (``sbatch --signal=USR1@60``)."""
+"""Signals that stop a run: SIGINT (Ctrl-C), SIGTERM (termination request) and SIGUSR1 (SLURM's warning before the time
+limit, if requested with ``sbatch --signal=USR1@60``)."""
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a DataLoader worker, because the trainer still needs batches to finish its last step.
+    """Ignore termination signals in a DataLoader worker, so that the trainer can still finish its last step.
 
-    A terminal and SLURM send signals to all processes of a run. Workers exit when the trainer closes the loader or
-    exits itself.
+    Terminals and SLURM send signals to all processes of a run. Workers exit when the trainer closes the loader or
+    itself exits.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Data module for instruction tuning, with conversations."""
+"""Data module for instruction tuning on conversations."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Data module for classification, with labelled text."""
+"""Data module for text classification."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         self.balance = balance
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Generate synthetic labelled sentences."""
+        """Generate synthetic sentences with class labels."""
         return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
@@ -109,7 +109,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         """Build the datasets.
 
         Raises:
-            UserError: A class has no training records, or ``RecordDataModule.setup`` raises an error.
+            UserError: A class has no training records, or one of the errors of ``RecordDataModule.setup`` occurs.
         """
         for name, count in zip(self.class_names, self.class_counts, strict=True):
             if not count:

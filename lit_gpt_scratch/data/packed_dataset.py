@@ -93,7 +93,7 @@ class PackedDataset(RowDataset[Batch]):
         return plan, plan.pieces(row - self._ends[part] + len(plan))
 
     def describe_row(self, row: int) -> str:
-        """Describe a row by the numbers of its documents in the token stream, for log and error messages."""
+        """Describe a row by the indices of its documents in the token stream, for log and error messages."""
         plan, pieces = self.pieces(row)
         numbers: set[int] = set()
         before = 0
@@ -108,7 +108,7 @@ class PackedDataset(RowDataset[Batch]):
     def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
         """Build an error that names the shard with the unknown token.
 
-        Otherwise, the embedding lookup would fail on a GPU with an error that does not name the shard.
+        On a GPU, the embedding lookup would otherwise fail with an error that does not identify the token.
         """
         for plan, pieces in map(self.pieces, rows):
             for start, length in pieces:

@@ -27,7 +27,7 @@ from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.corpus import CorpusSpec
-from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # a config may name it
+from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can name it
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
@@ -37,7 +37,8 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""Sample prompts: number of documents, tokens per prompt, and validation tokens searched for document starts."""
+"""Number of validation documents that provide a sample prompt, number of tokens per prompt, and number of validation
+tokens that are searched for the starts of documents."""
 STDLIB_PROMPT = "def "
 
 
@@ -51,19 +52,20 @@ class PackedText(BaseDataModule):
         source: Text to train on: ``stdlib`` (the default), the standard library of this Python installation; a text,
             JSONL, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such files, or a pattern with
             ``*``; or a Hub dataset, as ``owner/name``. To combine several sources, pass a mapping from source to
-            weight; the number of bytes read from each source is proportional to its weight.
-        text_column: Column that contains the text, for sources with columns.
+            weight; the number of bytes used from each source is proportional to its weight.
+        text_column: Column that contains the text, if the source has columns.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
-        streaming: Stream a Hub dataset instead of downloading it.
+        streaming: Whether to stream a Hub dataset instead of downloading it.
         max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
             reaches this limit. By default, all text is read.
-        cleaning: Steps that filter or edit documents, in order. By default, only exact duplicates are removed.
-            See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores, or 1
-            in a script that new processes would run again. The result does not depend on the number of processes.
+        cleaning: Steps that filter or edit documents, applied in order. By default, only exact duplicates are
+            removed. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
+        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores if
+            Python was started with ``-m``, and 1 otherwise: each new process imports the main script, which may lack an
+            ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
         validation_share: Fraction of the documents held out for validation, by default 0.05. If there is only one
-            document, this fraction of its text is held out, taken from the end.
+            document, this fraction at the end of its text is held out.
         tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
             ``unigram``, ``char`` or ``byte``; or the path of an existing tokenizer: a ``tokenizer.json`` file, a folder
             that contains such a file, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
@@ -71,27 +73,27 @@ class PackedText(BaseDataModule):
             text yields fewer tokens.
         special_tokens: Special tokens in addition to end-of-text, such as chat roles. Text in documents is never
             encoded as a special token.
-        store: Folder in which to save the token store of this source, with the cleaned text and the cleaning audit.
+        store: Folder in which to save the token store: the tokens, the cleaned text and the report on the cleaning.
         cache: Folder for packing plans and, if ``store`` is not set, for token stores and cleaned text. By default, a
             folder in the user's cache directory.
-        init_from: Checkpoint of a trained model whose tokenizer is used; ``fit`` sets it to ``model.init_from``.
+        init_from: Checkpoint of a trained model; its tokenizer is used. ``fit`` sets this to ``model.init_from``.
         mixture: Token stores (folders created with ``store``) to use instead of ``source``: a single folder; a list of
-            folders, to use every window of each store once per epoch; or a mapping from folder to weight, to make the
-            number of training windows from each store proportional to its weight. Validation uses the validation
-            tokens of all stores.
+            folders, in which case an epoch uses every window of each store once; or a mapping from folder to weight, in
+            which case the number of training windows from each store is proportional to its weight. Validation uses the
+            validation tokens of all stores.
         packing: How to pack documents into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
             ``data.packing``. Validation always uses ``concatenate``, so that every packing policy is scored on the
             same tokens.
-        document_mask: Restrict attention to tokens of the same document, and number positions from the document's first
-            token.
+        document_mask: Whether tokens attend only to tokens of the same document, with positions counted from the first
+            token of the document.
         block_size: Number of tokens per window.
-        batch_size: Windows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step across all ranks; gradients are accumulated over micro-batches to
-            reach this number. By default, ``trainer.accumulate_grad_batches`` sets the number of micro-batches per
-            step.
+        batch_size: Number of windows per micro-batch on each data-parallel rank.
+        tokens_per_step: Number of tokens per optimizer step across all ranks; gradients are accumulated over
+            micro-batches to reach this number. By default, ``trainer.accumulate_grad_batches`` sets the number of
+            micro-batches per step.
         num_workers: Number of DataLoader worker processes; 0 loads batches in the training process, which has little
             overhead because tokens are memory-mapped.
-        seed: Seed for the window order; by default the seed of ``seed_everything``.
+        seed: Seed for the window order; by default, the value of ``seed_everything``.
 
     Raises:
         UserError: An argument is out of range, or arguments conflict.
@@ -104,10 +106,10 @@ class PackedText(BaseDataModule):
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults of arguments that are ``None``, which ``fit`` saves in ``config.yaml``.
+        """Return the values used for arguments that are ``None``; ``fit`` saves these values in ``config.yaml``.
 
-        These defaults are not in the signature, because ``--data`` keeps the arguments of the same name when it selects
-        another class.
+        They are not defaults in the signature, because another class selected by ``--data`` would inherit the defaults
+        of all arguments that it has in common with this class.
         """
         if arguments.get("mixture") is not None:
             return {}
@@ -161,8 +163,8 @@ class PackedText(BaseDataModule):
         sources = tuple(
             (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
-        # module again. Our commands, which run as modules, support this, but a user's script may not.
+        # torch.get_num_threads() is the number of cores that this process may use. Each new process imports the main
+        # module again: this is safe for our commands if run with python -m, but a user's script may lack a guard.
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
@@ -208,7 +210,7 @@ class PackedText(BaseDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size, read from the manifest instead of the tokenizer file."""
+        """Vocabulary size, read from the token store's manifest instead of the tokenizer file."""
         return self.store.vocab_size
 
     @property
@@ -243,7 +245,7 @@ class PackedText(BaseDataModule):
 
     @property
     def cleaning_reports(self) -> list[str]:
-        """Content of each store's ``audit.md``, unless a copy of a store lacks it."""
+        """Content of the ``audit.md`` file of each token store; stores without this file are skipped."""
         paths = [store.folder / "audit.md" for store in self.stores]
         return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
 

@@ -61,7 +61,7 @@ class TokenStream(Protocol):
         """Return the positions in ``[start, stop)`` at which a document starts."""
 
     def describe_position(self, token: int) -> str:
-        """Describe where the token at a position is stored (shard or record), for error messages."""
+        """Describe the shard or record that contains the token at a position, for error messages."""
 
 
 class RecordTokenStream:
@@ -101,7 +101,7 @@ class RecordTokenStream:
         return counts
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """Yield two arrays, once: the start position and the length of each record."""
+        """Yield a single pair of arrays: the start position and the length of each record."""
         yield self._starts, self._lengths
 
     def document_starts(self, start: int, stop: int) -> Integers:
@@ -123,7 +123,7 @@ PLAN_FORMAT: Final = 1
 
 @dataclass(frozen=True)
 class PackingCost:
-    """Cost of a packing policy: padding, discarded tokens and split documents. Costs can be added.
+    """Cost of a packing policy: padding, discarded tokens and split documents. Supports addition.
 
     Attributes:
         windows: Number of windows.
@@ -173,6 +173,8 @@ class PackingCost:
 class PackingPlan(Protocol):
     """Interface of a packing plan, which assigns the tokens of a stream to windows.
 
+    Each window consists of one or more pieces; a piece is a contiguous span of the stream.
+
     Attributes:
         crosses: Whether a piece may contain tokens of more than one document.
     """
@@ -190,7 +192,10 @@ class PackingPlan(Protocol):
     def __len__(self) -> int: ...
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the start position and length of each piece in a window; an empty list past the last window."""
+        """Return the start position and length of each piece (contiguous span of the stream) in a window.
+
+        The list is empty for an index past the last window.
+        """
 
     def count_labels(self, windows: Integers) -> int:
         """Count the labels in the windows with the given indices, (n,)."""
@@ -199,7 +204,7 @@ class PackingPlan(Protocol):
 def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
     """Assign the tokens of a stream to training windows.
 
-    A bin-packing plan is cached, keyed by the document boundaries, ``block_size`` and ``policy``.
+    Bin-packing plans are cached under a hash of the document boundaries, ``block_size`` and ``policy``.
     """
     if policy == "concatenate":
         return ConcatenatedPlan(stream, block_size)
@@ -218,7 +223,7 @@ def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPo
 class ConcatenatedPlan:
     """Packing plan that splits a token stream every ``block_size`` tokens.
 
-    Each token except the first is a label exactly once, apart from the tokens of a dropped last window.
+    Apart from the labels of a dropped last window, every token except the first occurs exactly once as a label.
 
     Args:
         stream: Token stream to pack.
@@ -239,7 +244,10 @@ class ConcatenatedPlan:
         return self.n_windows
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the start position and length of the single piece in a window; an empty list past the last window."""
+        """Return the start position and length of the single span of the stream that forms a window.
+
+        The list is empty for an index past the last window.
+        """
         start = window * self.block_size
         length = min(self.block_size, self.stream.n_tokens - start)
         return [(start, length)] if window < self.n_windows else []
@@ -267,7 +275,10 @@ class ConcatenatedPlan:
 
 
 class _BinPackingPlan(ABC):
-    """Base class of plans stored as two arrays: pieces in window order, and the index of each window's first piece."""
+    """Base class of plans stored as two arrays: pieces (contiguous spans of the stream), and each window's first piece.
+
+    The pieces are in window order, so that those of one window are adjacent.
+    """
 
     crosses: ClassVar[bool] = False
     stream: TokenStream
@@ -286,9 +297,9 @@ class _BinPackingPlan(ABC):
         return len(self._windows) - 1
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the start position and length of each piece in a window, in stream order.
+        """Return the start position and length of each piece (contiguous span of the stream) in a window.
 
-        The list is empty for an index past the last window.
+        Pieces are in stream order. The list is empty for an index past the last window.
         """
         first, end = self._windows[window : window + 2] if window < len(self) else (0, 0)
         return [(int(start), int(length)) for start, length in self._pieces[first:end]]
@@ -381,7 +392,12 @@ def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, 
 def pack_shards(
     stream: TokenStream, block_size: int, policy: BinPackingPolicy
 ) -> Iterator[tuple[Integers, Integers, PackingCost]]:
-    """Pack each shard and yield its pieces in window order, the number of pieces in each window, and the cost."""
+    """Pack the documents of each shard.
+
+    Yields:
+        For each shard, the start position and length of each piece (contiguous span of the stream) in window order,
+        (n_pieces, 2); the number of pieces in each window, (n_windows,); and the packing cost.
+    """
     for starts, lengths in stream.document_spans():
         pieces = _split_documents(starts, lengths, block_size)
         window_of = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))

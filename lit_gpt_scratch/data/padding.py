@@ -12,7 +12,7 @@ from lit_gpt_scratch.batch_types import PADDING_MULTIPLE
 from lit_gpt_scratch.data.sampler import BatchT, RowDataset
 
 EMPTY_ROW: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
-"""Token ids of a padding row."""
+"""Token ids of a padding row, which has no tokens."""
 
 Item = TypeVar("Item")
 
@@ -38,7 +38,7 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
 def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     """Right-pad rows to the length of the longest row, rounded up to a multiple of ``PADDING_MULTIPLE``.
 
-    Rows are not padded to the context length, because short rows in a context of a thousand tokens would then require
+    Rows are not padded to the context length: with a context length of a thousand tokens, short rows would then require
     many times as much computation.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pairs of a preferred and a rejected reply: the data module for reward models and DPO."""
+"""Data module for reward modeling and DPO, with pairs of a preferred and a rejected reply."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         self.ties = ties
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Generate synthetic tasks with one reply that satisfies the verifiable preference and one that does not."""
+        """Generate synthetic tasks with one reply that satisfies the rule ``checkable`` and one that does not."""
         return synthetic_data.preferences(self.checkable or DEFAULT_CHECKABLE)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
@@ -81,7 +81,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     @property
     def info(self) -> DataInfo:
-        """Description of the data, including that records are pairs and whether long pairs are truncated."""
+        """Description of the data, with ``has_pairs`` set to True and ``truncates`` set if long pairs are truncated."""
         return replace(super().info, has_pairs=True, truncates=self.too_long == "cut")
 
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
@@ -100,7 +100,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
 
 class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch]):
-    """Dataset of right-padded pairs of a preferred and a rejected sequence."""
+    """Dataset of pairs of a preferred and a rejected sequence, right-padded to a common length per batch."""
 
     def make_batch(self, rows: Sequence[int]) -> PairBatch:
         """Build the batch for the given pair indices; the index ``len(self)`` denotes a padding pair."""

@@ -62,14 +62,14 @@ class TokenPreparation:
         """Open the token store, creating it first if it does not exist.
 
         Args:
-            cache: Cache folder, used if ``store`` is None. Each store in it is named by a hash of everything that
-                determines its tokens and its audit.
+            cache: Cache folder, used if ``store`` is None. Each token store in it is named after a hash of
+                everything that determines its tokens and its cleaning report.
             store: Folder for this store and its text only; None uses ``cache``.
             given: Tokenizer to use instead of ``tokenizer``.
 
         Raises:
-            UserError: A source, the tokenizer or a folder cannot be used, or ``store`` contains tokens made with
-                different settings.
+            UserError: A source, the tokenizer or a folder cannot be used, or ``store`` contains tokens prepared
+                with different settings.
         """
         if given is None and self.tokenizer not in TOKENIZER_KINDS:
             given = Tokenizer.load(Path(self.tokenizer).expanduser())
@@ -125,18 +125,18 @@ class TokenPreparation:
         if not text.exists():
             fill_folder_atomically(text, self.selection.write)
         self._write_tokens(folder, CleanedCorpus.open(text), given)
-        (text / "sample.json").unlink(missing_ok=True)  # it contains text from before cleaning
+        (text / "sample.json").unlink(missing_ok=True)  # it contains uncleaned text
 
     def _validate_settings(self, store: Path, given: Tokenizer | None) -> None:
-        """Reject a store made with different settings; log a warning if its source text has changed or is missing."""
+        """Reject a store with different settings; log a warning if its source text has changed or is missing."""
         manifest = TokenStore.read_manifest(store)
         stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         stored = stored | {"cleaning": upgrade_stored_cleaning(stored.get("cleaning", []))}
         for name in current:
             if stored.get(name) != current[name]:
                 raise UserError(
-                    f"{store} contains tokens made with a different {name.replace('_', ' ')}; set --data.store to "
-                    "another folder, or delete this folder"
+                    f"{store} contains tokens prepared with different settings ({name.replace('_', ' ')}); set "
+                    "--data.store to another folder, or delete this folder"
                 )
         try:
             unchanged = manifest.get("stamps") == self.selection.source_fingerprints
@@ -236,7 +236,7 @@ def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[st
 
 
 def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Split long strings, at line ends if possible, to limit the memory that training a tokenizer requires.
+    """Split long strings, at line breaks if possible, to limit the memory that training a tokenizer requires.
 
     A tokenizer trainer uses many times the memory of its longest string.
     """

@@ -1,4 +1,4 @@
-"""Base class for data modules whose records contain a prompt: preferences, and prompts for on-policy training."""
+"""Base class of ``Preferences`` and ``Prompts``, the data modules whose records contain a prompt."""
 
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
 SAMPLE_PROMPTS: Final = 3
 """Number of prompts for which sample replies are logged."""
 DEFAULT_CHECKABLE: Final = "full_stop"
-"""Default verifiable preference for synthetic records."""
+"""Verifiable preference used by default for synthetic records: the reply must end with exactly one period."""
 
 
 class PromptedRecord(TextRecord, Protocol):
@@ -34,14 +34,15 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     """Base class for data modules that render prompts with a chat template and check generated replies.
 
     Args:
-        checkable: Name of the verifiable preference (see ``text.verifiable_rewards``) against which replies to held-out
-            prompts are checked. By default, the verifiable preference that the policy is trained on; if there is none,
-            ``full_stop`` for synthetic records, and no check for other data.
+        checkable: Name of the verifiable preference (a rule that a program can check, see ``text.verifiable_rewards``)
+            against which replies to held-out prompts are checked. By default, the verifiable preference that is used as
+            the reward in training, if any; otherwise ``full_stop`` for synthetic records. For other data, replies are
+            not checked by default.
         reply_tokens: Maximum number of tokens per generated reply, including the end-of-text token.
         **kwargs: See ``RecordDataModule``.
 
     Raises:
-        UserError: The verifiable preference does not exist, or a number is out of range.
+        UserError: No verifiable preference has the given name, or another argument is invalid.
     """
 
     shares = (0.2, 0.2)

@@ -1,4 +1,4 @@
-"""Prompts without replies: the data module for on-policy training, in which the policy generates the replies."""
+"""Data module for on-policy training, with prompts only: the policy generates the replies."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -52,8 +52,8 @@ class Prompts(PromptedDataModule[Prompt]):
             raise UserError("data.too_long is cut, which would remove the end of a prompt; set it to refuse or drop")
         if self.max_record_tokens < 1:
             raise UserError(
-                f"data.reply_tokens is {self.reply_tokens}, which leaves no tokens for prompts in a data.block_size of "
-                f"{self.block_size}; lower data.reply_tokens, or raise data.block_size"
+                f"data.reply_tokens is {self.reply_tokens}, which leaves no tokens for prompts if data.block_size "
+                f"is {self.block_size}; lower data.reply_tokens, or raise data.block_size"
             )
 
     @property
@@ -125,7 +125,7 @@ class Prompts(PromptedDataModule[Prompt]):
         """Sampler of this process's rollouts, starting at the trainer's current position.
 
         Raises:
-            UserError: The model does not generate replies to train on.
+            UserError: The model does not generate replies, so there is nothing to train on.
         """
         phase = self.source_of_prompts.phase
         if phase is None:
@@ -135,13 +135,15 @@ class Prompts(PromptedDataModule[Prompt]):
         return RolloutSampler(self._prompt_order, phase, self.order_seed, **self._sampler_arguments())
 
     def find_text_reward(self, name: str | None) -> TextReward:
-        """Return the reward function with the given name or, if it is None, the preference that checks replies.
+        """Return the reward function with the given name.
 
-        If the name is that of a verifiable preference, replies are also checked against this preference, unless
-        ``checkable`` is set.
+        If ``name`` is None, the verifiable preference of the data module (``checkable``) is used as the reward. If
+        ``name`` refers to a verifiable preference, replies are also checked against it (see ``reply_check``), unless
+        the argument ``checkable`` already specifies one.
 
         Raises:
-            UserError: The reward function does not exist, or no name is given and there is no default.
+            UserError: No reward function has this name, or ``name`` is None and the data module has no verifiable
+                preference.
         """
         self.rewarding = name if name in VERIFIABLE_PREFERENCES else None
         if (name := name or self.checkable) is None:

@@ -8,7 +8,7 @@ class               ``parse_row`` returns    ``encode_record`` returns          
 ``LabelledText``    a text and its label     token ids and a class index                  padded rows
 ``Conversations``   messages                 the rendered template; labels on replies     packed windows
 ``Preferences``     a prompt and two replies the rendered template, once with each reply  padded pairs
-``Prompts``         messages to reply to     the rendered template; no labels             prompt indices
+``Prompts``         messages of the prompt   the rendered template; no labels             prompt indices
 =================== ======================== ============================================ =================
 """
 
@@ -67,11 +67,13 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             records.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
-        streaming: Stream a Hub dataset instead of downloading it.
+        streaming: Whether to stream a Hub dataset instead of downloading it.
         validation_share: Fraction of the records held out for validation. The default depends on the class.
-        test_share: Fraction of the records held out for testing; 0 for no test split. The default depends on the class.
+        test_share: Fraction of the records held out for testing; 0 omits the test split. The default depends on the
+            class.
         split_seed: Seed for the split, independent of the run's seed.
-        copies_together: Whether to put duplicate records into the same split. By default, duplicates are only counted.
+        copies_together: Whether to put duplicate records into the same split. By default, duplicates are split like
+            other records, and the number of held-out records that also occur in the training split is logged.
         too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
             ``cut`` truncates its end; ``drop`` skips it.
         tokenizer: Type of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
@@ -79,19 +81,19 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             ``bpe`` if ``init_from`` is not set.
         vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or less if the
             records yield fewer tokens.
-        init_from: Checkpoint or run folder of the model to fine-tune, whose tokenizer is used; ``fit`` sets it to
+        init_from: Checkpoint or run folder of the model to fine-tune; its tokenizer is used. ``fit`` sets this to
             ``model.init_from``.
         cache: Folder for trained tokenizers. By default, a folder in the user's cache directory.
-        block_size: Maximum tokens per row.
-        batch_size: Rows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step across all ranks, counting ``block_size`` tokens for each row;
-            gradients are accumulated over micro-batches to reach this number. By default,
+        block_size: Maximum number of tokens per row.
+        batch_size: Number of rows per micro-batch on each data-parallel rank.
+        tokens_per_step: Number of tokens per optimizer step across all ranks, counting ``block_size`` tokens for each
+            row; gradients are accumulated over micro-batches to reach this number. By default,
             ``trainer.accumulate_grad_batches`` sets the number of micro-batches per step.
         num_workers: Number of DataLoader worker processes; 0 loads batches in the training process.
-        seed: Seed for the row order; by default the seed of ``seed_everything``.
+        seed: Seed for the row order; by default, the value of ``seed_everything``.
 
     Raises:
-        UserError: A number is out of range, or arguments conflict.
+        UserError: An argument is invalid, or arguments conflict.
     """
 
     item_name = "record"
@@ -104,7 +106,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults of arguments that are ``None``, which ``fit`` saves in ``config.yaml``."""
+        """Return the values used for arguments that are ``None``; ``fit`` saves these values in ``config.yaml``."""
         return {"validation_share": cls.shares[0], "test_share": cls.shares[1], **default_tokenizer(arguments)}
 
     def __init__(
@@ -202,7 +204,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def training_copies(self) -> dict[RecordSplit, int]:
-        """Number of records in each held-out split that also occur in the training split.
+        """For each held-out split, the number of its records that also occur in the training split.
 
         Records are compared without regard to case and whitespace.
         """

@@ -16,12 +16,15 @@ RecordIndices = NDArray[np.int64]
 
 
 def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
-    """Return a permutation of 0 to ``n - 1`` that depends only on its arguments, not on any library's version."""
+    """Return a permutation of 0 to ``n - 1`` that depends only on the arguments, not on the version of any library.
+
+    With the same seed, different values of ``purpose`` yield independent permutations.
+    """
     return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
 
 
 def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
-    """Validate and return the fraction of each held-out split; a test fraction of 0 means that there is no test split.
+    """Validate the fractions of the held-out splits and return them, keyed by split. A test fraction of 0 is omitted.
 
     Raises:
         UserError: A fraction is out of range, or no records remain for training.
@@ -43,8 +46,8 @@ def split_records(
         keys: Normalized content of each record; duplicates have equal keys.
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
-        together: Whether to put duplicates into the same split. A held-out split may then exceed its fraction, but by
-            fewer records than the largest group of duplicates contains.
+        together: Whether to put duplicates into the same split. A held-out split may then exceed its fraction, by
+            fewer records than there are in the largest group of duplicates.
         name: Name of the data source, for error messages.
 
     Returns:
@@ -68,13 +71,13 @@ def split_records(
     for split, indices in splits.items():
         if not len(indices):
             raise UserError(
-                f"{name} has only {len(keys):,} records, which leaves none for {split}; add records, or change "
-                "--data.validation_share or --data.test_share"
+                f"{name} has only {len(keys):,} records, which leaves none for the {split} split; add records, or "
+                "change --data.validation_share or --data.test_share"
             )
     return splits
 
 
 def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
-    """Count the records in each held-out split that also occur in the training split."""
+    """For each held-out split, count the records that also occur in the training split."""
     training = {keys[index] for index in splits["train"]}
     return {split: sum(keys[index] in training for index in splits[split]) for split in splits if split != "train"}

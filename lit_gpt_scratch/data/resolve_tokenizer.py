@@ -1,4 +1,4 @@
-"""Resolve the tokenizer for records: use the pretrained model's tokenizer, load one from a path, or train one."""
+"""Select the tokenizer for records: the tokenizer of the pretrained model, one loaded from a path, or a trained one."""
 
 import hashlib
 import logging
@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 def resolve_tokenizer(
     model_tokenizer: Tokenizer | None, init_from: str | None, data_tokenizer: str | None
 ) -> Tokenizer | None:
-    """Return the model's tokenizer or, if ``data_tokenizer`` is a path, the tokenizer loaded from it; otherwise None.
+    """Return the tokenizer of the model to fine-tune or, without a model, the tokenizer at the path ``data_tokenizer``.
+
+    If ``model_tokenizer`` is None and ``data_tokenizer`` is not a path, return None: a tokenizer must then be trained.
 
     Args:
-        model_tokenizer: Tokenizer of the model to fine-tune.
-        init_from: Path of the checkpoint of this model, for the error message.
-        data_tokenizer: Path of a tokenizer, or type of tokenizer to train.
+        model_tokenizer: Tokenizer of the model to fine-tune; None if a new model is trained.
+        init_from: Path of this model's checkpoint, for error messages.
+        data_tokenizer: Path of a tokenizer, or type of tokenizer to train; None if not specified.
 
     Raises:
         UserError: ``data_tokenizer`` differs from the model's tokenizer, so the model would misread the token ids.

@@ -1,4 +1,4 @@
-"""Sampler for on-policy training, in which a phase generates rollouts and trains on them for several passes."""
+"""Sampler for on-policy training, which alternates between generating rollouts and training on them."""
 
 from collections.abc import Sequence
 
@@ -13,21 +13,21 @@ from lit_gpt_scratch.data.sampler import Permutations, RowDataset, RowIndices, S
 class RolloutSampler(ShuffledSampler):
     """Sampler that yields one rank's rollouts in training order.
 
-    Rollouts are numbered consecutively across all rollout phases. Training makes several passes over the rollouts of
-    each phase: the first pass visits them in order, and each later pass visits them in a different random order. As in
-    ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and micro-batches. An
-    epoch consists of ``len(prompts) // phase_rows`` phases, but at least one.
+    In each phase, rollouts are generated once, and training makes several passes over them: the first pass visits them
+    in order, and each later pass visits them in a different random order. Rollouts are numbered consecutively across
+    all phases. As in ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and
+    micro-batches. An epoch consists of ``max(1, len(prompts) // phase_rows)`` phases.
 
     Args:
         prompts: Shuffled order of the prompts; its length determines the number of phases per epoch.
-        phase: Number of optimizer steps per pass, and of passes per rollout phase.
+        phase: Number of optimizer steps per pass, and number of passes per phase.
         seed: Seed for the order of the rollouts in later passes.
         batch_size: Rows per rank and micro-batch.
         rank: Data-parallel rank of this process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel ranks.
         start: Epoch to start at, and micro-batch within that epoch.
         accumulate: Micro-batches per optimizer step.
-        limit: Value of ``trainer.limit_train_batches``. An optimizer step that crosses this limit ends at the limit.
+        limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Samplers that order rows into micro-batches, and the base class of the datasets that look them up.
+"""Samplers that arrange row indices into micro-batches, and the base class of datasets that return these batches.
 
-The order is a pure function of seed, epoch, step, world size and rank. There is no sampler state to save and no
+The order is a pure function of the seed, epoch, step, world size and rank. There is no sampler state to save and no
 shuffled list in memory, so a run can be resumed at any step, on any number of ranks.
 """
 
@@ -73,24 +73,27 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
 
 MIXTURE_BLOCK: Final = 4096
-"""Maximum number of positions per block; in each block, every store of a mixture has its exact proportion of rows."""
+"""Maximum number of rows per block of a weighted mixture; in each block, the number of rows from each store is
+proportional to its weight."""
 ROWS_AT_ONCE: Final = 1024
-"""Number of rows whose order is computed per call: enough to amortise the overhead, but few enough to seek quickly."""
+"""Number of rows whose order is computed at once: enough to amortize the overhead, but few enough that the first
+batch is available quickly."""
 
 
 class ShuffledOrder:
     """Shuffled order of all rows in one store, or in a mixture of several stores.
 
     The number of positions in an epoch is the total number of rows in all stores. Without weights, an epoch visits
-    every row once. With weights, the positions are divided into blocks; in each block, every store fills its proportion
-    of the positions, which are chosen at random. Each store is traversed repeatedly, in a different order each time,
-    regardless of where an epoch ends. A row therefore repeats only after all rows of its store have been visited, apart
-    from the random order within a block.
+    every row once. With weights, the positions are divided into blocks; in each block, every store fills a share of the
+    positions proportional to its weight, and these positions are chosen at random. Each store is traversed repeatedly,
+    in a different order each time, regardless of where an epoch ends. A row is therefore repeated only after all rows
+    of its store have been visited, except in a block in which a new traversal of the store starts: because the block is
+    shuffled, rows of the new traversal may precede the last rows of the previous one.
 
     Args:
         sizes: Number of rows in each store.
         seed: Seed for all orders.
-        weights: Sampling weight of each store, 0 or more. In each block, proportions are rounded to whole positions.
+        weights: Sampling weight of each store, 0 or more. In each block, shares are rounded to whole positions.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -134,8 +137,8 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
     ``[:, r]``. The global sequence is therefore independent of the number of ranks, and a run can be resumed at any
     micro-batch without replaying earlier batches. Rows that do not fill a whole optimizer step are omitted, so that an
     epoch ends at the same row for any number of ranks and micro-batches; the omitted rows differ between epochs. If
-    there are too few rows for one step, an epoch is a single shorter step that contains only the micro-batches that the
-    rows can fill.
+    there are too few rows for one step, an epoch is a single shorter step, with as many micro-batches as the rows can
+    fill.
 
     The class inherits from ``DistributedSampler`` because Lightning replaces all other samplers with its own.
 
@@ -146,7 +149,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         world_size: Number of data-parallel ranks.
         start: Epoch to start at, and micro-batch within that epoch; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
-        limit: Value of ``trainer.limit_train_batches``. An optimizer step that crosses this limit ends at the limit.
+        limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
     """
 
     def __init__(
@@ -191,7 +194,15 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
                     yield MicroBatch(rows[micro_batch, self.rank].tolist(), rows[:n].ravel())
 
     def step_rows(self, epoch: int, steps: RowIndices) -> RowIndices:
-        """Return the row indices, (n, A, W, B) int64, of the given optimizer steps in an epoch, (n,) int64."""
+        """Return the row indices of the given optimizer steps in an epoch.
+
+        Args:
+            epoch: Index of the epoch.
+            steps: Indices of the optimizer steps within the epoch, (n,) int64.
+
+        Returns:
+            Row indices, (n, A, W, B) int64, for ``A`` micro-batches, ``W`` ranks and batch size ``B``.
+        """
         shape = (self.accumulate, self.world_size, self.batch_size)
         positions = steps[:, None] * np.prod(shape) + np.arange(np.prod(shape))
         return self.rows(epoch, positions.ravel()).reshape(-1, *shape)
@@ -240,14 +251,15 @@ def _shares(length: int, weights: Sequence[float]) -> list[int]:
 
 FEISTEL_ROUNDS: Final = 8
 MIN_BITS: Final = 6
-"""Minimum number of bits; with fewer bits, the permutations of a few values would not be equally probable."""
+"""Minimum number of bits that the Feistel network permutes; with fewer bits, it would not generate all permutations of
+a few values with equal probability."""
 MAX_LENGTH: Final = 2**62
 
 Words = NDArray[np.uint64]
 
 
 class Permutations:
-    """Numbered pseudorandom permutations of 0 to ``n - 1`` that can be evaluated at any position without a table.
+    """Pseudorandom permutations of 0 to ``n - 1``, numbered from 0, each evaluated at any position without a table.
 
     A Feistel network permutes all integers of ``max(MIN_BITS, (n - 1).bit_length())`` bits. A result above ``n - 1`` is
     permuted again until it is at most ``n - 1``, so that the map remains a bijection (cycle walking; Black and Rogaway
@@ -255,8 +267,8 @@ class Permutations:
 
     Args:
         n: Length of the permutations, 1 to 2**62.
-        key: A seed, and a number that identifies the purpose; both non-negative. Permutations with different keys or
-            numbers are independent.
+        key: A seed, and an integer that identifies what the permutations are used for; both non-negative. Permutations
+            that differ in key or number are independent.
     """
 
     def __init__(self, n: int, key: tuple[int, int]) -> None:
@@ -300,7 +312,7 @@ def _mask(bits: np.uint64) -> np.uint64:
 
 
 def _mix(x: Words) -> Words:
-    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014), in which every input bit affects every output bit."""
+    """Apply SplitMix64's finalizer (Steele, Lea and Flood 2014), in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -85,7 +85,7 @@ class TokenStore:
         """Read the manifest of a store.
 
         Raises:
-            UserError: The manifest does not exist, is damaged, or has a different format version.
+            UserError: The manifest does not exist, is damaged, or has an unsupported format version.
         """
         # Without a manifest, the folder may contain other files, so do not advise the user to delete it.
         if not (folder / MANIFEST_FILE).exists():
@@ -182,14 +182,15 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 def hash_json(value: object) -> str:
-    """Return the SHA-256 of a JSON-serialisable value, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON-serializable value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
     """Return the size, mtime and ctime of a file, from a single stat call.
 
-    Writing changes the ctime even if the mtime is reset, except on Windows, where the ctime is the creation time.
+    Writing to a file changes its ctime, even if its mtime is reset afterwards. On Windows, however, the ctime is the
+    creation time.
     """
     name = shard.file(part)
     try:

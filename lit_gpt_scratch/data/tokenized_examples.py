@@ -67,7 +67,7 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_labels(self) -> int:
-        """Number of labels in all sequences that are not ignored."""
+        """Total number of labels that are not ignored, over all sequences."""
         return sum(sequence.n_labels for sequence in self.sequences)
 
     def truncate(self, n: int) -> "TokenizedExample | None":
@@ -112,7 +112,8 @@ def limit_length(
         if too_long == "refuse":
             raise UserError(
                 f"{example.where} has {n_tokens:,} tokens, more than the maximum of {block_size:,}; raise "
-                "--data.block_size, or set --data.too_long cut to truncate such records, or drop to skip them"
+                "--data.block_size, or set --data.too_long cut to truncate such records or --data.too_long drop to "
+                "skip them"
             )
         if too_long == "cut" and (truncated := example.truncate(block_size)):
             kept.append(truncated)

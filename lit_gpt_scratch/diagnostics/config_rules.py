@@ -7,17 +7,21 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
-"""Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
+"""Compute-optimal number of training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Maximum factor above or below ``CHINCHILLA_RATIO``; test runs are shorter and production runs are longer."""
+"""Maximum factor by which the training tokens per parameter may be above or below ``CHINCHILLA_RATIO``.
+
+The range is wide, because test runs are often much shorter than compute-optimal, and production runs much longer.
+"""
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
 """Minimum fraction of labels that equal the next input token.
 
-In windows with many short documents, one label per document differs from the next token.
+The fraction may be below 1 even for correct labels, because the last label of a document may differ from the next input
+token. This matters most in windows with many short documents.
 """
 MAX_REPEATED_SHARE: Final = 0.3
-"""Maximum fraction of repeated passages; it is 0.04 in the source code of Python's standard library."""
+"""Maximum fraction of repeated passages; in the source code of Python's standard library, the fraction is 0.04."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:

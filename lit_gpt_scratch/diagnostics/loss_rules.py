@@ -9,9 +9,9 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 SWEEP_COMMAND: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
 N_RECENT: Final = 5
-"""Number of newest points whose median is used as the current loss."""
+"""Number of most recent points whose median is used as the current loss."""
 PEAK_SHARE: Final = 0.9
-"""Fraction of the highest learning rate so far at which the warm-up is considered finished."""
+"""The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
 """Number of steps after the warm-up by which the loss of an ongoing run must have fallen."""
 MIN_STEPS_FINISHED: Final = 50
@@ -23,14 +23,18 @@ The loss of healthy runs has decreased by 0.14 to 0.34 after ``MIN_STEPS_FINISHE
 ``MIN_STEPS_RUNNING`` steps.
 """
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Maximum loss relative to the loss of uniform predictions; only runs with too large steps exceed it.
+"""Maximum loss relative to the loss of uniform predictions.
 
-Healthy runs stay below 1.01.
+Only runs whose optimizer steps are too large exceed it; healthy runs stay below 1.01.
 """
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Maximum loss relative to the initial loss of a pretrained model, which may be trained on different text."""
+"""Maximum loss relative to the initial loss of a pretrained model, which may have been trained on different text."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
-"""TensorBoard tags of the update ratios of attention and feed-forward layers, whose initial norm is meaningful."""
+"""TensorBoard tags of the update ratios of attention and feed-forward layers.
+
+Other parts are not checked, because the initial norm of their weights may be zero or arbitrary, in which case their
+update ratio says little about the learning rate.
+"""
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
 """TensorBoard tag of the norm of the residual stream after the first block."""
 MAX_STREAM_GROWTH: Final = 1e3
@@ -42,13 +46,14 @@ these runs, it grows 10,000-fold or more.
 MIN_UPDATE_RATIO: Final = 1e-4
 """Minimum ratio of the update norm to the weight norm in one step.
 
-A common rule of thumb is 0.001. Healthy runs have 0.003 to 0.02, and runs at a thousandth of their learning rate have
-0.00001 to 0.00002.
+A common rule of thumb is 0.001. Healthy runs have ratios of 0.003 to 0.02, and runs at a thousandth of their learning
+rate have ratios of 0.00001 to 0.00002.
 """
 UNIGRAM_SHARE: Final = 0.95
-"""Maximum bits per byte relative to a unigram model.
+"""Maximum bits per byte relative to those of a unigram model.
 
-A network with destroyed layers learns only token frequencies; a healthy network reaches 0.8 after a hundred steps.
+If optimizer steps that are too large have destroyed the layers of a network, it learns only the token frequencies. A
+healthy network reaches a ratio of 0.8 after a hundred steps.
 """
 FLAT_DECREASE: Final = 0.02
 """Relative decrease below which the loss is considered flat.
@@ -56,22 +61,29 @@ FLAT_DECREASE: Final = 0.02
 The median of the newest ``N_RECENT`` points is compared with the median ``2 * N_RECENT`` points earlier.
 """
 MIN_RISE: Final = 0.25
-"""Minimum rise of the loss relative to its lowest value so far."""
+"""Fraction by which the loss must exceed its lowest value to be considered diverged."""
 MIN_RISE_NATS: Final = 0.1
-"""Additional minimum rise of the loss in nats, because a loss near 0 may double without diverging."""
+"""Rise in nats that is required on top of ``MIN_RISE``, because a loss near 0 may double without diverging."""
 OVERFIT_RISE: Final = 0.03
-"""Minimum rise of the validation loss relative to its lowest value; healthy runs fluctuate within 0.01."""
+"""Fraction by which the validation loss must exceed its lowest value for a run to be considered overfitting.
+
+In healthy runs, the relative fluctuation is at most 0.01.
+"""
 OVERFIT_RISE_SMALL: Final = 0.1
-"""Minimum rise of the validation loss for a small validation set, where a few percent are noise."""
+"""Value used instead of ``OVERFIT_RISE`` if the validation set is small, as changes of a few percent are then noise."""
 MIN_BASELINE_SHARE: Final = 0.2
-"""Minimum bits per byte relative to a compressor or n-gram model; the best language models reach a third of ``xz``."""
+"""Minimum bits per byte relative to those of a compressor or n-gram model.
+
+The best language models need about a third of the bits of ``xz``.
+"""
 
 
 def initial_loss(e: MetricHistory) -> float:
     """Return the initial loss of a run: the loss of uniform predictions, or that of the pretrained model.
 
-    For an RL policy, return NaN, so that every comparison is false: the loss of a policy measures how much better than
-    expected the last replies were, not the progress of training. ``rl_rules.py`` covers RL policies.
+    For an RL policy, return NaN, so that every comparison is false. The loss of a policy depends on how much better
+    than expected its most recent replies were, and does not measure the progress of training. The rules for RL policies
+    are in ``rl_rules.py``.
     """
     if len(e["train/kl"]):
         return math.nan
@@ -81,13 +93,13 @@ def initial_loss(e: MetricHistory) -> float:
 
 
 def _steps_at_peak(rate: MetricCurve, step: int) -> int:
-    """Return the number of steps since the end of the warm-up; all steps if no learning rate has been logged."""
+    """Return the number of steps since the end of the warm-up, or since step 0 if no learning rate has been logged."""
     peak = max(rate.values, default=0.0)
     return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * peak), 0)
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Return whether the loss has fallen below the initial loss; spikes are reported only afterwards."""
+    """Return whether the loss has fallen below the initial loss. Spikes are reported only once this is the case."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 

@@ -17,7 +17,8 @@ N_RECENT: Final = 3
 MIN_SEPARATION: Final = 1.5
 """Minimum distance between the medians of two groups of rollout phases, relative to the larger range within a group.
 
-In a simulation of groups of three phases with normally distributed noise, the distance is exceeded in 1 of 125 cases.
+In a simulation with two groups of three phases and normally distributed noise, the second group exceeds the first by
+this distance in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
 """Minimum drop of the true reward (the fraction of correct replies) below its best value.
@@ -29,8 +30,8 @@ MIN_REWARD_GAIN: Final = 0.1
 MAX_KL: Final = 30.0
 """Maximum KL divergence from the initial policy, in nats per reply.
 
-Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a penalty at ten times the learning rate
-reaches 75.
+Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a KL penalty at ten times the
+learning rate reaches 75.
 """
 MAX_KL_TO_TARGET: Final = 4.0
 """Maximum KL relative to the target KL, if the KL coefficient is adaptive."""
@@ -104,7 +105,7 @@ def reward_hacking(e: MetricHistory) -> Finding | None:
 
 
 def _reward_curves(e: MetricHistory) -> tuple[list[int], list[float], list[float]]:
-    """Return the steps, rewards and true rewards of all rollout phases; empty if the true reward is unknown."""
+    """Return the steps, rewards and true rewards of all rollout phases; empty lists if the true reward is unknown."""
     reward, true = _phases(e, "train/reward"), dict(_phases(e, "train/true_reward"))
     shared = [(step, value, true[step]) for step, value in reward if step in true]
     return [each[0] for each in shared], [each[1] for each in shared], [each[2] for each in shared]
@@ -218,7 +219,7 @@ def length_collapse(e: MetricHistory) -> Finding | None:
     if not is_rewarded:
         return Finding(evidence, "optimizer steps too large; the change does not increase the reward", _slower_flag(e))
     if ended < MIN_ENDED_SHARE:
-        cause = "the reward prefers long replies and does not penalise replies without an end token"
+        cause = "the reward prefers long replies and does not penalize replies without an end token"
         return Finding(evidence, cause, f"--model.unended_score {min(0.0, *e['train/reward'].values):.2g}")
     cause = (
         "the reward prefers short replies regardless of their content; reward the content, or stay closer to the "

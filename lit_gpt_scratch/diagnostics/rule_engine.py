@@ -29,7 +29,7 @@ class Rule:
     """Rule that detects one symptom.
 
     Args:
-        name: Name of the symptom; its diagnoses start with this name.
+        name: Name of the symptom; the text of each of its diagnoses starts with this name.
         reads: Names of metrics. The rule is evaluated when one of them has a new point, and at the end of the run.
         find: Function that maps a metric history to a finding, or to None if there is no problem.
         unless: Names of symptoms that explain this symptom; the rule is skipped if one of them has been found.
@@ -57,11 +57,11 @@ class Diagnosis:
 
     @property
     def name(self) -> str:
-        """Name of the symptom, without its numbers."""
+        """Name of the symptom, without the evidence."""
         return self.symptom.partition(":")[0]
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return the diagnosis as a JSON-serialisable dictionary."""
+        """Return the diagnosis as a JSON-serializable dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -21,8 +21,8 @@ MIN_STEPS: Final = 20
 MAX_DEVIATIONS: Final = 12.0
 """Distance above the median, in standard deviations (estimated from the MAD), beyond which a loss is a spike.
 
-The maximum over 20 healthy runs, with ten model shapes and 300 steps each, is 4. With batches of six short windows, a
-Unicode table in the source code of Python's standard library has reached 9.
+The maximum over 20 healthy runs, with ten model shapes and 300 steps each, is 4. With batches of six short windows,
+a Unicode table in the source code of Python's standard library has led to a distance of 9.
 """
 MIN_DEVIATION: Final = 0.02
 """Lower bound of the standard deviation, both relative to the median and in nats, for nearly constant losses."""
@@ -35,10 +35,10 @@ MAD_TO_STD: Final = 1.4826
 
 
 class SpikeDetector:
-    """Detector that classifies each optimizer step as normal or as an outlier; its state consists of plain numbers.
+    """Detector that classifies each optimizer step as normal or as an outlier.
 
     Attributes:
-        in_a_row: Number of consecutive outliers, reset by a rewind.
+        in_a_row: Number of consecutive outliers; also reset to 0 when the run is rewound to a checkpoint.
         is_outlier: Whether the last step was an outlier.
         deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD); 0 if it
             was not above the median, or if too few steps have been recorded.
@@ -101,7 +101,7 @@ class SpikeDetector:
         return "spike" if is_spike else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, including the recorded losses and norms."""
+        """Return the state, including the recorded losses and norms, as plain Python values."""
         known = {"losses": list(self.losses), "norms": list(self.norms)}
         return {**known, "in_a_row": self.in_a_row, "stood_out": self.is_outlier}
 

@@ -1,4 +1,4 @@
-"""Rules for individual steps: non-finite values, spikes, gradient norms, and waiting for data."""
+"""Rules for individual steps: non-finite values, spikes, gradient norms, and time spent waiting for data."""
 
 import math
 from typing import Final
@@ -19,13 +19,17 @@ GUARD_OFF: Final = 0.0
 GUARD_ACTS: Final = 2.0
 """Value of ``run/guard`` for ``--guard act``."""
 N_RECENT: Final = 3
-"""Number of newest points whose median is used as the current value of a curve."""
+"""Number of most recent points whose median is used as the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
 """Maximum fraction of the step time spent waiting for data; healthy runs spend 0.01 to 0.04."""
 EARLY_SHARE: Final = 0.25
 """Initial fraction of the run in which spikes are attributed to a missing warm-up."""
 MAX_GUARD_LINES: Final = 4
-"""Maximum number of lines quoted from the guard's report: numbers, location, and window with the highest loss."""
+"""Maximum number of lines quoted from the guard's report.
+
+They include the loss and gradient norm, the location of non-finite values if there are any, and the window with the
+highest loss.
+"""
 CHECKED_METRICS: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
@@ -46,7 +50,7 @@ def not_finite(e: MetricHistory) -> Finding | None:
             if len(values) > 1 and not math.isfinite(values[-2]):
                 return None
             return Finding(
-                f"{name} is {values[-1]} at a log step; the origin is unknown because the guard is off",
+                f"{name} is {values[-1]}; the origin is unknown because the guard is off",
                 "an optimizer step with a non-finite gradient was applied to the weights",
                 "--guard act",
             )

@@ -1,4 +1,4 @@
-"""Replay of a run's TensorBoard events in a rule engine."""
+"""Replay a run's TensorBoard events in a rule engine."""
 
 from pathlib import Path
 from typing import Final
@@ -13,22 +13,22 @@ from lit_gpt_scratch.errors import UserError
 TEXT_SUFFIX: Final = "/text_summary"
 """Suffix that PyTorch's ``SummaryWriter`` appends to the tag of logged text."""
 TEST_PREFIX: Final = "test/"
-"""Prefix of metrics that are computed after training and ignored, as in the diagnostics during training."""
+"""Prefix of test metrics. They are computed after training, so the rules do not use them."""
 
 
 def replay_events(run: Path, engine: RuleEngine) -> None:
     """Add the metrics and text logged by a run to a rule engine, without calling ``engine.finish``.
 
     Args:
-        run: Directory with event files; points repeated by a resumed session replace the earlier ones.
+        run: Run folder with event files. The points of a resumed session replace earlier points of the same steps.
         engine: Rule engine to which no metrics have been added yet.
 
     Raises:
-        UserError: The directory contains no events.
+        UserError: The folder contains no events.
     """
     files = [path for path in sorted(run.glob("*tfevents*")) if not path.name.endswith(".hparams")]
     if not files:
-        raise UserError(f"{run} contains no TensorBoard events; pass a run directory")
+        raise UserError(f"{run} contains no TensorBoard events; pass a run folder")
     for path in files:
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("session_log"):

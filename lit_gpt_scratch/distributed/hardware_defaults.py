@@ -15,9 +15,9 @@ from lit_gpt_scratch.distributed.cpu_count import CGROUP_CPU_MAX, read_cgroup_cp
 ONEDNN_CACHE_CAPACITY = 64
 """Number of generated matmul kernels that oneDNN caches.
 
-oneDNN generates a kernel for each shape, and caches 1,024 kernels by default. If batches are padded to their longest
-row, so that shapes vary, these kernels use 1.6 GB of additional memory. A training step has about 40 shapes, and
-generating a kernel again takes less than 0.5 ms.
+oneDNN generates a kernel for each shape, and caches 1,024 kernels by default. If each batch is padded to the length of
+its longest row, the shapes vary, and the cached kernels use 1.6 GB of additional memory. A training step uses about 40
+different shapes, and generating a kernel again takes less than 0.5 ms.
 """
 
 
@@ -63,9 +63,9 @@ def configure_process(processes: int = 1) -> None:
 
 
 def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
-    """Limit the number of torch threads to the container's CPU quota.
+    """Limit the number of PyTorch threads to the container's CPU quota.
 
-    Torch and Lightning count all cores of the machine. In a container with a CPU quota, they would start too many
+    PyTorch and Lightning count all cores of the machine. In a container with a CPU quota, they would start too many
     threads, which would wait for each other. If ``OMP_NUM_THREADS`` is already set, nothing changes; otherwise it is
     set for child processes.
 

@@ -17,7 +17,7 @@ SAMPLES_PER_STEP: Final = 8
 
 
 class ParallelLayout(NamedTuple):
-    """A distribution of an optimizer step over processes and micro-batches.
+    """A way to split an optimizer step across processes and micro-batches.
 
     Attributes:
         processes: Number of processes.
@@ -77,10 +77,10 @@ ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""Maximum relative differences in the gradient of the first step in float32.
+"""Maximum relative differences between layouts in the gradient of the first step of the float32 runs.
 
-``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the maximum
-difference of any element relative to the largest element of its tensor.
+``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the largest
+absolute difference of any element relative to the largest absolute element of its tensor.
 """
 
 
@@ -102,7 +102,7 @@ class LayoutParity:
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
     """Maximum relative difference in the loss, by layout and case."""
     gradient: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Relative difference in the gradient of the first step in float32, by layout and measure."""
+    """Relative difference in the gradient of the first step of the float32 run, by layout and measure."""
     reproducible: dict[str, bool] = field(default_factory=dict)
     """Whether two runs of the first case are bitwise equal, by layout."""
 
@@ -139,7 +139,7 @@ class LayoutParity:
 
     @property
     def violations(self) -> list[str]:
-        """Descriptions of all differences that exceed their tolerance."""
+        """Descriptions of the differences that exceed their tolerance, and of the layouts that are not reproducible."""
         found = [
             f"{name}, {case}"
             for (name, case), difference in self.loss.items()

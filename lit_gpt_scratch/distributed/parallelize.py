@@ -40,7 +40,7 @@ STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
-"""Parallel styles that a module's ``tensor_parallel_plan`` can use, except ``replicated``."""
+"""Parallel styles, other than ``replicated``, that a module's ``tensor_parallel_plan`` can use."""
 
 
 def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapters: bool = False) -> None:
@@ -77,8 +77,8 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         )
     if precision == "16-mixed" or precision.startswith("transformer-engine"):
         raise UserError(
-            f"--trainer.precision {precision} is not supported with tensor parallelism, because it cannot scale "
-            f"sharded gradients; choose bf16-mixed or 32-true"
+            f"--trainer.precision {precision} is not supported with tensor parallelism, because this "
+            f"precision cannot scale sharded gradients; choose bf16-mixed or 32-true"
         )
     if config.attention is not None:
         raise UserError(
@@ -120,9 +120,9 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
     """Complete tensor-parallel gradients in place, so that they equal the gradients of a single process.
 
-    If a replicated module is applied to heads, its gradient on each process includes only the heads of that process, so
-    the gradient is summed across processes. PyTorch leaves the gradient of a row-sharded embedding unsharded, so the
-    gradient is sharded like its weight.
+    If a replicated module is applied to individual heads, such as the norm of the queries, its gradient on each process
+    includes only the heads of that process, so the gradient is summed across processes. PyTorch leaves the gradient of
+    a row-sharded embedding unsharded, so this function shards it like the weight.
 
     Args:
         net: The network, after its backward pass.
@@ -147,7 +147,7 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
 
 
 def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
-    """Concatenate the heads or hidden channels of all tensor-parallel processes. All of them must call this function.
+    """Concatenate the heads or hidden channels of all tensor-parallel processes; must be called on each of them.
 
     Args:
         local: Tensor of any shape with the heads or channels of this process.

@@ -20,7 +20,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
-"""Checkpoints contain full tensors: rank 0 saves them, and each rank extracts its shard when loading them."""
+"""Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
 """Default size of a tensor-parallel group, by strategy name; None uses all processes."""
 
@@ -62,7 +62,8 @@ class ModelParallel(SizedModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        # The parent class numbers parameters in the order of the model, an optimizer in the order of its groups.
+        # The parent class numbers the parameters in the order of the model, but an optimizer numbers them in the order
+        # of its groups.
         assert self.model is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps the optimizer
         if not optimizer.state:  # get_optimizer_state_dict would run an optimizer step to create it

@@ -41,7 +41,7 @@ def _validate_strategy(strategy: object) -> None:
     name = f"--trainer.strategy {strategy if isinstance(strategy, str) else type(strategy).__name__}"
     if strategy in FSDP1_NAMES or isinstance(strategy, FSDPStrategy):
         raise UserError(
-            f"{name} flattens weights into vectors, which breaks Muon, weight decay and clipping; "
+            f"{name} flattens weights into vectors, which breaks Muon, weight decay and gradient clipping; "
             "use --trainer.strategy fsdp2"
         )
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ModelParallel):
@@ -67,7 +67,7 @@ def _validate_device_count(accelerator: str, devices: str) -> None:
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
     if available is not None and devices.isdecimal() and int(devices) > available:
         raise UserError(
-            f"--trainer.devices {devices} exceeds the number of GPUs of this machine, {available}; "
+            f"--trainer.devices {devices} exceeds the number of GPUs of this machine ({available}); "
             f"use --trainer.devices {available}"
         )
 
@@ -111,7 +111,7 @@ def explain_out_of_memory(data: Any) -> Iterator[None]:
 
 
 def _suggest_smaller_step(data: Any) -> str:
-    """Suggest flags that reduce the memory use of the same optimizer step."""
+    """Suggest flags that reduce memory use, if possible without changing the optimizer step."""
     layout = getattr(data, "layout", None)
     if not isinstance(layout, BatchLayout) or layout.batch_size == 1:
         return f"use {CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size"

@@ -22,12 +22,12 @@ def measure_xz_bits_per_byte(text: str) -> float:
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits required to encode all validation tokens except the first with a uniform distribution."""
+    """Return the number of bits required to encode all validation tokens except the first with a uniform model."""
     return (len(validation) - 1) * float(np.log2(vocab_size))
 
 
 def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits required to encode all validation tokens except the first with a unigram model.
+    """Return the number of bits required to encode all validation tokens except the first with a unigram model.
 
     The unigram counts of the training tokens are smoothed by adding one.
     """
@@ -37,7 +37,7 @@ def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -
 
 
 def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits required to encode all validation tokens except the first with a smoothed bigram model.
+    """Return the number of bits required to encode all validation tokens except the first with a bigram model.
 
     Pair counts are interpolated with unigram probabilities by Witten-Bell smoothing
     (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens follow ``a`` in the training data, the
@@ -68,7 +68,7 @@ def compute_token_baselines(train: TokenIds, validation: TokenIds, vocab_size: i
     Args:
         train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` ids are enough.
         validation: Validation token ids, (m,). All tokens except the first are predicted.
-        vocab_size: Number of token ids.
+        vocab_size: Size of the vocabulary.
         n_bytes: Length of the validation text in UTF-8 bytes.
 
     Returns:

@@ -88,7 +88,7 @@ def evaluate_chat(
         ``generation_eval.evaluate_generation``.
 
     Raises:
-        UserError: A conversation without its last reply is longer than the context.
+        UserError: A conversation is longer than the context, not counting its last reply.
     """
     template = ChatTemplate(tokenizer)
     prompts = [template.render_prompt(example.messages) for example in examples]

@@ -59,7 +59,7 @@ class ClassificationExample:
             raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
         if label not in classes:
             raise UserError(
-                f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}; "
+                f"{row.where}: the label {label!r} is not one of the model's classes ({', '.join(classes)}); "
                 "correct the label or remove the row"
             )
         return cls(row.where, benchmark_rows.get_text(row, text_column), classes.index(label))

@@ -9,13 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL_QUANTILE: Final = 1.959963984540054
-"""Number of standard deviations on either side of the mean that contain 95% of a normal distribution."""
+"""97.5% quantile of the standard normal distribution, which is the half-width of its central 95% interval."""
 MAX_GROUPS: Final = 100
 """Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
 """Relative standard error up to which a metric is considered constant, to ignore floating-point rounding errors."""
 MIN_ROWS: Final = 30
-"""Minimum number of rows for estimating intervals from rows. If there are fewer, parts of rows are used if possible."""
+"""Minimum number of rows for estimating intervals from rows.
+
+If there are fewer rows, and some of them have several parts (see ``Measurements``), the parts are used instead.
+"""
 
 PartIndices = NDArray[np.intp]
 Metrics = dict[str, float]
@@ -23,7 +26,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements on the parts of all benchmark rows, and functions that compute metrics from the measurements.
+    """Measurements on the rows of a benchmark, or on parts of them, and functions that compute metrics from them.
 
     Attributes:
         row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
@@ -57,8 +60,8 @@ class ScoreSummary:
         rows: Number of rows.
         metrics: Metrics keyed by name.
         intervals: Lower and upper bounds of each metric's 95% confidence interval, or None if the interval is unknown.
-            The interval is unknown if there is only one row, or if leaving out rows does not change the metric, e.g.
-            because all rows have the same value.
+            The interval of a metric other than a proportion is unknown if there is only one sampling unit (see
+            ``summarize``), or if leaving out units does not change the metric, e.g. because all have the same value.
         extra: Values without a confidence interval, keyed by name.
         from_parts: Whether the intervals are estimated from parts of rows, because there are too few rows.
     """

@@ -27,13 +27,16 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BOOTSTRAP_ITERS: Final = 100
-"""Number of bootstrap iterations for metrics of task groups whose standard error has no closed form."""
+"""Number of bootstrap iterations with which ``lm-eval`` estimates standard errors that have no closed form.
+
+The estimates are used only for metrics whose confidence intervals cannot be computed from the rows.
+"""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Maximum number of tokens per continuation if a task does not set a limit, as in ``lm-eval``."""
+"""Maximum number of new tokens per continuation for tasks that do not set a limit, as in ``lm-eval``."""
 
 
 class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
-    """Adapter with the model interface of ``lm-eval``: log-likelihoods of continuations and documents, and generation.
+    """Adapter that implements the model interface of ``lm-eval`` for a language model of this package.
 
     Every context is treated as the beginning of a document, so the start-of-text token is prepended, as with the
     option ``add_bos_token`` of ``lm-eval``.
@@ -73,7 +76,9 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generate a greedy continuation of each context up to a stop string. Long contexts are left-truncated.
+        """Generate a greedy continuation of each context, up to the first stop string.
+
+        Contexts that are too long are truncated from the left.
 
         Raises:
             UserError: A task requires random sampling.
@@ -98,7 +103,10 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return found
 
     def _truncate_context(self, context: str, n: int) -> str:
-        """Left-truncate a prompt so that ``n`` new tokens fit, but use at least half of the context for the prompt."""
+        """Truncate a prompt from the left so that ``n`` new tokens fit into the context.
+
+        At least half of the context is reserved for the prompt, even if the new tokens then do not fit.
+        """
         limit = max(self.model.block_size - n, self.model.block_size // 2) - 1
         ids, kept = self.tokenizer.encode(context), limit
         while len(ids) > limit:
@@ -128,9 +136,9 @@ def run_lm_eval(
         include_path: Folder with YAML files that define additional tasks.
 
     Returns:
-        The metrics of each task and task group, keyed by name. If a metric cannot be recomputed from the rows, its
-        confidence interval is +/- 1.96 times the standard error that ``lm-eval`` reports, or None if no standard error
-        is reported.
+        The metrics of each task and task group, keyed by the name of the task or group. If a metric cannot be
+        recomputed from the rows, its confidence interval is the metric +/- 1.96 times the standard error that
+        ``lm-eval`` reports, or None if ``lm-eval`` reports no standard error.
 
     Raises:
         UserError: A task does not exist, or its data cannot be loaded.
@@ -166,7 +174,10 @@ def run_lm_eval(
 
 
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
-    """Collect metrics such as ``acc,none``, with intervals computed from the rows or from ``acc_stderr,none``."""
+    """Collect the metrics of a task or task group, such as ``acc,none``, with their confidence intervals.
+
+    The intervals are computed from the rows or, if that is not possible, from ``acc_stderr,none`` etc.
+    """
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for key, value in found.items():
@@ -182,7 +193,7 @@ def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], ro
 
 
 def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
-    """Compute a confidence interval with ``summarize``; return None if the rows do not yield the same metric."""
+    """Compute a confidence interval with ``summarize``; return None if the rows do not reproduce the metric."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None
@@ -194,7 +205,7 @@ def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[
 
 
 def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
-    """Compute a normal confidence interval from a standard error; return None if the standard error is unknown."""
+    """Compute a confidence interval with the normal approximation; return None if the standard error is unknown."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
     return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

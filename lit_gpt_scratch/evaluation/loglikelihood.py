@@ -22,7 +22,7 @@ LOGITS_PER_BATCH: Final = 2**26
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Token sequence with the number of tokens to score at its end.
+    """Token sequence whose last ``n_scored`` tokens are scored.
 
     Attributes:
         ids: Token ids of the context and continuation.
@@ -49,8 +49,8 @@ class LogLikelihood:
 def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
     """Encode a context, which begins a document, and the continuation to score.
 
-    The context and continuation are encoded as a single string, and all tokens beyond the number of tokens of the
-    context are scored. As in ``lm-eval``, trailing white space is moved from the context to the continuation.
+    The context and continuation are encoded as a single string. If the context alone has n tokens, all tokens after
+    the first n are scored. As in ``lm-eval``, trailing white space is moved from the context to the continuation.
 
     Raises:
         UserError: The continuation adds no tokens.

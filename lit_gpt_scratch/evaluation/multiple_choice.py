@@ -18,7 +18,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 EXAMPLE_SEPARATOR: Final = "\n\n"
 """Separator between few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Relative difference below which log-probabilities are considered equal, because of float32 precision."""
+"""Relative tolerance for comparing log-likelihoods, which are computed in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MultipleChoiceQuestion:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Read the columns ``question`` and/or ``context``, ``choices`` and ``answer`` of a benchmark row.
+        """Read a benchmark row with the columns ``question`` or ``context`` (or both), ``choices`` and ``answer``.
 
         ``answer`` contains the correct choice or its zero-based index.
 
@@ -69,7 +69,7 @@ class MultipleChoiceQuestion:
 
     @property
     def text(self) -> str:
-        """Question with its correct answer, used to search for it in the training data."""
+        """Context followed by the correct choice, for few-shot examples and for the search in the training data."""
         return self.context + self.choices[self.answer]
 
 

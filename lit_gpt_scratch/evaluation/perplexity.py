@@ -15,15 +15,15 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Number of windows that are sorted by length and divided into batches at once."""
+"""Number of windows that are sorted by length and divided into batches at a time."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Split a document into windows such that each token except the first is scored exactly once.
 
-    Each window begins ``stride`` tokens after the previous window, and scores the tokens that have not been scored yet.
-    The first window scores all of its tokens except the first; later windows score up to ``stride`` tokens with at
-    least ``window - stride`` tokens of context.
+    Each window begins ``stride`` tokens after the previous window, and only tokens that have not been scored yet are
+    scored. In the first window, all tokens except the first are scored; in each later window, up to ``stride`` tokens
+    are scored, with at least ``window - stride`` tokens of context.
 
     Args:
         n_tokens: Number of tokens in the document, including the start-of-text token.
@@ -32,8 +32,8 @@ def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tupl
             ``window`` (no overlap).
 
     Yields:
-        For each window, the index of its first token, the index after its last token, and the number of tokens to score
-        at its end.
+        For each window, the index of its first token, the index one past its last token, and the number of tokens
+        to score at its end.
     """
     predicted = 1
     for start in range(0, n_tokens, stride):

@@ -36,7 +36,7 @@ class EvalRequest:
         source: Source of the rows or documents.
         limit: Maximum number of rows or documents; None for no limit.
         against: Source of the training data, which is searched for contamination; None skips the search.
-        text_column: Name of the column with the text of documents and labelled rows.
+        text_column: Name of the column with the text of documents and labeled rows.
         label_column: Name of the column with the class label.
         window: See ``perplexity.evaluate_perplexity``.
         stride: See ``perplexity.evaluate_perplexity``.
@@ -154,7 +154,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-serializable dict with metrics, other values, ``intervals`` and ``contamination``."""
+        """Convert to a JSON-serializable dict, with ``contamination`` if the training data was searched."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows

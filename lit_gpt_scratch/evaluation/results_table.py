@@ -15,7 +15,7 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 log = logging.getLogger(__name__)
 
 RESULTS_FOLDER: Final = "evaluations"
-"""Name of the subfolder of a run folder for evaluation results.
+"""Name of the subfolder for evaluation results in a run folder.
 
 TensorBoard shows the subfolder as a separate run. If newer event files were in the run folder itself, TensorBoard would
 stop following a run that is still training.
@@ -23,7 +23,10 @@ stop following a run that is still training.
 
 
 def format_results(result: Mapping[str, Any]) -> str:
-    """Format the output of ``EvalResult.to_dict`` as a table with 95% intervals, for all rows and for clean rows."""
+    """Format the output of ``EvalResult.to_dict`` as a table with 95% confidence intervals.
+
+    If the metrics of the uncontaminated ("clean") rows are known, the table also contains them.
+    """
     contamination = result.get("contamination")
     clean = contamination and contamination["clean"]
     lines = [["metric", "value", "95% interval"] + (["clean rows", "95% interval"] if clean else [])]
@@ -36,7 +39,8 @@ def format_results(result: Mapping[str, Any]) -> str:
     sections = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
     if result["intervals_of"] == "parts":
         sections.append(
-            "few documents: the intervals are estimated from windows and are too narrow, since windows are correlated"
+            "with few documents, the intervals are estimated from windows; they are too narrow, because windows are "
+            "correlated"
         )
     if "confusion" in result:
         names = list(result["confusion"])
@@ -58,7 +62,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
     Args:
         folder: Run folder.
         name: Name of the result, composed of the names of the task and the source.
-        request: Evaluation options as plain data, including the ``step`` of the checkpoint.
+        request: JSON-serializable evaluation options, including the ``step`` of the checkpoint.
         result: Metrics keyed by name; only finite numbers are logged to TensorBoard.
     """
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]

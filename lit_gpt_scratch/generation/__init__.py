@@ -1,1 +1,1 @@
-"""Text generation: sampling, the cached decoding loop, and streaming."""
+"""Text generation: sampling, decoding with a KV cache, and streaming."""

@@ -28,7 +28,7 @@ def generate(
     compile: bool = False,
     logprobs: Sequence[list[float]] | None = None,
 ) -> Iterator[tuple[int, int | None]]:
-    """Generate tokens for a batch of prompts until each row ends.
+    """Generate tokens for a batch of prompts, one per row, until every row has ended.
 
     The tokens of a row depend only on its prompt and seed, up to rounding: the batch size affects the order of
     floating-point additions, which rarely changes a token in float32, but may do so in bfloat16. Keys and values are
@@ -47,7 +47,7 @@ def generate(
             faster afterwards.
         logprobs: One list per prompt, to which the log-probability in nats of each sampled token is appended, including
             the end-of-text token. The log-probability is computed at the sampling temperature, or at temperature 1 for
-            greedy decoding, without top-k, top-p and min-p.
+            greedy decoding, without the repetition penalty, top-k, top-p and min-p.
 
     Yields:
         The index of a prompt and its next token, or None instead of a token when the row has ended.
@@ -58,8 +58,8 @@ def generate(
     for prompt in prompts:
         if not 0 < len(prompt) <= model.block_size:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens (including the start of text), but the context length is "
-                f"{model.block_size}; shorten the prompt"
+                f"the prompt has {len(prompt)} tokens (including the start-of-text token), but the context length "
+                f"is {model.block_size}; shorten the prompt"
             )
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
@@ -156,7 +156,10 @@ def _eager_step(model: GPT) -> DecodeStep:
 
 
 def _compiled_step(model: GPT, rows: int) -> DecodeStep:
-    """Return a compiled ``_eager_step`` for a fixed cache size and batch size. The first call takes many seconds."""
+    """Return a compiled version of ``_eager_step`` for a fixed cache size and batch size.
+
+    The first call of the returned function takes many seconds.
+    """
 
     def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 
 MAX_UNIFORM = 1 - 2**-22
-"""Factor for uniform random numbers, so that their product with the total probability is less than the total."""
+"""Factor that keeps uniform random numbers below 1, because numbers close to 1 are rounded to 1 in float32."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Sampling:
     """Sampling parameters, which are applied in the order in which they are listed.
 
     Args:
-        repetition_penalty: Factor for the logits of tokens that already occur: positive logits are divided by this
-            factor, negative logits are multiplied by it (CTRL, https://arxiv.org/abs/1909.05858). 1 has no effect.
+        repetition_penalty: Factor for the logits of tokens that already occur in the prompt or the generated text:
+            positive logits are divided by this factor, and negative logits are multiplied by it (CTRL,
+            https://arxiv.org/abs/1909.05858). 1 has no effect.
         temperature: Divisor of the logits. Values below 1 sharpen the distribution, values above 1 flatten it, and 0
             selects greedy decoding.
         top_k: Number of most probable tokens to keep; None keeps all tokens.

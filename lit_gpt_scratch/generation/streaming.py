@@ -34,7 +34,7 @@ def stream_text(
         compile: Whether to compile the decoding step; see ``generate``.
 
     Yields:
-        The index of a prompt and the next piece of its generated text; an empty piece marks the end.
+        The index of a prompt and the next piece of its generated text; an empty string marks the end.
 
     Raises:
         UserError: A prompt is longer than the context, or a stop string is empty.

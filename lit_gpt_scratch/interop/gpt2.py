@@ -1,4 +1,8 @@
-"""GPT-2 (Radford et al. 2019): transposed linear weights (Conv1D), and one matrix for query, key and value."""
+"""Convert GPT-2 models (Radford et al. 2019).
+
+Hugging Face stores the weights of their linear layers transposed (``Conv1D``), and combines the query, key and value
+projections of a block in one layer.
+"""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Final
@@ -25,7 +29,10 @@ MODULE_NAMES: Final[dict[str, tuple[str, ...]]] = {
     "mlp.c_fc": ("feed_forward.input",),
     "mlp.c_proj": ("feed_forward.output",),
 }
-"""Map from the Hugging Face names of a block's modules to the names in this package. Each has a weight and a bias."""
+"""Map from the Hugging Face names of a block's modules to the names in this package.
+
+Each module has a weight and a bias.
+"""
 
 
 class GPT2Family(ModelFamily):

@@ -90,7 +90,7 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
         Name of the ``transformers`` class that can load the model.
 
     Raises:
-        UserError: The folder is not empty or cannot be written, or no family supports the model.
+        UserError: The folder is not empty or cannot be written, or no model family supports the model's settings.
     """
     shape, weights = model.shape, dict(model.weights)
     try:

@@ -39,8 +39,8 @@ class HFConfigReader:
 
         Args:
             name: Field name.
-            default: Value to use if the field is missing; if it is None, the field is required.
-            if_null: Value to use if the field is null; if it is None, the field must not be null.
+            default: Value to use if the field is missing; if None, the field is required.
+            if_null: Value to use if the field is null; if None, the field must not be null.
 
         Raises:
             UserError: The value is not a positive integer.
@@ -76,7 +76,7 @@ class HFConfigReader:
         return value
 
     def allow_only(self, name: str, *supported: Any) -> None:
-        """Record a field as unsupported unless it is missing, null or one of the supported values."""
+        """Record a field as unsupported unless it is missing or null, or has one of the supported values."""
         value = self.values.get(name)
         if value is not None and value not in supported:
             self.reject(name, f"only {' or '.join(map(str, supported))}" if supported else "only null")

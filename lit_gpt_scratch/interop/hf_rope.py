@@ -1,4 +1,7 @@
-"""Convert the rotary position settings of ``config.json`` in the format of transformers 5 or in the older format."""
+"""Convert the rotary position settings of ``config.json`` to fields of ``GPTConfig`` and back.
+
+Both the format of transformers 5 and the older format can be read; the former is written.
+"""
 
 import math
 from typing import Any, Final

@@ -18,7 +18,7 @@ WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-"""Pattern for masks and rotary frequencies in older files, which are ignored, since they follow from the config."""
+"""Pattern for masks and rotary frequencies in older files; they are ignored, since they follow from the config."""
 MAX_LISTED: Final = 4
 
 
@@ -34,7 +34,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         found = _read_shards(folder)
     elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
         raise UserError(
-            f"{folder} contains {pickles[0]}, which can run code when loaded, and no {WEIGHTS_FILE}; "
+            f"{folder} contains {pickles[0]}, which can run code when loaded, but no {WEIGHTS_FILE}; "
             "save the model again with safe_serialization=True in transformers"
         )
     else:
@@ -53,7 +53,9 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         if any(Path(name).name != name for name in files):  # reject paths outside the folder
             raise ValueError("it refers to files in other folders")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an index of weights ({error}); download it again") from error
+        raise UserError(
+            f"{path} is not a valid index file of a sharded checkpoint ({error}); download it again"
+        ) from error
     found: dict[str, Tensor] = {}
     for name in files:
         found |= _read_file(folder / name)

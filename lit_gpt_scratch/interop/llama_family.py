@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen3: rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
+"""Convert Llama, Mistral and Qwen3 models, which use rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ class LlamaLikeFamily(ModelFamily):
     """Base class for model families with the Llama architecture and a norm before each sublayer.
 
     Attributes:
-        default_kv_heads: Number of key-value heads if ``config.json`` does not specify it; None uses the number of
+        default_kv_heads: Number of key/value heads if ``config.json`` does not specify it; None uses the number of
             attention heads.
         default_head_dim: Head dimension if ``config.json`` does not specify it; None uses the hidden size divided by
             the number of attention heads.

@@ -32,7 +32,7 @@ class TensorMapping(NamedTuple):
 
     Attributes:
         hf_name: Name in the Hugging Face file.
-        names: Names in this package's state dict; several tensors are concatenated along the rows.
+        names: Names in this package's state dict; if there are several, the tensors are concatenated along dimension 0.
         transposed: Whether the file stores the weight as (in_features, out_features), like Conv1D in GPT-2.
     """
 
@@ -57,10 +57,10 @@ class ModelFamily(ABC):
         architecture: Name of the corresponding ``transformers`` class.
         prefix: Prefix of all tensor names except that of the head; absent from files that were saved without the head.
         context_field: Name of the ``config.json`` field with the context length.
-        tied_by_default: Whether embeddings are tied if ``config.json`` does not specify it.
+        tied_by_default: Whether the embeddings are tied if ``config.json`` does not contain ``tie_word_embeddings``.
         has_dropout: Whether the family applies dropout in the same places as this package.
-        fixed: ``GPTConfig`` fields with a single supported value. Fields that are in none of ``fixed``,
-            ``configurable`` and ``COMMON_FIELDS`` must have their default values.
+        fixed: Map from the ``GPTConfig`` fields that have a single supported value to that value. Fields that are in
+            none of ``fixed``, ``configurable`` and ``COMMON_FIELDS`` must have their default values.
         configurable: ``GPTConfig`` fields that the family can express in addition to ``COMMON_FIELDS``.
     """
 
@@ -104,7 +104,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Iterate over the mappings of all tensors except the head's."""
+        """Iterate over the mappings of all tensors except the output head."""
 
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         """Return a description of each ``GPTConfig`` setting that the family does not support."""
@@ -131,7 +131,7 @@ class ModelFamily(ABC):
         return converted
 
     def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert tensors of the family to a state dict of ``GPT``, as the inverse of ``to_hf_weights``.
+        """Convert the family's tensors to a state dict of ``GPT``. This is the inverse of ``to_hf_weights``.
 
         The state dict includes the head even if it is tied to the embedding.
         """

@@ -15,8 +15,8 @@ from torch import Tensor
 MAX_LENGTH: Final = 512
 """Maximum sequence length for which this backward pass is faster than PyTorch's.
 
-The speedup is three or more at 64 and 128 tokens, up to two at 256 tokens, and 1.3 at 512 tokens
-(``experiments/benchmarks/attention.py``).
+The backward pass is at least 3 times as fast at 64 and 128 tokens, up to twice as fast at 256 tokens, and 1.3 times as
+fast at 512 tokens (``experiments/benchmarks/attention.py``).
 """
 
 
@@ -44,7 +44,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
         k: (B, n_kv_head, T, head_dim) bfloat16.
         v: (B, n_kv_head, T, head_dim) bfloat16.
         mask: (1 or B, 1 or n_head, T, T), either bool (True where attention is allowed) or bfloat16 (added to the
-            scores). None means causal.
+            scores). None means a causal mask.
 
     Returns:
         (B, n_head, T, head_dim) bfloat16.
@@ -66,7 +66,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> t
         q: Queries, (B, n_head, T, head_dim).
         k: Keys, with the same shape as the queries.
         v: Values, with the same shape as the queries.
-        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf at masked positions; None means causal.
+        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf at masked positions; None means a causal
+            mask.
 
     Returns:
         The output, (B, n_head, T, head_dim), and the log-sum-exp of the scores of each query, (B, n_head, T) float32.
@@ -83,10 +84,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of attention as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
 
-    The attention weights are recomputed. Terms that are subtracted from a matrix product are stored in the buffer to
-    which ``baddbmm_`` adds the product, so that only the difference is rounded to bfloat16. Rounding a score of 40
-    could change it by 0.1, and thus its attention weight by 10%. The operations are in-place, because at these sizes,
-    an allocation takes as long as a matrix product.
+    The attention weights are recomputed. Where a term is subtracted from a matrix product, ``baddbmm_`` adds the
+    product to the negated term, so that only the difference is rounded to bfloat16. If the product were rounded first,
+    a score of 40 could change by 0.1, and thus its attention weight by 10%. The operations are in-place, because at
+    these sizes, an allocation takes as long as a matrix product.
     """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))

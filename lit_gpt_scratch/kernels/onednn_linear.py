@@ -28,7 +28,7 @@ def onednn_is_faster() -> bool:
 USE_ONEDNN = onednn_is_faster()
 """Whether large matrix products are computed with oneDNN."""
 MIN_MULTIPLICATIONS = 2**22
-"""Minimum number of multiplications for which oneDNN is used, because its overhead per call is higher."""
+"""Minimum number of scalar multiplications in a matrix product for oneDNN, which has a higher overhead per call."""
 PLAIN_TENSORS = Tensor, nn.Parameter
 """Tensor classes for which oneDNN is used; subclasses such as ``DTensor`` are excluded."""
 
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 
 
 LINEAR_CLASSES = nn.Linear, Linear
-"""Classes of linear layers that LoRA may replace; their subclasses are excluded."""
+"""Classes of linear layers that LoRA may replace; other subclasses of ``nn.Linear`` are excluded."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiler backend for decoding one sequence on a CPU, which compiles (1, K) @ (K, N) products into fused loops.
+"""A ``torch.compile`` backend that compiles (1, K) @ (K, N) products into fused loops, to decode one sequence on a CPU.
 
 Reading the matrix dominates the time of such a product, and in small models, calling a library's matrix kernel adds
 noticeable overhead. The product is therefore written as an elementwise product and a sum, which Inductor fuses with the
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 MAX_MATRIX_NUMEL: Final = 1 << 20
-"""Maximum number of matrix elements; for larger matrices, such as in GPT-2 124M, the library's kernel is faster."""
+"""Maximum number of matrix elements; for larger matrices, such as those of GPT-2 124M, library kernels are faster."""
 
 aten = torch.ops.aten
 

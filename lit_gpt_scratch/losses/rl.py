@@ -182,7 +182,7 @@ def adapted_kl_coefficient(coefficient: float, kl: float, target: float, rate: f
         coefficient: Current KL coefficient.
         kl: Measured KL divergence per reply, in nats.
         target: Target KL divergence per reply, in nats.
-        rate: Gain of the controller, which scales ``e``.
+        rate: Factor for ``e``, i.e. the gain of the proportional controller.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coefficient * (1.0 + rate * error)

@@ -1,4 +1,4 @@
-"""Capture activations inside a network (residual stream, feed-forward units, attention weights) and summarise them."""
+"""Capture activations inside a network (residual stream, feed-forward units, attention weights) and summarize them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,7 @@ Kept = TypeVar("Kept")
 
 
 class BlockActivations(NamedTuple):
-    """Activations of one block. Under tensor parallelism, each process holds only its own heads and units.
+    """Activations of one block. Under tensor parallelism, each process holds only its own heads and hidden units.
 
     Attributes:
         stream: (B, T, n_embd), the residual stream after the block.
@@ -48,8 +48,8 @@ def capture_activations(
 ) -> CapturedActivations[Kept]:
     """Run an uncompiled forward pass in evaluation mode and capture the activations of each block.
 
-    The network's weights, modes and compiled code are left unchanged. With FSDP2 or tensor parallelism, all processes
-    must call this function.
+    The network's weights, training mode and compiled code are left unchanged. With FSDP2 or tensor parallelism, all
+    processes must call this function.
 
     Args:
         net: The network.
@@ -178,11 +178,11 @@ def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
 
 
 DEAD_UNIT_THRESHOLD: Final = 1e-6
-"""Threshold for dead units: maximum activation of the unit, as a fraction of the largest maximum in its layer."""
+"""Maximum absolute activation of a dead unit, as a fraction of the largest absolute activation in its layer."""
 
 
 def dead_units(max_activations: Tensor) -> Tensor:
-    """Return a mask of the dead feed-forward units of a layer.
+    """Return a mask of the dead feed-forward units of a layer, whose activations are close to 0 for all tokens.
 
     A ReLU unit that never activates is exactly 0 for all tokens. Units with smooth activations or gates only get close
     to 0 and are therefore compared with ``DEAD_UNIT_THRESHOLD``.

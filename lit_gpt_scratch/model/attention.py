@@ -38,8 +38,9 @@ class AttentionLayout(NamedTuple):
         positions: Position of each token in its document, counted from 0: (T,) int64 if all rows have the same
             positions, otherwise (B, T).
         cos_sin: The output of ``PositionEncoding.cos_sin`` for these positions.
-        mask: The attention mask; None means causal. A dense mask is either (1 or B, 1, T, S) bool, True where attention
-            is allowed, or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention uses a ``BlockMask``.
+        mask: The attention mask; None means a causal mask. A dense mask is either (1 or B, 1, T, S) bool, True where
+            attention is allowed, or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention uses a
+            ``BlockMask``.
     """
 
     positions: Tensor
@@ -149,8 +150,8 @@ def causal_attention(
         k: (B, n_kv_head, S, head_dim). If ``mask`` is None, S must equal T or T must be 1.
         v: (B, n_kv_head, S, head_dim).
         dropout: Dropout probability for attention weights; not supported with a ``BlockMask``.
-        mask: Attention mask (see ``AttentionLayout``); None means causal.
-        softcap: If set, bound the scores with ``softcap * tanh(scores / softcap)``.
+        mask: Attention mask (see ``AttentionLayout``); None means a causal mask.
+        softcap: Soft cap for the scores, which are bounded with ``softcap * tanh(scores / softcap)``; None disables it.
         bias: Score bias, used only with a ``BlockMask``; a dense mask already includes it.
         backend: Attention backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
@@ -237,9 +238,9 @@ def _flex_attention(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """Return the compiled FlexAttention, which is compiled on first use because the compiler is slow to import.
+    """Return the compiled ``flex_attention``. It is compiled on first use, because the compiler is slow to import.
 
-    Without compilation, FlexAttention would materialise all attention scores.
+    Without compilation, FlexAttention would materialize all attention scores.
     """
     return torch.compile(flex_attention)
 

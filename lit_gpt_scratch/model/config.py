@@ -11,7 +11,7 @@ from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
-if TYPE_CHECKING:  # mypy requires literals; at run time the choices (and those in --help) come from the tables
+if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (also in --help) come from the registries
     FeedForwardName: TypeAlias = str
     InitialisationName: TypeAlias = str
     NormName: TypeAlias = str
@@ -60,14 +60,17 @@ class GPTConfig:
             configs.
         rotary_share: Fraction of the channels of each head that are rotated, starting with the first channel
             (GPT-NeoX).
-        rotary_scaling: Method for extending rotary positions beyond the context length used in training: ``linear``,
-            ``ntk``, ``llama3`` or ``yarn`` (see ``model.positions``). By default, positions are not scaled.
-        rotary_factor: Ratio of the extended context length to the context length used in training.
-        rotary_trained_context: Context length used in training, in tokens; required for ``llama3`` and ``yarn``.
-        rotary_slow: For ``llama3`` and ``yarn``, the number of turns within the trained context below which the
-            frequency of a channel pair is divided by ``rotary_factor``; 1 by default.
-        rotary_fast: For ``llama3`` and ``yarn``, the number of turns within the trained context above which the
-            frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``.
+        rotary_scaling: Method for extending rotary positions beyond the original context length: ``linear``, ``ntk``,
+            ``llama3`` or ``yarn`` (see ``model.positions``). By default, positions are not scaled.
+        rotary_factor: Ratio of the extended context length to the original context length.
+        rotary_trained_context: Original context length in tokens, with which the model was trained before the
+            extension; required for ``llama3`` and ``yarn``.
+        rotary_slow: For ``llama3`` and ``yarn``, the number of rotations over the original context length
+            (``rotary_trained_context``) below which the frequency of a channel pair is divided by ``rotary_factor``;
+            1 by default. Hugging Face configs call it ``low_freq_factor`` (``llama3``) or ``beta_slow`` (``yarn``).
+        rotary_fast: For ``llama3`` and ``yarn``, the number of rotations over the original context length above which
+            the frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``. Hugging
+            Face configs call it ``high_freq_factor`` (``llama3``) or ``beta_fast`` (``yarn``).
         norm: Type of normalization layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
             (https://arxiv.org/abs/1607.06450).
         norm_eps: Value added to the mean square or variance in normalization layers for numerical stability.
@@ -97,9 +100,10 @@ class GPTConfig:
             embeddings multiplied by a second learned scalar (modded-nanogpt).
         dropout: Dropout probability for embeddings, attention weights and residual branches, as in GPT-2; 0 disables
             dropout.
-        initialisation: Weight initialisation scheme: ``zero`` starts with residual branches and an untied output head
-            that output zero, ``gpt2`` and ``normal`` draw weights from a normal distribution with standard deviation
-            0.02 (GPT-2, Llama), and ``xavier`` is the scheme of the original Transformer (see ``model.weight_init``).
+        initialisation: Weight initialization scheme: ``zero`` makes residual branches and an untied output head
+            initially output zero, ``gpt2`` and ``normal`` draw weights from a normal distribution with a standard
+            deviation of 0.02 (GPT-2, Llama), and ``xavier`` is the scheme of the original Transformer (see
+            ``model.weight_init``).
 
     Raises:
         UserError: A size is not positive, a size is not divisible as required, a probability is out of range, or two

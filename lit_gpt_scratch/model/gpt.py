@@ -79,7 +79,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x) if self.post else x
 
     def residual_branches(self) -> list[ResidualBranch]:
-        """Return the attention branch and the feed-forward branch, for weight initialisation."""
+        """Return the attention branch and the feed-forward branch, for weight initialization."""
         return [
             ResidualBranch(module.residual_outputs(), end_norm if self.sandwich else None)
             for module, end_norm in (

@@ -16,16 +16,17 @@ class KVCache:
         capacity: Maximum number of tokens per row.
         device: Device of the model.
         dtype: Dtype of the keys and values.
-        fixed: Whether to return all slots when a single token is appended, and to require a mask for the unused slots.
-            Shapes then stay the same from token to token, so that the compiler has to trace the step only once.
+        fixed: Whether to return all ``capacity`` slots when a single token is appended, and to require a mask over the
+            unused slots. Tensor shapes then do not change from token to token, so that ``torch.compile`` compiles the
+            decoding step only once.
 
     Attributes:
         lengths: Number of tokens stored in each row.
         capacity: Maximum number of tokens per row.
-        positions: Slots of the new tokens, (T,) int64 if all rows have the same length, otherwise (B, T).
-        visible_length: Number of slots that attention reads.
-        needs_mask: Whether attention requires a mask over these slots.
-        ragged: Whether new tokens are written to separate slots for each row; ``positions`` is then (B, T).
+        positions: Slots of the new tokens, int64: (B, T) if ``ragged`` is True, otherwise (T,).
+        visible_length: Number of slots that attention reads, starting with the first slot.
+        needs_mask: Whether attention requires an explicit mask over these slots.
+        ragged: Whether the slots of the new tokens are specified separately for each row.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
@@ -93,12 +94,13 @@ class KVCache:
         return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:
-        """Shift values right by one token, continuing from the previous forward pass: (B, T, ...) -> (B, T, ...).
+        """Assign to each new token the value of the preceding token: (B, T, ...) -> (B, T, ...).
 
-        The first token of a row is assigned zeros.
+        The first new token is assigned the value of the last token of the previous forward pass, or zeros if there is
+        none.
 
         Args:
-            name: Key under which the value of the last token is stored for the next call.
+            name: Key under which the value of the last token of each row is stored for the next forward pass.
             x: Values of the new tokens.
         """
         last = self._previous.get(name)

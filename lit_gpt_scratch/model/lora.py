@@ -25,12 +25,12 @@ from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 @dataclass(frozen=True)
 class LoRA:
-    r"""Hyperparameters of LoRA adapters and the layers to which they are added.
+    r"""Hyperparameters of LoRA adapters, and a pattern that selects the layers to adapt.
 
     Args:
         rank: Rank of the adapters: the number of rows of A and of columns of B.
-        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``, so that the learning rate does not
-            have to be changed with the rank.
+        alpha: Scale of the adapters. Their output is multiplied by ``alpha / rank``, so that the same learning rate can
+            be used with different ranks.
         dropout: Dropout probability for the inputs of the adapters in training; 0 disables dropout.
         pattern: Regular expression that selects the linear layers to adapt, such as ``attention\.(query|value)$``. It
             may match any part of a layer's full name. By default, all linear layers in the blocks are adapted.
@@ -47,7 +47,7 @@ class LoRA:
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
             if not 0 < value < math.inf:
-                raise UserError(f"lora.{name} is {value}; it must be positive")
+                raise UserError(f"lora.{name} is {value}; it must be positive and finite")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         try:
@@ -166,7 +166,7 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
     chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
     if not chosen:
-        examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # those of one block only
+        examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # names from the first block only
         there = f"choose among {', '.join(list(examples)[:10])}" if examples else "the network has no linear layers"
         raise UserError(f"lora.pattern is {settings.pattern}, which does not match any linear layer; {there}")
     net.requires_grad_(False)
@@ -209,21 +209,22 @@ def unmerge_lora(net: nn.Module) -> None:
 
 
 def remove_lora(net: nn.Module) -> None:
-    """Replace each ``LoRALinear`` with a plain linear layer that has its current weight, merged or not.
+    """Replace each ``LoRALinear`` with a plain linear layer that has its current weight.
 
-    Parameters remain frozen; call ``net.requires_grad_(True)`` to unfreeze them.
+    Adapters that have not been merged are discarded. Parameters remain frozen; call ``net.requires_grad_(True)`` to
+    unfreeze them.
 
     Raises:
-        UserError: The original weight of a merged adapter is shared with another layer, for example by the head and the
-            embedding. A checkpoint of the network would then contain two matrices, but its config specifies only one.
+        UserError: A layer with a merged adapter shares its original weight with another layer, as with tied embeddings.
+            A checkpoint of the network would then contain two matrices, although its config specifies only one.
     """
     plain = {}
     for name, layer in _lora_layers(net):
         for other, module in net.named_modules():
             if module is not layer and any(mine is layer.unmerged for mine in module.parameters(recurse=False)):
                 raise UserError(
-                    f"the adapter of {name} is merged, but {other} shares the weight, which must not change; exclude "
-                    f"{name} from lora.pattern, untie the weights, or do not merge the adapter"
+                    f"the adapter of {name} is merged, but its original weight is shared with {other} and must not "
+                    f"change; exclude {name} from lora.pattern, untie the weights, or do not merge the adapter"
                 )
         plain[layer] = layer.to_linear()
     for name, module in list(net.named_modules(remove_duplicate=False)):
@@ -241,15 +242,16 @@ def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
     """Load adapters from a state dict created by ``lora_state_dict``; merged adapters are unmerged first.
 
     Raises:
-        UserError: The adapters in the network belong to other layers or have other shapes than those in the state dict.
+        UserError: The adapters in the state dict belong to different layers or have different shapes than those in the
+            network.
     """
     current = lora_state_dict(net)
     for name in sorted(current.keys() | state.keys()):
         expected, found = (tuple(part[name].shape) if name in part else "missing" for part in (current, state))
         if expected != found:
             raise UserError(
-                f"the adapters do not match the network: {name} is {found} in the state dict, but {expected} in the "
-                f"network; use the same lora.rank and lora.pattern"
+                f"the adapters do not match the network: the shape of {name} is {found} in the state dict, but "
+                f"{expected} in the network; use the same lora.rank and lora.pattern"
             )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)

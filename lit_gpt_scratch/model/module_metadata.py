@@ -1,33 +1,34 @@
-"""Metadata that modules declare about themselves, so that other files do not have to list modules by name.
+"""Metadata that modules declare about themselves, so that other code does not have to list modules by name.
 
-Unless stated otherwise, the declarations are optional attributes or methods of an ``nn.Module``. A new type of
-feed-forward network, such as a mixture of experts, only has to be added to ``FEED_FORWARDS``.
+For example, a new type of feed-forward network, such as a mixture of experts, only has to be added to
+``FEED_FORWARDS``. Unless stated otherwise, the following attributes and methods of an ``nn.Module`` are optional.
 
 ``tensor_parallel_plan: ClassVar[dict[str, str]]``
     Tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names may
     contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the same
     on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
-    split, outputs summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows are
-    split, outputs summed) and ``replicated`` (each process holds all parameters and applies them to its own heads, so
-    gradients are summed). A module without a plan is replicated and requires no communication.
+    split and outputs are summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows
+    are split and outputs are summed) and ``replicated`` (each process holds all parameters and applies them to its own
+    heads, and gradients are summed). A module without a plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
-    Number of floating-point operations (FLOPs) per token in the forward pass of the module and its children, if each
-    token attends to ``context`` tokens. The default is the sum over the children, with two FLOPs per weight of a linear
-    layer.
+    Returns the number of floating-point operations (FLOPs) per token in the forward pass of the module and its
+    children, if each token attends to ``context`` tokens. The default is the sum over the children, with two FLOPs per
+    weight of a linear layer.
 
 ``init_weights() -> None``
     Initializes the parameters that do not belong to an ``nn.Linear``. Without this method, they keep the values set by
-    the constructor. It is called before the scheme ``config.initialisation`` initializes the linear layers.
+    the constructor. The method is called before ``config.initialisation`` is applied to the linear layers.
 
 ``residual_outputs() -> list[nn.Linear]``
-    Linear layers whose outputs are added to the residual stream. Some initialisation schemes initialize them to smaller
-    values or to zero. Required for the attention and feed-forward modules of a block.
+    Returns the linear layers whose outputs are added to the residual stream. Some initialization schemes set their
+    weights to smaller values or to zero. This method is required for the attention and feed-forward modules of a block.
 
 ``optimizer_group: ClassVar[OptimizerGroup]``
     Optimizer group of the 2-D parameters in the module and its children, unless a child declares another group:
-    ``matrices`` (maps between hidden layers, for Muon) or ``tables`` (one vector per token, class or position; the
-    default). Parameters with fewer dimensions are always ``vectors``, those with more dimensions ``tables``.
+    ``matrices`` (maps between hidden layers, which Muon can update) or ``tables`` (one vector per token, class or
+    position; the default). Parameters with fewer dimensions always belong to ``vectors``, and parameters with more
+    dimensions to ``tables``.
 """
 
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def linear_flops_per_token(module: nn.Module) -> int:
 
 
 def flops_per_token(module: nn.Module, context: int) -> int:
-    """Return the number of FLOPs per token in the forward pass of a module that attends to ``context`` tokens."""
+    """Return the number of FLOPs per token in a module's forward pass if each token attends to ``context`` tokens."""
     if (declared := getattr(module, "flops_per_token", None)) is not None:
         flops: int = declared(context)
         return flops
@@ -57,7 +58,7 @@ def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") ->
 
     Args:
         module: The module.
-        inherited: Group of the 2-D parameters of modules that do not declare a group.
+        inherited: Group of the 2-D parameters in the module and its children, unless they declare another group.
     """
     declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
     for parameter in module.parameters(recurse=False):

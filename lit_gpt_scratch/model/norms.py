@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension, x: (..., width) -> (..., width) in the same dtype."""
+        """Normalize over the last dimension, x: (..., width) -> (..., width), without changing the dtype."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).type_as(x)
 
 

@@ -34,7 +34,7 @@ class TokenHead:
         return padded_vocab_size(config, vocab_size)
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Remove the logits of padding rows and apply ``config.logit_softcap``."""
+        """Truncate the logits from the padded to the actual vocabulary size, and apply ``config.logit_softcap``."""
         logits = x[..., :vocab_size]
         cap = config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -89,4 +89,7 @@ def pool_mean(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": pool_last, "mean": pool_mean}
-"""Functions that pool the hidden states of each sequence into one vector, keyed by name; lengths exclude padding."""
+"""Functions that pool the hidden states of each sequence into one vector, keyed by name.
+
+The arguments are the hidden states and the length of each sequence, excluding padding.
+"""

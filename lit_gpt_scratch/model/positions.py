@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
 DEFAULT_ROTARY_SLOW: Final = 1.0
 DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
-"""Default values of ``rotary_slow`` and ``rotary_fast``, in turns within the trained context."""
+"""Default values of ``rotary_slow`` and ``rotary_fast``, in rotations over the original context length."""
 
 
 class PositionEncoding(nn.Module):
-    """Base class of position encodings. The base class itself, ``none``, does not encode positions.
+    """Base class of position encodings. The base class itself implements ``none``, which does not encode positions.
 
     Subclasses add vectors to the embeddings (``embed``), rotate queries and keys (``rotate``), or add a bias to the
     attention scores (``score_bias``). Even without an encoding, the causal mask provides some information about token
-    order. ``positions`` are int64, (T,) if all rows have the same positions, otherwise (B, T).
+    order. The argument ``positions`` is int64, (T,) if all rows have the same positions, otherwise (B, T).
     """
 
     has_score_bias: bool = False
@@ -110,7 +110,7 @@ class SinusoidalPositions(PositionEncoding):
         if config.n_embd % 2:
             raise UserError(
                 f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which requires an even "
-                f"number; set n_embd to an even number, or choose another position"
+                f"number; set n_embd to an even number, or choose another position encoding"
             )
 
     @override
@@ -172,11 +172,14 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
     - ``linear``: all frequencies are divided by ``rotary_factor`` (https://arxiv.org/abs/2306.15595).
     - ``ntk``: the base is changed so that the lowest frequency is divided by ``rotary_factor`` and the highest
       frequency is unchanged (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
-    - ``llama3``: the frequencies of pairs with fewer than ``rotary_slow`` turns within the trained context are divided
-      by ``rotary_factor``, the frequencies of pairs with more than ``rotary_fast`` turns are unchanged, and the
-      frequencies in between are interpolated linearly in the number of turns (Llama 3.1).
-    - ``yarn``: as ``llama3``, but the frequencies in between are interpolated linearly in the index of the pair, and
-      attention is sharpened (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4).
+    - ``llama3``: the frequencies of pairs that make fewer than ``rotary_slow`` rotations over the original context
+      length (``rotary_trained_context``) are divided by ``rotary_factor``, the frequencies of pairs that make more than
+      ``rotary_fast`` rotations are unchanged, and the scale of the frequencies in between is interpolated linearly in
+      the number of rotations (Llama 3.1). In Hugging Face configs, ``rotary_slow`` is called ``low_freq_factor`` and
+      ``rotary_fast`` is called ``high_freq_factor``.
+    - ``yarn``: like ``llama3``, but the scale is interpolated linearly in the index of the pair, and attention logits
+      are scaled up (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4). In Hugging Face configs, ``rotary_slow``
+      is called ``beta_slow`` and ``rotary_fast`` is called ``beta_fast``.
 
     Args:
         config: The architecture.
@@ -203,7 +206,7 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         return plain * kept + plain / factor * (1 - kept), 1.0
 
     def pair_index(turns: float) -> float:
-        """Return the fractional index of the pair that makes ``turns`` turns within the trained context."""
+        """Return the fractional index of the pair that makes ``turns`` rotations over the original context length."""
         wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
@@ -214,10 +217,10 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
 
 
 def validate_rotary_scaling(config: "GPTConfig") -> None:
-    """Check that the ``rotary_*`` settings are consistent.
+    """Check the ``rotary_*`` settings.
 
     Raises:
-        UserError: Two settings contradict each other.
+        UserError: A value is out of range, or two settings contradict each other.
     """
     kind, trained = config.rotary_scaling, config.rotary_trained_context
     if config.rotary_base <= 1:
@@ -256,7 +259,7 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
 def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
     """Return ``rotary_slow`` and ``rotary_fast``, with None replaced by the default values.
 
-    They are thresholds for the number of turns that a channel pair makes within the trained context.
+    They are thresholds for the number of rotations that a channel pair makes over the original context length.
     """
     return (
         config.rotary_slow or DEFAULT_ROTARY_SLOW,
@@ -268,7 +271,8 @@ class ALiBi(PositionEncoding):
     """Linear penalty on the query-key distance with a different slope per head (https://arxiv.org/abs/2108.12409).
 
     For n heads, the slope of head h is ``2 ** (-8 / n * (h + 1))`` if n is a power of two. Otherwise, the slopes for
-    the next lower power of two are followed by every other slope for the next higher power, as in the authors' code.
+    the largest power of two below n are followed by every other slope for the next power of two, as in the authors'
+    code.
     """
 
     has_score_bias = True

@@ -48,7 +48,7 @@ Parameter counts for the published vocabulary size and, if positions are learned
 - ``gpt2_124m`` 124,439,808, ``gpt2_350m`` 354,823,168, ``gpt2_774m`` 774,030,080, ``gpt2_1558m`` 1,557,611,200, with a
   vocabulary of 50,257 tokens and a context of 1024 tokens (Radford et al. 2019, https://github.com/openai/gpt-2).
 - ``llama3_1b`` 1,235,814,400 (Llama 3.2) and ``llama3_8b`` 8,030,261,248 (Llama 3.1,
-  https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and rotary positions scaled to 131,072 tokens.
+  https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and a context extended to 131,072 tokens.
 - ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with a vocabulary of 151,936
   tokens (https://arxiv.org/abs/2505.09388).
 

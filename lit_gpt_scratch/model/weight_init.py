@@ -1,4 +1,4 @@
-"""Weight initialisation schemes.
+"""Weight initialization schemes.
 
 Unless stated otherwise, biases are initialized to zero and the gains of normalization layers to one.
 """
@@ -27,7 +27,7 @@ class ResidualBranch(NamedTuple):
 
 
 class WeightsByRole(NamedTuple):
-    """Weights of a network, grouped by their role in an initialisation scheme.
+    """Weights of a network, grouped by their role in an initialization scheme.
 
     Attributes:
         embedding: Token embedding, (vocab_size, n_embd).
@@ -50,7 +50,7 @@ def zero(weights: WeightsByRole) -> None:
     Each residual branch initially outputs zero; if a branch ends with a norm, the gain of the norm is initialized to
     zero instead of the output layer. If the head is not tied, the initial predictions are uniform and the initial loss
     is exactly ln(vocab_size), so that the model does not have to unlearn random predictions. Untied token embeddings
-    have unit variance, so that the outputs of the blocks do not soon dominate them.
+    have unit variance, so that they are not soon dominated by the outputs of the blocks.
     """
     nn.init.normal_(weights.embedding, std=INIT_STD if weights.tied else 1.0)  # a tied embedding is also the head
     for linear in weights.linears:
@@ -82,7 +82,7 @@ def gpt2(weights: WeightsByRole) -> None:
 
 
 def xavier(weights: WeightsByRole) -> None:
-    """Initialize matrices with Xavier uniform (Glorot and Bengio 2010), as in the code of the original Transformer.
+    """Apply Xavier uniform initialization (Glorot and Bengio 2010), as in the code of the original Transformer.
 
     Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """

@@ -26,8 +26,8 @@ class ExponentialMovingAverage:
     """Exponential moving average of the weights, updated after every step (https://arxiv.org/abs/2307.13813).
 
     The update is ``average += (1 - decay) * (weight - average)``. The decay is capped at ``(1 + step) / (10 + step)``,
-    as in TensorFlow's ``ExponentialMovingAverage``: the initial weights are soon forgotten, and a short run is averaged
-    over about its last tenth.
+    as in TensorFlow's ``ExponentialMovingAverage``, so that the initial weights are soon forgotten and, in a short run,
+    the average covers about the last tenth of the steps.
 
     Args:
         decay: Fraction of the average that is kept in each step; 0.999 averages over about the last 1000 steps. None
@@ -49,7 +49,7 @@ class ExponentialMovingAverage:
 
         Args:
             optimizer: Any optimizer.
-            steps_done: Function that returns the number of optimizer steps before the current step.
+            steps_done: Function that returns the number of optimizer steps completed before the current step.
 
         Raises:
             UserError: The weights are stored in 16 bits, which cannot represent the small changes of an average.
@@ -122,7 +122,7 @@ class ExponentialMovingAverage:
                 swap_saved_weights(checkpoint["state_dict"], optimizer_state, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Set ``active`` to whether weights and averages are swapped in a checkpoint.
+        """Set ``active`` to True if weights and averages are swapped in a checkpoint, otherwise to False.
 
         Raises:
             UserError: The checkpoint contains averages, but averaging is disabled.
@@ -139,9 +139,9 @@ def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], names:
     """Swap weights and averages in the given dicts in place; calling this function twice restores the dicts.
 
     Args:
-        weights: Weights keyed by name; tied weights occur several times.
+        weights: Weights keyed by name; a tied weight has several names.
         saved: State dict of an optimizer.
-        names: Names of the parameter for each integer key of ``saved["state"]``; see ``parameter_names``.
+        names: Names of each parameter, indexed by the integer keys of ``saved["state"]`` (see ``parameter_names``).
     """
     for key, state in saved["state"].items():
         if EMA_STATE_KEY in state:

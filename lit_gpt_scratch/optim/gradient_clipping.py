@@ -49,7 +49,7 @@ def clip_grad_norm(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
     """
     norm = total_grad_norm(gradients)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if factor.device.type != "cpu" or not factor >= 1:  # reading the factor would synchronise with an accelerator
+    if factor.device.type != "cpu" or not factor >= 1:  # reading the factor would synchronize with an accelerator
         torch._foreach_mul_([to_local(gradient) for gradient in gradients], factor)
     return norm
 

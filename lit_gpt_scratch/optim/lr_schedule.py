@@ -15,7 +15,7 @@ DEFAULT_DECAY_SHARES: Final = {"wsd": 0.4, "linear": 1.0, "cosine": 1.0}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate schedule, expressed as a factor of the peak learning rate.
+    """Learning-rate schedule, expressed as a factor by which the peak learning rate is multiplied.
 
     Args:
         decay: Type of learning-rate decay after warmup: ``wsd`` (warmup-stable-decay, https://arxiv.org/abs/2404.06395)
@@ -49,7 +49,7 @@ class Schedule:
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the default values of arguments that are None, which depend on the other arguments.
+        """Return default values, which depend on the other arguments, for arguments that are None.
 
         ``fit`` saves the default values in ``config.yaml``.
         """
@@ -57,7 +57,7 @@ class Schedule:
         return {"decay_share": DEFAULT_DECAY_SHARES[decay]} if decay in DEFAULT_DECAY_SHARES else {}
 
     def factor(self, step: int, total_steps: float) -> float:
-        """Return the learning rate at a step as a factor of the peak learning rate.
+        """Return the factor by which the peak learning rate is multiplied at a step.
 
         Args:
             step: Number of completed optimizer steps.

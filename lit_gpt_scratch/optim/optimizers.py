@@ -1,11 +1,11 @@
-"""The optimizer ``MuonAdamW``, which has two update rules, and the recipes for the flag ``--model.optimizer``.
+"""The optimizer ``MuonAdamW``, which has two update rules, and the classes for the flag ``--model.optimizer``.
 
 Two separate optimizers would require Lightning's manual optimization, which lacks gradient clipping, gradient
 accumulation and a correct ``global_step``.
 
-A recipe only stores hyperparameters until the model exists and the optimizer can be built. Defaults that differ between
-recipes are ``None`` in the signature: if a config changes the class, arguments of the same name are kept, and Muon's
-learning rate would be far too large for AdamW.
+The flag selects an ``OptimizerRecipe``, which stores the hyperparameters until the model exists and the optimizer can
+be built. Defaults that differ between recipes are ``None`` in the signature, because the parser keeps arguments of the
+same name when the class is changed, and Muon's learning rate would be far too large for AdamW.
 """
 
 from abc import ABC, abstractmethod
@@ -32,20 +32,20 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Approximate the nearest (semi-)orthogonal matrices with Newton-Schulz iterations.
 
-    Singular vectors are kept and singular values are mapped close to 1, so that an update has the same size in all
-    directions.
+    Singular vectors are kept and singular values are mapped to values close to 1, so that an update has about the same
+    size in all directions.
 
     Args:
-        matrices: (N, rows, columns) float; a zero matrix stays zero.
+        matrices: (N, rows, columns), any floating-point dtype. Zero matrices remain zero.
         steps: Number of iterations.
 
     Returns:
-        (N, rows, columns) bfloat16, in which the iteration is stable (https://kellerjordan.github.io/posts/muon).
+        (N, rows, columns) bfloat16. The iterations are stable in bfloat16 (https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    if tall:  # keeps the (rows, rows) products below small
+    if tall:  # transpose, so that the products x @ x.mT are as small as possible
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
     for _ in range(steps):
@@ -57,11 +57,11 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 class MuonAdamW(Optimizer):
     """Optimizer that updates each parameter group with its own ``rule``: ``muon`` (matrices only) or ``adamw``.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum and scales
-    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If the matrices are
-    sharded, each process gathers and orthogonalises some of them. With NorMuon, which stores a statistic per row, each
-    process gathers and orthogonalises all matrices. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused
-    kernel.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the Nesterov momentum and scales
+    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalized as one batch. If the matrices are
+    sharded, each process gathers and orthogonalizes some of them. With NorMuon, which stores a running mean square per
+    row, each process gathers and orthogonalizes all matrices. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's
+    fused kernel.
 
     Args:
         groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``. Groups with the rule
@@ -112,7 +112,7 @@ class MuonAdamW(Optimizer):
     def _normalise_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
         """Divide each neuron's update by its running root mean square (NorMuon, https://arxiv.org/abs/2510.05491).
 
-        The norm of each matrix is preserved.
+        Each row of a matrix belongs to one neuron. The norm of each matrix is preserved.
         """
         squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
         for p, square in zip(parameters, squares, strict=True):
@@ -153,11 +153,11 @@ class MuonAdamW(Optimizer):
 
 
 class OptimizerRecipe(ABC):
-    """Base class for the hyperparameters of an optimizer, which is built once the model exists."""
+    """Base class of optimizer recipes, which store hyperparameters and build the optimizer once the model exists."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the default values of arguments that are None, which may depend on the other arguments.
+        """Return default values, which may depend on the other arguments, for arguments that are None.
 
         ``fit`` saves the default values in ``config.yaml``.
         """

@@ -16,10 +16,13 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 
 REPORTED_LIBRARIES: Final = ("torch", "lightning", "tokenizers", "tensorboard", "transformers", "optuna", "lm-eval")
 CHECK_CONFIG: Final = GPTConfig(n_layer=2, n_head=2, n_embd=64, initialisation="gpt2")
-"""Config of the model that is trained for the comparison; all its weights receive a gradient."""
+"""Config of the trained model; with the default ``initialisation``, most gradients of the first step would be zero."""
 VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 4, 64
 RELATIVE_TOLERANCES: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Maximum relative difference of loss and gradient, keyed by dtype; on GPUs, float32 may use TF32 (10-bit mantissa)."""
+"""Maximum relative differences in loss and gradient, keyed by dtype.
+
+On GPUs, float32 matmuls may use TF32, which has a 10-bit mantissa.
+"""
 
 
 class DeviceComparison(NamedTuple):
@@ -59,15 +62,15 @@ def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield (name, text) pairs that describe the software and hardware of the machine.
 
     Args:
-        folders: Folders whose free disk space is reported, keyed by purpose. If a folder does not exist, its nearest
-            existing parent is used.
+        folders: Folders for which free disk space is reported, keyed by the label to show, such as ``runs``. If a
+            folder does not exist, its nearest existing parent is used.
     """
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield (
         "versions",
         ", ".join(f"{name} {version}" for name in REPORTED_LIBRARIES if (version := _installed_version(name))),
     )
-    matmuls = "; float32 matmuls by oneDNN, which is faster on this CPU than MKL" if USE_ONEDNN else ""
+    matmuls = "; float32 matmuls with oneDNN, which is faster than MKL on this CPU" if USE_ONEDNN else ""
     yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads for torch{matmuls}"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -99,7 +102,7 @@ def compare_devices() -> Iterator[DeviceComparison]:
 
 
 def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Compute the loss of one batch and its gradient, a (n_parameters,) float32 tensor on the CPU."""
+    """Return the loss of one batch, and its gradient as a float32 tensor of shape (n_parameters,) on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = GPT(CHECK_CONFIG, VOCAB_SIZE, BLOCK_SIZE)

@@ -19,7 +19,7 @@ from lit_gpt_scratch.model.module_metadata import flops_per_token
 from lit_gpt_scratch.optim.dtensor import to_local
 
 OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
-"""Number of tensors of a parameter's size that each update rule keeps as optimizer state."""
+"""Number of optimizer state tensors with the shape of the parameter, keyed by update rule."""
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
@@ -49,7 +49,8 @@ def require_model_fits_memory(
         processes: Number of processes across which the model may be sharded.
 
     Raises:
-        UserError: If the weights and gradients alone do not fit, even when sharded across all processes.
+        UserError: The model cannot be built, or its weights and gradients alone do not fit, even when sharded across
+            all processes.
     """
     try:
         with torch.device("meta"):  # no memory is allocated
@@ -57,7 +58,7 @@ def require_model_fits_memory(
                 sum(p.numel() for p in GPT(replace(config, n_layer=n), vocab_size, block_size).parameters())
                 for n in (1, 2)
             )
-    except (RuntimeError, TypeError) as error:  # a tensor cannot have such a size
+    except (RuntimeError, TypeError) as error:  # a tensor of this size cannot be created
         raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
     if device.type == "cuda":
@@ -116,8 +117,8 @@ def activation_bytes(
     Args:
         config: The model config.
         vocab_size: Number of token ids.
-        block_size: Number of tokens per window.
-        batch_size: Number of windows per micro-batch.
+        block_size: Number of tokens per sequence.
+        batch_size: Number of sequences per micro-batch.
         device: The device to simulate; none of its memory is allocated.
         dtype: Dtype of the weights.
         autocast: Whether matmuls run in bfloat16.

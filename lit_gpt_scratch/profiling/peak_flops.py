@@ -37,14 +37,14 @@ FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4
 
 MAX_MATRIX_SIZE = 8192
 MIN_SECONDS = 0.005
-"""Duration of a matmul in seconds beyond which larger matrices do not increase the FLOP/s."""
+"""Matmul duration in seconds above which larger matrices no longer increase the measured FLOP/s."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return a device's peak FLOP/s: ``measured`` and, if known, ``nominal`` from the data sheet.
 
-    Publications report utilization relative to the data sheet. No matmul reaches that value, because clock rates drop
-    under load. The measured value is the FLOP/s of the fastest square matmul, which real programs can reach.
+    Publications report utilization relative to the nominal value. No matmul reaches it, because clock rates drop under
+    load. The measured value is the FLOP/s of the fastest square matmul, which real programs can reach.
 
     Args:
         device: The device to measure. The measurement takes a few tenths of a second and is cached.
@@ -73,7 +73,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: s
         device: The device.
         dtype: Dtype of the matrices.
         float32_precision: Value of ``torch.get_float32_matmul_precision()``, which affects float32 matmuls. It is only
-            part of the cache key.
+            used as part of the cache key.
     """
     best, seconds, n = 0.0, 0.0, 128
     generator = torch.Generator(device).manual_seed(0)  # so that the global random state is unchanged

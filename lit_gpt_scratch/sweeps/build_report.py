@@ -21,15 +21,15 @@ from lit_gpt_scratch.sweeps.study import Study, recorded_runs
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
 MIN_TRIALS: Final = 4
-"""Minimum number of complete trials for estimating the importance of dimensions."""
+"""Minimum number of complete trials for estimating the importance of the search dimensions."""
 NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
-"""Flags that are ignored when the settings of runs are compared."""
+"""Flags that are ignored when the configs of runs are compared."""
 
 
 def build_study_report(study: Study, path: Path) -> SweepReport:
     """Build a report on the current state of a study.
 
-    Only the study itself is read, because the run folders may be on other machines.
+    Only the study is read, not the run folders, which may be on other machines.
 
     Args:
         study: A study that already exists in its storage.
@@ -133,7 +133,10 @@ def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBase
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Return the fANOVA importance (Hutter et al. 2014) by dimension; empty for one dimension or too few trials."""
+    """Return the fANOVA importance (Hutter et al. 2014) of each search dimension, keyed by name.
+
+    The result is empty if there are too few dimensions, trials or distinct metric values.
+    """
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}

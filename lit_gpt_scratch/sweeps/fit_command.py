@@ -17,7 +17,7 @@ FIT_MODULE = "lit_gpt_scratch.fit"
 
 @dataclass(frozen=True)
 class ResolvedBaseline:
-    """Flags of the baseline as resolved by ``fit``, which are stored in the study.
+    """All flags of the baseline, including the defaults of ``fit``, as stored in the study.
 
     Args:
         flags: Values of all flags, keyed by short name (see ``short_flag``).

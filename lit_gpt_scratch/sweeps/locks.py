@@ -1,4 +1,4 @@
-"""Locks that coordinate the processes and machines working on a study; killed processes release their locks."""
+"""Locks that coordinate the processes and machines working on a study; locks of killed processes are released."""
 
 import threading
 import zlib
@@ -22,7 +22,7 @@ class StudyLocks(ABC):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the study lock in this context, after waiting until no other thread, process or machine holds it."""
+        """Acquire the study lock, waiting while another thread, process or machine holds it, and release it on exit."""
         with self._thread_lock:
             self._acquire_study()
             try:
@@ -46,7 +46,7 @@ class StudyLocks(ABC):
 
 
 class FileLocks(StudyLocks):
-    """File locks for processes that share a disk.
+    """File locks for processes that share a file system.
 
     Args:
         folder: Folder for the lock files; created if missing.
@@ -98,7 +98,7 @@ class PostgresLocks(StudyLocks):
         super().__init__()
         engine = sqlalchemy.create_engine(
             url,
-            isolation_level="AUTOCOMMIT",  # so that holding a lock keeps no transaction open
+            isolation_level="AUTOCOMMIT",  # so that no transaction stays open while a lock is held
             poolclass=sqlalchemy.pool.NullPool,
             connect_args={"options": self.KEEP_ALIVE, "connect_timeout": 10},
         )

@@ -29,9 +29,9 @@ MARKER_LABELS: Final = {
     WITHIN_NOISE: "within noise (p ≥ 0.05 after Holm's correction)",
 }
 MAX_CURVES: Final = 10
-"""Maximum number of trials per plot of curves."""
+"""Maximum number of trials in a plot of training curves."""
 OUTLIER_RATIO: Final = 5.0
-"""Trials are clipped as outliers if their values extend more than this many times as far from 0 as all others."""
+"""Minimum factor by which outliers extend farther from 0 than all other trials; outliers are clipped in plots."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def plot_differences_over(
     direction: str,
     dimension: str,
 ) -> Plot:
-    """Plot paired differences from the baseline against a numeric dimension.
+    """Plot paired differences from the baseline against a numeric search dimension.
 
     The x axis is logarithmic if the settings are positive and span at least a factor of 10.
 
@@ -101,7 +101,7 @@ def plot_differences_over(
         comparisons: Comparisons with the baseline, keyed by trial number.
         metric: Name of the metric.
         direction: ``minimize`` or ``maximize``.
-        dimension: Dimension on the x axis.
+        dimension: Name of the search dimension on the x axis.
     """
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
     limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
@@ -137,7 +137,7 @@ def plot_differences_over(
 
 
 def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over: str) -> Plot | None:
-    """Plot the metric over training, one line per run; return None if no run has at least two validations.
+    """Plot the metric during training, one line per run; return None if no run has at least two values.
 
     Args:
         trials: Trials to show, best first; at most ``MAX_CURVES`` are shown.
@@ -187,7 +187,7 @@ def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over
 
 
 def plot_importance(shares: Mapping[str, float]) -> Plot:
-    """Plot the fraction of the variance between trials explained by each dimension, as bars."""
+    """Draw a bar plot of the fraction of the variance between trials that each search dimension explains."""
     with _style():
         figure, axes = _new_figure(height=1.4 + 0.36 * len(shares))
         names = list(shares)[::-1]
@@ -202,7 +202,7 @@ def plot_importance(shares: Mapping[str, float]) -> Plot:
 
 
 def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
-    """Return whether all settings of a dimension are numeric."""
+    """Return whether all settings of a search dimension are numeric."""
     try:
         return all(float(trial.assignment[dimension]) == float(trial.assignment[dimension]) for trial in trials)
     except ValueError:
@@ -212,8 +212,8 @@ def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
 def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return axis limits that include 0 and all ranges except outliers.
 
-    Outliers extend more than ``OUTLIER_RATIO`` times as far from 0 as all other ranges. At most half of the ranges can
-    be outliers.
+    A range is an outlier if it extends more than ``OUTLIER_RATIO`` times as far from 0 as every range that is not an
+    outlier. At most half of the ranges can be outliers.
 
     Args:
         ranges: Minimum and maximum value of each trial.

@@ -41,7 +41,7 @@ class SweepReport:
         baseline: Trial with which the others are compared; None if it does not exist yet.
         setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
-        importance: Fraction of the variance between trials that each dimension explains, keyed by dimension name.
+        importance: Fraction of the variance between trials that each search dimension explains, keyed by its name.
     """
 
     title: str
@@ -226,10 +226,11 @@ class SweepReport:
 
 
 def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
-    """Yield one line per trial and symptom, to explain differences between trials; yield nothing without diagnoses.
+    """Yield one line per trial and diagnosed symptom that may explain differences between trials.
 
-    A symptom that occurs in all runs does not distinguish trials and is listed only once. For any other symptom, the
-    line quotes the first run of the trial with this symptom, because only the numbers differ between runs.
+    A symptom that occurs in all runs does not distinguish trials and is listed only once. For any other symptom, only
+    the first diagnosis in each trial is quoted, because the diagnoses of other runs differ only in their numbers.
+    Nothing is yielded if there are no diagnoses.
     """
     found: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
     for trial in trials:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
 GRACE_SECONDS = 120.0
-"""Time in seconds between SIGTERM and SIGKILL, in which a run can save a checkpoint and exit."""
+"""Time in seconds between SIGTERM and SIGKILL, during which a run can save a checkpoint and exit."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables that set the number of threads of PyTorch and of the tokenizers library."""
 
@@ -22,7 +22,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 class RunProcess:
     """Child process that executes a Python module in a separate session.
 
-    Because of the separate session, Ctrl-C in a terminal only reaches the sweep, which then stops the run.
+    Because of the separate session, Ctrl-C in a terminal reaches only the sweep process, which then stops the run.
 
     Args:
         module: Name of the module to execute: ``fit``, or a stub in tests.

@@ -25,7 +25,7 @@ MAX_CURVE_POINTS: Final = 200
 
 
 class CurvePoint(NamedTuple):
-    """Value of the metric at one validation."""
+    """Value of the metric in one validation run."""
 
     step: int
     """Number of completed optimizer steps."""
@@ -44,12 +44,12 @@ class RunResult:
         seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
         reason: Reason why the run did not finish; empty if the run finished.
-        metrics: Numbers in ``summary.json``, keyed by name. For a run that did not finish, the last logged value of
-            the sweep's metric and its step.
+        metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, the last logged value of
+            the sweep's metric and the step at which it was logged.
         curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
         folder: Path of the run folder.
-        diagnoses: Entries of ``doctor.json``: symptom, cause and flag.
-        session: Versions, hardware and code in the run's last session, from ``provenance.json``.
+        diagnoses: Entries of ``doctor.json``, each with a symptom, its likely cause, and a flag to try.
+        session: Package versions, hardware and code version of the run's last session, from ``provenance.json``.
     """
 
     seed: int
@@ -63,12 +63,12 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Training tokens per optimizer step; None if the run does not report its tokens."""
+        """Number of training tokens per optimizer step; None if the run does not log its number of tokens."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as a dictionary of JSON-serialisable values."""
+        """Return the result as a dictionary of JSON-serializable values."""
         return asdict(self)
 
     @classmethod
@@ -102,14 +102,18 @@ class TrialResult:
 
     @property
     def state(self) -> str:
-        """State: ``failed`` or ``pruned`` if any run is, ``finished`` if all runs are, otherwise ``unfinished``."""
+        """State of the trial.
+
+        The state is ``failed`` if any run failed, ``pruned`` if any run was pruned and none failed, ``finished`` if all
+        runs have finished, and otherwise ``unfinished``.
+        """
         ended = [run.state for run in self.runs if run.state != "finished"]
         if ended:
             return "failed" if "failed" in ended else "pruned"
         return "finished" if len(self.runs) >= self.expected_runs else "unfinished"
 
     def values(self, metric: str) -> dict[int, float]:
-        """Return the metric of each finished run, keyed by seed."""
+        """Return the value of a metric for each finished run, keyed by seed."""
         return {run.seed: run.metrics[metric] for run in self.runs if run.state == "finished" and metric in run.metrics}
 
     def mean(self, metric: str) -> Estimate:
@@ -123,7 +127,7 @@ def format_setting(setting: str | float) -> str:
 
 
 def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) -> list[TrialResult]:
-    """Return the finished trials that have the metric, best mean first."""
+    """Return the finished trials that have the metric, in order of their means, best first."""
     sign = 1 if direction == "minimize" else -1
     finished = [trial for trial in trials if trial.state == "finished" and trial.values(metric)]
     return sorted(finished, key=lambda trial: sign * trial.mean(metric).mean)
@@ -154,7 +158,10 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
 
 
 def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
-    """Yield the metric at each validation from event files; steps repeated after a resume replace the earlier ones."""
+    """Yield the metric of each validation run from event files.
+
+    If steps were repeated after the run was resumed, the later values replace the earlier ones.
+    """
     points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
         if path.name.endswith(HPARAMS_SUFFIX):
@@ -166,7 +173,7 @@ def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
             continue
         points = {step: point for step, point in points.items() if step < scalars[0].step + 1}
         offset = max((point.seconds for point in points.values()), default=0.0)
-        for event in scalars:  # Lightning logs a validation at the 0-based index of the last step
+        for event in scalars:  # Lightning logs validation metrics at the 0-based index of the last step
             if math.isfinite(event.value):
                 points[event.step + 1] = CurvePoint(event.step + 1, offset + event.wall_time - start, event.value)
     yield from points.values()
@@ -212,7 +219,7 @@ def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
 
 
 def _as_number(setting: str | float) -> str | float:
-    """Convert a numeric label to a number, so that TensorBoard sorts by value."""
+    """Convert a setting to a number if possible, so that TensorBoard sorts by value."""
     try:
         return float(setting)
     except ValueError:

@@ -41,8 +41,8 @@ class SweepRunner:
     Args:
         sweep: The parsed sweep file.
         study: Study that assigns runs and records their results.
-        folder: Folder of the sweep, which contains a folder per run.
-        baseline: Flags of the baseline as resolved by ``fit``.
+        folder: Folder of the sweep, which contains one folder per run.
+        baseline: All flags of the baseline, including the defaults of ``fit``.
         workers: Number of concurrent runs.
         module: Name of the Python module that each run executes.
     """
@@ -63,13 +63,13 @@ class SweepRunner:
         self.workers = workers
         self.module = module
         self.stopping = threading.Event()
-        """Event that makes all runs save a checkpoint and exit when it is set; the next sweep resumes these runs."""
+        """Event that, when set, makes all runs save a checkpoint and exit; repeating the sweep resumes these runs."""
 
     def run(self) -> None:
         """Execute all remaining runs.
 
         Raises:
-            UserError: The runs do not report the sweep's metric.
+            UserError: The runs do not log the sweep's metric.
         """
         with ThreadPoolExecutor(self.workers) as pool:
             workers = [pool.submit(self._work) for _ in range(self.workers)]
@@ -101,7 +101,7 @@ class SweepRunner:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         lock = FileLock(logs / f"{name}.lock")
-        while not self.stopping.is_set():  # a sweep with another version of the file may execute this run
+        while not self.stopping.is_set():  # a sweep with another version of the file may be executing this run
             with suppress(Timeout), lock.acquire(timeout=POLL_SECONDS):
                 return self._run_locked(claim, arguments, name, logs / f"{name}.txt")
         return None
@@ -117,7 +117,7 @@ class SweepRunner:
             "--ckpt_path=auto",
         ]
         state, reason = "finished", ""
-        for from_scratch in (False, True):  # a run that fails after a resume gets a second attempt from scratch
+        for from_scratch in (False, True):  # a run that fails after being resumed is retried from scratch
             folder = latest_run_folder(experiment)
             if folder and (folder / "summary.json").is_file():
                 break
@@ -136,7 +136,7 @@ class SweepRunner:
             if code == 0:
                 break
             if code in INTERRUPTED_CODES:
-                log.warning("%s received a stop signal; stopping the sweep", name)
+                log.warning("%s received a termination signal; stopping the sweep", name)
                 self.stopping.set()
                 return None
             state, reason = "failed", process.failure_reason()

@@ -24,12 +24,12 @@ class SearchDimension(ABC):
     @property
     @abstractmethod
     def distribution(self) -> BaseDistribution:
-        """Optuna distribution that samples and stores settings of the dimension."""
+        """Optuna distribution from which settings of the dimension are sampled."""
 
     @property
     @abstractmethod
     def baseline(self) -> Setting:
-        """Default setting of the baseline; the sweep file can override it."""
+        """Setting that the baseline uses by default; the sweep file can override it."""
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
@@ -53,14 +53,14 @@ class Choices(SearchDimension):
     """A dimension with a list of choices: values of one flag, or named sets of flags.
 
     Args:
-        options: Flags of each choice, keyed by label; the first choice is the baseline.
+        options: Flags of each choice, keyed by label; the first choice is the default for the baseline.
     """
 
     options: Mapping[str, FitFlags]
 
     @property
     def distribution(self) -> BaseDistribution:
-        """Categorical distribution over the labels, because Optuna cannot store lists or classes."""
+        """Categorical distribution over the labels, because Optuna cannot store values that are lists or classes."""
         return CategoricalDistribution(tuple(self.options))
 
     @property
@@ -118,7 +118,11 @@ class NumericRange(SearchDimension):
 
     @property
     def baseline(self) -> Setting:
-        """Midpoint of the range: the geometric mean if ``log`` is set, and rounded to a step if ``step`` is set."""
+        """Midpoint of the range.
+
+        If ``log`` is True, it is the geometric mean of the bounds; if ``step`` is set, the grid value closest to the
+        middle.
+        """
         if self.step is not None:
             return self._at_step((self._last_step() + 1) // 2)
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
@@ -133,7 +137,7 @@ class NumericRange(SearchDimension):
         return {self.flag: setting}
 
     def contains(self, setting: Setting) -> bool:
-        """Return whether a number is within the bounds and, if ``step`` is set, on a step."""
+        """Return whether a number is within the bounds and, if ``step`` is set, one of the grid values."""
         within = not isinstance(setting, str) and self.low <= setting <= self.high
         return within and (setting in self.grid() or self.step is None) and not (self.is_integer and setting % 1)
 
@@ -180,7 +184,8 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
     for name, axis in axes.items():
         if not axis:
             raise UserError(
-                f"vary: {name} is a range without a step, which a grid cannot enumerate; set step, or list the values"
+                f"vary: {name} is a range without a step, which grid search cannot enumerate; "
+                "set step, or list the values"
             )
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
@@ -240,5 +245,5 @@ def _parse_range(name: str, given: Mapping[str, Any]) -> NumericRange:
     if log and low <= 0:
         raise UserError(f"{where}: low is {low}; it must be positive if log is true")
     if step is not None and (log or not 0 < step <= high - low):
-        raise UserError(f"{where}: step is {step}; it must be positive and at most high - low, and requires log: false")
+        raise UserError(f"{where}: step is {step}; it must be positive and at most high - low, and log must be false")
     return NumericRange(name, low, high, log, step)

@@ -53,9 +53,9 @@ class Comparison:
 
     Args:
         difference: Mean of the per-seed differences from the baseline; None if the trial and the baseline have
-            no common seed.
-        corrected_p: p-value after Holm's correction over all compared trials; None if there are fewer than two common
-            seeds.
+            no seed in common.
+        corrected_p: p-value after Holm's correction over all compared trials; None if fewer than two seeds are in
+            common.
         verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``. If
             no test is possible, the reason why.
     """
@@ -104,7 +104,7 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 def compare_to_baseline(
     values: Mapping[int, Mapping[int, float]], baseline: Mapping[int, float], direction: str
 ) -> dict[int, Comparison]:
-    """Compare each trial with the baseline by a paired t-test, with Holm's correction over all trials.
+    """Compare each trial with the baseline using a paired t-test, with Holm's correction over all trials.
 
     Args:
         values: Metric of each trial except the baseline, keyed by trial number and then by seed.

@@ -20,7 +20,7 @@ POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
 
 def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
-    """Open the Optuna storage of a study, creating it if necessary, and the locks of the study.
+    """Open the Optuna storage of a study, creating it if it does not exist, and return it with the study's locks.
 
     Args:
         location: Path of a journal file, ``sqlite:///FILE`` or ``postgresql://...``; if None, a journal file in
@@ -29,7 +29,7 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
         study: Name of the study in the storage.
 
     Raises:
-        UserError: The storage is not reachable or writable, or its scheme is not supported.
+        UserError: The storage is not reachable or writable, or the URL scheme of ``location`` is not supported.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     scheme, separator, rest = (location or str(folder / JOURNAL)).partition("://")
@@ -55,7 +55,7 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
 
 @contextmanager
 def storage_errors(location: str | None) -> Iterator[None]:
-    """Convert database errors raised in this context to a ``UserError`` with a one-line message.
+    """Convert database errors raised in this context into a ``UserError`` with a one-line message.
 
     Raises:
         UserError: The database cannot be reached, or the connection was closed.
@@ -69,7 +69,7 @@ def storage_errors(location: str | None) -> Iterator[None]:
 
 
 def repair_journal(journal: Path) -> None:
-    """Remove an incomplete last line, as left by a machine crash, because Optuna cannot read past such a line."""
+    """Remove the last line of a journal if a machine crash left it incomplete; Optuna cannot read past such a line."""
     with suppress(FileNotFoundError), _JournalLock(journal).lock, journal.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
@@ -90,7 +90,7 @@ def _ensure_writable(path: Path) -> Path:
 
 
 def _file_locks(path: Path) -> FileLocks:
-    return FileLocks(path.with_name(f"{path.name}.claims"))  # named as in version 0.1, whose processes may share it
+    return FileLocks(path.with_name(f"{path.name}.claims"))  # as in version 0.1, whose processes may share it
 
 
 def _hide_password(url: str) -> str:
@@ -100,7 +100,10 @@ def _hide_password(url: str) -> str:
 
 
 class _JournalLock(BaseJournalFileLock):
-    """Journal lock that is released at once if its process is killed; Optuna's locks would block others for 30 s."""
+    """Lock on a journal that is released as soon as the process that holds it is killed.
+
+    With Optuna's own locks, all other processes would wait for 30 seconds if a process is killed.
+    """
 
     def __init__(self, journal: Path) -> None:
         self.lock = FileLock(journal.with_name(f"{journal.name}.lock"), thread_local=False)

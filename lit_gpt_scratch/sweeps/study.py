@@ -20,7 +20,7 @@ from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 
 BASELINE_ATTRIBUTE: Final = "known"
-"""Study attribute that stores the ``ResolvedBaseline``."""
+"""Name of the Optuna study attribute that stores the ``ResolvedBaseline``."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class ClaimedRun:
 
     Args:
         number: Trial number.
-        assignment: Settings of the trial.
+        assignment: Settings of the trial, keyed by the name of the search dimension.
         seed: Seed of the run.
-        trial: Optuna trial for reporting the metric at each step; None if the run cannot be pruned.
+        trial: Optuna trial to which the metric is reported during the run; None if the run cannot be pruned.
     """
 
     number: int
@@ -48,8 +48,9 @@ class ClaimedRun:
 class Study:
     """Trials of a sweep, in a storage that several processes may share.
 
-    A trial is an assignment with one run per seed; processes claim runs, not trials. If a process is killed, Optuna
-    still lists its trial as running, but the run's lock is released, so another process can claim and resume the run.
+    A trial is one set of hyperparameter values, with one run per seed; processes claim runs, not trials. If a process
+    is killed, Optuna still lists its trial as running, but the run's lock is released, so another process can claim and
+    resume the run.
 
     Args:
         sweep: The parsed sweep file.
@@ -86,7 +87,7 @@ class Study:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """The Optuna study, which this or another process must have created before."""
+        """Optuna study; ``create`` must be called first if the study was not found in the storage at construction."""
         assert self._study is not None, "call create first"
         return self._study
 
@@ -96,7 +97,7 @@ class Study:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all trials exist and have ended."""
+        """Whether all trials of the sweep have been created and have ended."""
         trials = self.trials()
         return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
 
@@ -114,7 +115,7 @@ class Study:
             return self._claim_run_of(self.trials()[number])
 
     def record_run(self, claim: ClaimedRun, result: RunResult) -> None:
-        """Store the result of a run, release its lock, and end the trial if this was its last run."""
+        """Store the result of a run, release its lock, and end the trial if it has no remaining runs."""
         with self._locks.exclusive():
             trial = self.trials()[claim.number]
             self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", result.to_dict())
@@ -176,7 +177,7 @@ class Study:
         return True
 
     def _suggest(self, trial: Trial, name: str) -> Any:
-        """Return the stored setting of a dimension, or sample a new one."""
+        """Return the setting of a trial in a search dimension; sample it if none is stored yet."""
         self.optuna_study.sampler = self._build_sampler(trial.number, name)
         space = self.sweep.vary[name].distribution
         if isinstance(space, CategoricalDistribution):
@@ -187,7 +188,7 @@ class Study:
         return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
 
     def _build_sampler(self, number: int, name: str) -> BaseSampler:
-        """Build the sampler for a dimension of a trial.
+        """Build the sampler for a search dimension in a trial.
 
         Its seed depends only on the sweep, the trial and the dimension, so all processes sample the same settings.
         """

@@ -1,4 +1,4 @@
-"""Sweep files: search space, search method and comparison settings."""
+"""Sweep files, which define the search space, the search method and the comparison with the baseline."""
 
 import hashlib
 import inspect
@@ -42,7 +42,7 @@ class SweepConfig:
 
     Args:
         name: File name without suffix.
-        question: Question that the sweep answers: the comment at the top of the file.
+        question: Question that the sweep answers, from the comment at the top of the file.
         vary: Search dimensions, keyed by name.
         base: Config files that are passed to ``fit`` in all runs.
         fixed: Flags that are passed to ``fit`` in all runs; they override the config files.
@@ -53,8 +53,9 @@ class SweepConfig:
         metric: Metric to optimize, a key in ``summary.json``; the value of a trial is the mean over its seeds.
         direction: Whether to ``minimize`` or ``maximize`` the metric.
         budget: Training budget per run, keyed by its unit: ``steps``, ``tokens`` or ``minutes``.
-        pruning: Class name of an Optuna pruner, mapped to its arguments. The metric is reported to the pruner at each
-            validation of the run with the first seed. If this run is pruned, the other seeds of the trial are not run.
+        pruning: Class name of an Optuna pruner, mapped to its arguments. The metric is reported to the pruner each
+            time the run with the first seed is validated. If this run is pruned, the trial has no runs with the other
+            seeds.
         baseline: Settings of the baseline that differ from the defaults. By default, the baseline uses the first choice
             of each list and the midpoint of each range. The baseline is always the first trial.
 
@@ -82,7 +83,7 @@ class SweepConfig:
         _require_one_of("method", self.method, METHODS)
         _require_one_of("direction", self.direction, DIRECTIONS)
         if not self.vary:
-            raise UserError("vary is empty; add at least one flag to vary")
+            raise UserError("vary is empty; it must contain at least one flag")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(
                 f"seeds are {list(self.seeds)}; at least one is required, and they must be distinct and non-negative"
@@ -95,7 +96,9 @@ class SweepConfig:
             raise UserError(f"trials is {self.trials}; method {self.method} requires a positive number of trials")
         for path in self.base:
             if not path.is_file():
-                raise UserError(f"base: config file {path} not found (relative paths start at {Path.cwd()})")
+                raise UserError(
+                    f"base: config file {path} not found (relative paths are resolved against {Path.cwd()})"
+                )
         self._validate_flags()
         self._validate_baseline()
         self.build_pruner()
@@ -116,7 +119,9 @@ class SweepConfig:
                 raise UserError(f"{name} is listed under both fixed and vary; remove one of the entries")
         for unit, flag in BUDGET_FLAGS.items():
             if unit in self.budget and {flag} & {*self.fixed, *varied}:
-                raise UserError(f"budget: {unit} sets {flag}, which is in fixed or vary; remove one of them")
+                raise UserError(
+                    f"budget: {unit} sets {flag}, which is also listed under fixed or vary; remove one of them"
+                )
 
     def _validate_baseline(self) -> None:
         for name, setting in self.baseline.items():
@@ -127,7 +132,7 @@ class SweepConfig:
 
     @property
     def baseline_assignment(self) -> Assignment:
-        """Settings of the baseline in all dimensions."""
+        """Settings of the baseline in all search dimensions."""
         return {name: dimension.baseline for name, dimension in self.vary.items()} | self.baseline
 
     @cached_property
@@ -146,8 +151,9 @@ class SweepConfig:
     def fit_flags(self, assignment: Assignment) -> FitFlags:
         """Return the flags that are passed to ``fit`` in all runs of a trial, in addition to the config files.
 
-        If two dimensions set the same flag, the later one takes precedence. Flags with a null value are omitted, so
-        they keep their value from the config files or their default; ``fit`` cannot parse null as a class.
+        If two dimensions set the same flag, the later dimension takes precedence. Flags whose value is null keep
+        their value from the config files, or their default: they are omitted, because ``fit`` cannot parse null for a
+        flag that selects a class.
         """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
@@ -169,7 +175,7 @@ class SweepConfig:
             return getattr(optuna.pruners, name)(**(arguments or {}))  # type: ignore[no-any-return]  # looked up by name
         except (TypeError, ValueError) as error:
             parameters = ", ".join(inspect.signature(getattr(optuna.pruners, name)).parameters)
-            raise UserError(f"pruning: {name}: {error}; its parameters are {parameters}") from error
+            raise UserError(f"pruning: {name}: {error}; valid arguments are {parameters}") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -206,7 +212,7 @@ def suggest_closest(name: str, names: Any) -> str:
 
 
 def short_hash(content: Any) -> str:
-    """Return the first eight hexadecimal digits of the SHA-256 hash of JSON-serialisable data."""
+    """Return the first eight hexadecimal digits of the SHA-256 hash of JSON-serializable data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

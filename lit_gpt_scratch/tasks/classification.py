@@ -28,8 +28,9 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 class Classification(GPTModule):
     """GPT for text classification.
 
-    Validation and test compute loss, accuracy, macro F1 and the macro-averaged area under the ROC curve (AUROC). The
-    AUROC is averaged over the classes to which some but not all documents belong, and is NaN if no class qualifies.
+    The validation and test metrics are the loss, the accuracy, the macro-averaged F1 score and the macro-averaged area
+    under the ROC curve (AUROC). The AUROC is averaged over the classes to which some but not all documents belong; it
+    is NaN if there is no such class.
 
     Args:
         pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token,

@@ -18,23 +18,22 @@ from lit_gpt_scratch.tasks.reference_model import ReferenceModel
 
 
 class DPO(PairwiseModule):
-    """GPT trained to prefer chosen over rejected replies, with a KL penalty towards the initial model.
+    """GPT trained to prefer chosen over rejected replies, with a KL penalty relative to the initial model.
 
     The implicit reward of a reply is ``beta * log(policy / reference)``, the reward for which the policy is optimal.
-    Validation and test compute the same metrics from these rewards as for a reward model. They also compute
-    ``reply_loss``, the loss on the chosen replies in nats per token, which shows whether the quality of the language
-    degrades.
+    The validation and test metrics are those of a reward model, computed from the implicit rewards, and ``reply_loss``:
+    the loss on the chosen replies in nats per token, which shows whether the policy degrades as a language model.
 
     Args:
         loss: Preference loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.
         beta: Strength of the KL penalty; larger values keep the policy closer to the initial model.
         label_smoothing: Assumed probability that a preference label is flipped.
         per_token: Whether to average log-probabilities over the tokens of each reply instead of summing them, so that
-            long replies do not have a larger weight. The authors of IPO average as well.
+            long replies do not have a larger weight. The authors of IPO also average.
         reference_free: Whether to train without a reference model. The reference is then a policy that assigns the same
             probability to all replies.
-        kwargs: Arguments of ``GPTModule``. Dropout is not supported, because policy and reference must agree at the
-            start of training.
+        kwargs: Arguments of ``GPTModule``. Dropout is not supported, because the policy and the reference model
+            must be identical at the start of training.
 
     Raises:
         UserError: ``loss`` is unknown, or a number is out of range.

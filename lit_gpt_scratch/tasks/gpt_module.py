@@ -1,4 +1,4 @@
-"""Base LightningModule: a GPT with an optimizer, loss scaling, gradient clipping, metrics and exact resuming."""
+"""Base LightningModule: a GPT with optimizer, loss normalization, gradient clipping, metrics and exact resumption."""
 
 import inspect
 import logging
@@ -44,14 +44,17 @@ from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 log = logging.getLogger(__name__)
 
 TRAIN_STREAM, VALIDATION_STREAM = 5, 10
-"""Random-number streams, which are part of every seed; changing a value changes the random numbers of all runs."""
+"""Stream ids that are part of every random seed, so that training and validation use different random numbers.
+
+Changing a value changes the random numbers of all runs.
+"""
 
 
 class StepFilter(Protocol):
     """Callable that decides whether a computed optimizer step is applied."""
 
     def __call__(self, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether to apply the step; called after clipping, on every rank with the same values.
+        """Return whether to apply the step; called after gradient clipping, with the same arguments on every rank.
 
         Args:
             loss: Mean loss of the step over all ranks, a scalar.
@@ -62,15 +65,15 @@ class StepFilter(Protocol):
 class GPTModule(L.LightningModule):
     """Base class of all training stages: a GPT and its training objective.
 
-    Subclasses override ``loss_and_count``, ``build_metrics`` and ``update_metrics``, and ``output_head`` unless they
-    predict tokens. ``__init__`` only stores the arguments. The network is built in ``configure_model``, when the
-    hardware and the vocabulary are known.
+    Subclasses override ``loss_and_count``, ``build_metrics`` and ``update_metrics``; those that do not predict tokens
+    also override ``output_head``. ``__init__`` only validates and stores the arguments. The network is built in
+    ``configure_model``, when the hardware and the vocabulary are known.
 
-    A run can be resumed bit for bit from any of its checkpoints. Lightning restores weights, optimizer, schedule and
-    progress counters, which are normalized first. The data module determines the next batch. Random numbers depend only
-    on the seed, the batch index and the rank, so no generator state is saved. If a run is resumed with a different
-    number of processes or micro-batches, it trains on the same rows in the same order, but with different random
-    numbers.
+    A run can be resumed bit for bit from any of its checkpoints. Lightning restores the weights, the optimizer, the
+    schedule and the progress counters; the counters are normalized first. The data module determines the next batch
+    from the progress of the trainer. Random numbers depend only on the seed, the batch index and the rank, so no
+    generator state is saved. If a run is resumed with a different number of processes or micro-batches, it trains on
+    the same rows in the same order, but with different random numbers.
 
     Args:
         gpt: Architecture of the network. By default, the architecture of ``init_from`` if it is set, otherwise a small
@@ -79,14 +82,14 @@ class GPTModule(L.LightningModule):
         schedule: Learning-rate schedule.
         init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
             Face folder.
-        lora: LoRA settings. If set, only the low-rank adapters are trained, and the output head if it is newly
-            initialized.
-        train_layers: Number of blocks to train, counted from the last. If set, only these blocks, the final norm and
-            the output head are trained. A head that is tied to the embedding stays frozen, unless it is newly
-            initialized.
+        lora: LoRA settings. If set, only the low-rank adapters and, if it is newly initialized, the output head are
+            trained.
+        train_layers: Number of blocks to train, counted backward from the last block. If set, only these blocks, the
+            final norm and the output head are trained. A head that is tied to the embedding stays frozen, unless it is
+            newly initialized.
         ema_decay: Decay of an exponential moving average (EMA) of the weights, such as 0.999. The averages are used for
-            validation and samples, are saved as the weights in checkpoints, and replace the weights after training. By
-            default, averaging is disabled.
+            validation and sample generation, are saved as the weights in checkpoints, and replace the weights after
+            training. By default, averaging is disabled.
         compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the blocks of the network if the machine
             supports compilation. ``true`` also compiles other parts of the training step, which increases the startup
             time, and raises an error if the machine does not support compilation. ``false`` disables compilation.
@@ -104,15 +107,18 @@ class GPTModule(L.LightningModule):
     data_info: DataInfo
     """Properties of the data, from the data module; set in ``setup``."""
     next_command: ClassVar[str | None] = None
-    """Command to suggest after training, instead of the data module's; ``{}`` is replaced by the run directory."""
+    """Command to suggest after training; ``{}`` is replaced by the run directory.
+
+    If None, the command of the data module is suggested.
+    """
     returns_label_losses: ClassVar[bool] = False
-    """Whether ``update_metrics`` returns the loss of each label, so that validation losses can be broken down."""
+    """Whether ``update_metrics`` returns the loss of each label, which ``LossBreakdown`` requires."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training.
 
     Dropout is not allowed if the loss compares log-probabilities with earlier log-probabilities, because dropout would
-    add noise to their ratio. In that case, the dropout of an initial model is disabled, and setting dropout is an
-    error.
+    add noise to their ratio. In that case, the dropout of an initial model is disabled, and enabling dropout
+    raises an error.
     """
 
     def __init__(
@@ -157,10 +163,12 @@ class GPTModule(L.LightningModule):
         self.total_steps = float("inf")
         """Number of optimizer steps in the run; infinite until it is known."""
         self.step_filter: StepFilter | None = None
-        """Filter of optimizer steps, or None. Rejected steps are counted, but change neither weights nor averages nor
-        optimizer state."""
+        """Filter that can reject optimizer steps; None applies all steps.
+
+        Rejected steps are counted, but do not change the weights, the averages or the optimizer state.
+        """
         self.step_loss: Tensor | None = None
-        """Mean loss of the current optimizer step over all ranks; computed at log steps and for a ``step_filter``."""
+        """Mean loss of the current optimizer step over all ranks; computed only if it is logged or filtered."""
         self.head_is_new = False
         """Whether the output head was initialized from scratch, because the initial model has a different head."""
         self._base_hash: str | None = None
@@ -189,8 +197,8 @@ class GPTModule(L.LightningModule):
         """Add a batch to ``metrics``.
 
         Returns:
-            The loss of each label: (B, T), or (B,) if each row has a single label; 0 where there is no label. Callbacks
-            receive it as the output of a validation step. None if the loss is not a sum over labels.
+            Loss of each label, (B, T), or (B,) if each row has a single label; 0 where there is no label; None if the
+            loss is not a sum over labels. Callbacks receive it in the output of ``validation_step``.
         """
         raise NotImplementedError
 
@@ -209,22 +217,22 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches of one row each; empty if the rows do not come from the data module."""
+        """Split a batch into batches of one row each; return none if the rows do not come from the data module."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
     # Setup: data, network, optimizer.
 
     def setup(self, stage: str) -> None:
-        """Read ``data_info`` from the data module, which is not accessed anywhere else.
+        """Read ``data_info`` from the data module, which is accessed only in this hook.
 
-        Lightning calls this after the data module's ``setup`` and before ``configure_model``.
+        Lightning calls this hook after the data module's ``setup`` and before ``configure_model``.
 
         Raises:
             UserError: The trainer was given dataloaders instead of a data module, so the vocabulary is unknown.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if inspect.getattr_static(data, "info", None) is None:  # static, so that errors in ``info`` are raised
+        if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide errors in ``info``
             raise UserError(f"{type(self).__name__} requires a data module; call trainer.fit(model, datamodule=...)")
         self.data_info = data.info
         self._global_seed = global_seed()
@@ -281,10 +289,10 @@ class GPTModule(L.LightningModule):
         self.metrics = self.build_metrics()
 
     def _freeze(self) -> None:
-        """Freeze the parameters that ``lora`` or ``train_layers`` excludes, except for a new head.
+        """Freeze the parameters that ``lora`` or ``train_layers`` excludes from training, except for a new output head.
 
         Raises:
-            UserError: An adapter on the tied head would change the embedding.
+            UserError: ``lora.pattern`` matches an output head that is tied to the embedding.
         """
         tied = self.net.head.weight is self.net.embedding.weight
         if self.lora is not None:
@@ -305,7 +313,7 @@ class GPTModule(L.LightningModule):
 
     @property
     def trains_only_adapters(self) -> bool:
-        """Whether only adapters are trained, so that the network without them is the initial model."""
+        """Whether only adapters are trained, so that disabling them restores the initial model."""
         return self.lora is not None and not self._trains_new_head
 
     def on_fit_start(self) -> None:
@@ -352,7 +360,10 @@ class GPTModule(L.LightningModule):
         self._starts = True
 
     def _apply_configured_hyperparameters(self) -> None:
-        """Replace the hyperparameters of a checkpoint with the configured ones, but keep the optimizer state."""
+        """Replace the optimizer hyperparameters of a checkpoint with the configured ones.
+
+        The rest of the optimizer state is kept.
+        """
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [group["lr"] for group in self.configured_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
@@ -362,7 +373,7 @@ class GPTModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the random number generators for a batch, based on its position in the run."""
-        if self._starts:  # after a restart, Lightning's step count is off by one as soon as its loop is reset
+        if self._starts:  # in a resumed run, Lightning's logging step is off by one after its loop is reset
             set_logging_step(self.trainer, self.trainer.global_step)
             self._starts = False
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, TRAIN_STREAM)
@@ -383,11 +394,12 @@ class GPTModule(L.LightningModule):
         return loss_sum / (self._labels_per_rank / accumulate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Complete the gradient and, at log steps, log the loss, learning rate and gradient norm.
+        """Complete tensor-parallel gradients, log the loss, learning rate and gradient norm, and notify callbacks.
 
-        Logging is limited to log steps, because reading values synchronises with the device. The hooks
-        ``on_before_optimizer_step`` of callbacks run before this one. Callbacks with a method ``on_gradient(trainer,
-        module)`` are called here, with the complete gradient before clipping.
+        Metrics are logged only if ``is_log_step`` is True, because reading their values synchronizes with the device.
+        Lightning runs the callbacks' ``on_before_optimizer_step`` hooks before this one, when tensor-parallel gradients
+        are still incomplete. Callbacks that require the complete gradients before clipping can define
+        ``on_gradient(trainer, module)``, which this hook calls.
         """
         if self.device_mesh is not None:
             reduce_tp_gradients(self.net, self.device_mesh)
@@ -405,7 +417,7 @@ class GPTModule(L.LightningModule):
 
     @property
     def is_log_step(self) -> bool:
-        """Whether the current step is logged."""
+        """Whether the current optimizer step is logged: the first step, and every ``log_every_n_steps`` steps."""
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         return bool(every) and (step == 0 or (step + 1) % every == 0)
@@ -418,7 +430,7 @@ class GPTModule(L.LightningModule):
     ) -> None:
         """Clip the gradients as specified by the trainer's flags, and apply ``step_filter``.
 
-        Clipping by norm uses the total norm of all gradients with every strategy. ``step_filter`` is called in this
+        With every strategy, clipping by norm uses the total norm over all gradients. ``step_filter`` is called in this
         hook, because it is the last hook before the optimizer step.
         """
         gradients = gradients_of(self)
@@ -442,7 +454,7 @@ class GPTModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Seed the random number generators based on the position in the run, and switch to the averaged weights.
 
-        Because of the seed, a validation that is repeated after a resume has the same results.
+        Because of the seed, a validation run that is repeated after resuming has the same results.
         """
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, VALIDATION_STREAM)
         self._use_ema(True)
@@ -506,7 +518,7 @@ class GPTModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and the progress counters' batch layout; with an EMA, save the averages as the weights."""
+        """Add the metadata and the batch layout; if averaging is enabled, save the averages as the weights."""
         checkpoint[METADATA_KEY] = asdict(self.checkpoint_metadata())
         checkpoint[BATCH_LAYOUT_KEY] = self.data_info.layout._asdict()
         self.ema.save(checkpoint, self.trainer.optimizers, self)

@@ -18,8 +18,8 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 class LanguageModel(GPTModule):
     """GPT trained by next-token prediction at all positions that have a label.
 
-    Validation and test compute loss, perplexity and bits per byte over the labelled tokens. With ``compile=True``, the
-    output head and the loss are compiled together, so that the logits are not stored in memory.
+    The validation and test metrics are the loss, the perplexity and the bits per byte over the labeled tokens. With
+    ``compile=True``, the output head and the loss are compiled together, so that the logits are not stored in memory.
     """
 
     metrics: LikelihoodMetric

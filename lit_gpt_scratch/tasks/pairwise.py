@@ -30,7 +30,7 @@ class PairComparison(NamedTuple):
 class PairwiseModule(GPTModule):
     """Base class for a GPT trained on pairs of replies.
 
-    Subclasses define ``compare``. Validation and test compute ``PreferenceMetrics``.
+    Subclasses define ``compare``. The validation and test metrics are ``PreferenceMetrics``.
     """
 
     metrics: PreferenceMetrics | MetricCollection

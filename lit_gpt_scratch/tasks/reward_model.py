@@ -1,4 +1,4 @@
-"""Reward models, which predict a scalar reward for each conversation, higher for preferred replies."""
+"""Reward models, which predict a scalar reward for each conversation; preferred replies should get higher rewards."""
 
 from dataclasses import replace
 from functools import cached_property

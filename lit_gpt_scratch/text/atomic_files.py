@@ -1,4 +1,4 @@
-"""Atomic creation of files and folders, which are complete or missing even if the process is killed."""
+"""Atomic creation of files and folders: even if the process is killed, they are either complete or missing."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from filelock import FileLock
 from lit_gpt_scratch.errors import UserError
 
 PURPOSE_FILE: Final = "begun"
-"""Name of the file in an incomplete folder that stores its purpose; see ``create_folder_atomically``."""
+"""Name of the file that stores the ``purpose`` of an incomplete folder; see ``create_folder_atomically``."""
 TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
@@ -42,12 +42,13 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
     process that holds it is killed. On failure, the partial folder is deleted to free disk space.
 
     Args:
-        folder: Folder to create; an existing empty folder counts as missing.
+        folder: Folder to create; an existing empty folder is treated as missing.
         fill: Function that receives the temporary path of the folder and writes the contents of the folder.
-        flag: Command-line flag that sets the location, for error messages.
-        purpose: String that identifies the inputs from which the folder is created. If set, an interrupted call (by a
-            kill, Ctrl-C or a killed worker process) leaves a partial folder, which the next call with the same purpose
-            passes to ``fill`` for completion. If None, the next call starts over.
+        flag: Command-line flag that sets the location of the folder, for error messages.
+        purpose: String that identifies the inputs from which the folder is created. If set, the partial folder is kept
+            if the call is interrupted (the process or one of its workers is killed, or Ctrl-C is pressed), and the next
+            call with the same purpose passes this folder to ``fill``, which can complete it. If None, the next call
+            starts over.
 
     Raises:
         UserError: The folder is not writable, or a worker process was killed.

@@ -51,13 +51,17 @@ class PerDocumentStep(CleaningStep, ABC):
 
     @abstractmethod
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Return the document, whose text may be edited but not its id, or the reason for rejecting the document."""
+        """Return the document, or the reason for rejecting it.
+
+        The text of the returned document may be edited, but its id must not change.
+        """
 
 
 class DeduplicationStep(CleaningStep, ABC):
     """Cleaning step that rejects duplicates of earlier documents.
 
-    Sketches are computed in parallel by several processes, then compared sequentially in document order.
+    Several processes compute a sketch of each document in parallel; the sketches are then compared sequentially, in
+    document order.
     """
 
     cheap: ClassVar[bool] = False
@@ -65,14 +69,14 @@ class DeduplicationStep(CleaningStep, ABC):
 
     @abstractmethod
     def sketch(self, document: Document) -> Any:
-        """Return the data that represents the document when it is compared with other documents."""
+        """Return the sketch: the data that represents the document when it is compared with other documents."""
 
     @abstractmethod
     def build_filter(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
         """Return a context manager that yields a filter for sketches.
 
-        The filter compares a sketch with all sketches that it accepted before, and returns None to accept it or the
-        reason for rejecting it. The filter may store files in ``folder``.
+        The filter compares a sketch with all sketches that it has already accepted. It returns None to accept the
+        document, or the reason for rejecting it. The filter may store files in ``folder``.
         """
 
 
@@ -124,7 +128,7 @@ class ControlCharacters(PerDocumentStep):
 
 @dataclass(frozen=True)
 class Whitespace(PerDocumentStep):
-    r"""Cleaning step that converts line endings to ``\n``, strips trailing spaces and limits consecutive blank lines.
+    r"""Cleaning step that converts line endings to ``\n``, strips trailing whitespace and limits blank lines.
 
     Leading spaces are kept because they are significant in source code and poems.
 
@@ -216,7 +220,9 @@ def _is_ipv6(candidate: str) -> bool:
 
 
 def validate_steps(steps: Sequence[CleaningStep]) -> None:
-    """Check that every entry is a cleaning step without null settings, and that decontamination steps come last.
+    """Check that all entries are cleaning steps with valid settings, and that decontamination steps come last.
+
+    A setting may be None only if its default is None.
 
     Raises:
         UserError: A step is invalid; the message names the step.

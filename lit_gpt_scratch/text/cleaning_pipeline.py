@@ -17,10 +17,10 @@ from lit_gpt_scratch.text.document import Document, is_blank
 from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
 BATCH_BYTES: Final = 2**20
-"""Bytes of text per batch sent to a worker process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
+"""Approximate bytes of text per batch sent to a worker process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
 BATCH_DOCUMENTS: Final = 256
 SINGLE_PROCESS_BYTES: Final = 2**25
-"""Bytes of text to process before worker processes are started; for less text, they would not save time."""
+"""Number of bytes of text to process before starting worker processes, which would not save time for less text."""
 QUEUED_BATCHES: Final = 2
 """Number of batches queued per worker process."""
 
@@ -33,10 +33,11 @@ class PipelineItem:
         document: The document after the last step that it passed.
         source_index: Index of the source from which the document was read.
         sizes: Size of the text in bytes before the first step and after each step that the document passed.
-        texts: Text before the first step and after each step that the document passed; None if the document is not
-            sampled for token counts.
-        reason: Reason for which a step rejected the document; None if no step rejected it.
-        sketch: Data for the next deduplication step.
+        texts: Text before the first step and after each step that the document passed; None if the document is not in
+            the sample used to estimate token counts.
+        reason: Reason why a step rejected the document; None if no step rejected it.
+        sketch: Result of the next deduplication step's ``sketch`` method, or of ``final_sketch`` after the last step;
+            None if the document was rejected.
     """
 
     document: Document
@@ -71,7 +72,8 @@ def run_pipeline(
     Args:
         items: The documents, in order.
         steps: Per-document and deduplication steps.
-        final_sketch: Function of each document that passes all steps; ``PipelineItem.sketch`` stores the result.
+        final_sketch: Function that is called with each document that passes all steps; the result is stored in
+            ``PipelineItem.sketch``.
         folder: Folder in which steps may store files.
         processes: Number of worker processes; 1 runs all steps in the current process.
 

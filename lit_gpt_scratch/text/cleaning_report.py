@@ -16,12 +16,12 @@ MAX_EXAMPLES: Final = 3
 EXCERPT_CHARACTERS: Final = 160
 """Maximum number of characters shown per example."""
 SAMPLE_BYTES: Final = 2**22
-"""Maximum bytes of text in the sample used to estimate token counts; smaller corpora are counted exactly."""
+"""Maximum bytes of text in the sample used to estimate token counts; for smaller corpora, the counts are exact."""
 
 
 @dataclass
 class StepStatistics:
-    """Statistics of one step; ``documents_in`` is the sum of ``documents_out`` and all rejected documents."""
+    """Statistics of one step; ``documents_in`` is ``documents_out`` plus the number of rejected documents."""
 
     name: str
     documents_in: int = 0
@@ -65,15 +65,18 @@ class CleaningReport:
         self._sampled_bytes, self._hash_limit = 0, 2**64
 
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
-        """Return whether a document is sampled for token counts, based on a hash of its id."""
+        """Return whether a document is in the sample used to estimate token counts.
+
+        Documents of up to ``SAMPLE_BYTES`` bytes are selected by a hash of their ids.
+        """
         return n_bytes <= SAMPLE_BYTES and _hash_id(id_) < self._hash_limit
 
     def add_unreadable(self, rejected: RejectedDocument) -> None:
-        """Count a source entry that could not be read as a document."""
+        """Count a document that was skipped when its source was read."""
         self.steps[0].record_rejected(rejected.id, "", rejected.n_bytes, rejected.reason)
 
     def add(self, item: PipelineItem) -> None:
-        """Count a document that has passed the steps before the split or was rejected by one of them."""
+        """Count a document that passed all steps before the split or was rejected by one of them."""
         sizes = item.sizes
         self.steps[0].record_kept(sizes[0], sizes[0])
         for step, before, after in zip(self.steps[1:], sizes, sizes[1:], strict=False):
@@ -140,7 +143,7 @@ def add_token_counts(
             texts = [texts[position] for texts in sample if len(texts) > position and len(texts) > before]
             n_bytes = sum(len(text.encode()) for text in texts)
             tokens_per_byte = sum(tokens[text] for text in texts) / n_bytes if n_bytes else overall_tokens_per_byte
-            # The input of the reading step includes unreadable entries, which have no tokens.
+            # The input of the reading step includes skipped documents, which have no tokens.
             counted[f"tokens_{side}"] = round(step[f"bytes_{side}" if index else "bytes_out"] * tokens_per_byte)
         steps.append(counted)
     exact = sum(len(texts[0].encode()) for texts in sample) == audit["steps"][0]["bytes_out"]

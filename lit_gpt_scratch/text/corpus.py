@@ -1,7 +1,8 @@
-"""Cleaned corpora, which are read, cleaned, mixed and split once and stored with a cleaning report.
+"""Cleaned corpora: documents that are read, cleaned, mixed and split once, and stored with a cleaning report.
 
 A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``, readable by
-``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, so only a few are in memory.
+``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, so that only a few of them are in
+memory at a time.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class CleanedCorpus:
     Attributes:
         folder: Folder of the corpus.
         fingerprint: SHA-256 digest that covers the id, content and split of every document.
-        n_bytes: Total UTF-8 bytes of text in both splits.
+        n_bytes: Number of UTF-8 bytes of text in both splits.
         audit: Cleaning report; see ``CleaningReport.to_dict``.
     """
 
@@ -64,7 +65,7 @@ class CleanedCorpus:
         """Open a corpus that was created by ``CorpusSpec.prepare``.
 
         Raises:
-            UserError: The folder is not a corpus.
+            UserError: The folder does not contain a usable corpus.
         """
         try:
             metadata = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
@@ -78,7 +79,7 @@ class CleanedCorpus:
 
         Args:
             split: Name of the split.
-            fraction: Approximate fraction of the documents to include; they are selected by content hash.
+            fraction: Approximate fraction of the documents to include, which are selected by a hash of their texts.
         """
         for document in read_parquet_documents(self.folder / f"{split}.parquet"):
             if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
@@ -86,7 +87,7 @@ class CleanedCorpus:
 
     @property
     def sample(self) -> list[list[str]]:
-        """Texts of the documents that are sampled for token counts; see ``CleaningReport.sample``."""
+        """Sampled texts used to estimate token counts; see ``CleaningReport.sample``."""
         sample: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
         return sample
 
@@ -96,11 +97,12 @@ class CorpusSpec:
     """Specification of a corpus: its sources, cleaning steps and split.
 
     Args:
-        sources: Pairs of a source and its weight; sources are mixed with bytes in proportion to their weights.
+        sources: Pairs of a source and its weight. The number of bytes used from each source is proportional to its
+            weight.
         cleaning: Cleaning steps, in order.
         validation_share: Approximate fraction of the documents to hold out for validation.
-        max_bytes: Number of bytes of text after which the reading of a source stops, at the end of a document; if None,
-            all documents are read.
+        max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
+            reaches this limit. If None, all documents are read.
         processes: Number of worker processes for cleaning; does not affect the result.
     """
 
@@ -141,14 +143,14 @@ class CorpusSpec:
         }
 
     def prepare(self, corpora: Path, flag: str = "--data.cache") -> CleanedCorpus:
-        """Open the corpus, and create it first if it does not exist.
+        """Open the corpus, creating it first if it does not exist.
 
         Args:
-            corpora: Folder that contains all corpora, each named after a hash of its settings and sources.
-            flag: Flag that sets ``corpora``, for error messages.
+            corpora: Folder that contains a subfolder for each corpus, named after a hash of its settings and sources.
+            flag: Name of the flag that sets ``corpora``, for error messages.
 
         Raises:
-            UserError: A source is unusable, no documents are left, or the folder is not writable.
+            UserError: A source cannot be read, no documents are left, or the folder is not writable.
         """
         sources = [source.fingerprint(local=True) for source, _ in self.sources]
         key = hashlib.sha256(json.dumps([self.settings, sources], sort_keys=True).encode()).hexdigest()
@@ -179,7 +181,7 @@ class CorpusSpec:
     def _clean(
         self, scratch: Path, steps: Sequence[CleaningStep], report: CleaningReport, index: DocumentIndex
     ) -> None:
-        """Run the steps before the split; write kept documents to a Parquet file in order, and index them."""
+        """Run the steps before the split, write the kept documents to a Parquet file, and add them to the index."""
         progress = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
         with progress, ParquetDocumentWriter(scratch / CLEANED_FILE) as writer:
             for item in run_pipeline(self._read(report), steps, hash_document, scratch, self.processes):
@@ -217,12 +219,12 @@ class CorpusSpec:
         selected: NDArray[np.bool_],
         after: Sequence[DecontaminationStep],
     ) -> tuple[str, dict[SplitName, ParquetDocumentWriter]]:
-        """Run the steps after the split and write both splits; return the fingerprint and the closed writers."""
+        """Run the steps after the split, write both splits, and return the fingerprint and the closed writers."""
         cleaned = scratch / CLEANED_FILE
         if after and parts.tail is not None:
             raise UserError(
-                f"data.cleaning: {after[0].name} requires validation documents, but the corpus is a single document "
-                "or cluster of near-duplicates; remove the step"
+                f"data.cleaning: {after[0].name} requires validation documents, but the corpus consists of a single "
+                "document or a single cluster of near-duplicates; remove the step"
             )
         filters = [step.build_filter(_validation_documents(cleaned, parts)) for step in after]
         fingerprint = hashlib.sha256(f"cut {parts.tail}\n".encode())
@@ -257,7 +259,7 @@ class CorpusSpec:
         if not report.steps[0].documents_out:
             raise UserError(no_text_message(self.name))
         if not any(step.rejected for step in report.steps):
-            raise UserError(f"{self.name} is too short to hold out validation text; add more text to data.source")
+            raise UserError(f"{self.name} contains too little text for a validation split; add text to data.source")
         rejected = [
             f"{step.name} rejected {sum(step.rejected.values()):,} ({step.rejected.most_common(1)[0][0]})"
             for step in report.steps

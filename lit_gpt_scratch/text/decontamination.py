@@ -18,14 +18,14 @@ class Leakage(DecontaminationStep):
     """Cleaning step that removes every training document that shares a word n-gram with a validation document.
 
     Case and punctuation are ignored, as in the GPT-3 paper (https://arxiv.org/abs/2005.14165, appendix C). A validation
-    document with fewer than ``words`` words is treated as a single n-gram. A validation document with fewer than
-    ``least`` words matches only a training document with exactly the same words. The step uses 8 bytes of memory per
-    validation word.
+    document with fewer than ``words`` words is treated as a single n-gram. If it also has fewer than ``least`` words,
+    it matches only training documents that consist of exactly the same words. The step uses 8 bytes of memory per word
+    of the validation documents.
 
     Args:
         words: Length of the n-grams, in words.
-        least: Minimum number of words for a validation document to be matched inside training documents; shorter
-            documents are often common phrases.
+        least: Minimum number of words that a validation document must have to match a part of a training document;
+            shorter documents are often common phrases.
     """
 
     words: int = 13

@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Maximum size of a document, row or line in bytes; longer text is unlikely to be written by humans."""
+"""Maximum size of a document, row or line, in bytes; longer texts are unlikely to have been written by humans."""
 
 
 def is_blank(text: str) -> bool:
@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text and its id, which consists of the name of the file and, for tables, the number of the row."""
+    """Text and its id: the file name and, for tables and large text files, the number of the row or part."""
 
     id: str
     text: str
@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RejectedDocument:
-    """A source entry that was skipped, with the reason for skipping it and its size in bytes."""
+    """A document that was skipped when its source was read, with the reason and its size in bytes."""
 
     id: str
     reason: str

@@ -20,9 +20,9 @@ SHINGLE_WORDS: Final = 5
 SHINGLES_PER_UPDATE: Final = 2**16
 """Number of shingles hashed at a time."""
 MIN_RECALL: Final = 0.95
-"""Minimum fraction of pairs at the similarity threshold that locality-sensitive hashing must find."""
+"""Minimum expected recall of locality-sensitive hashing for document pairs at the similarity threshold."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum number of candidates compared with a document; thousands of documents may share a band of boilerplate."""
+"""Maximum number of candidates compared with a document; thousands of documents with boilerplate may share a band."""
 
 
 def sha256_text(text: str) -> bytes:
@@ -33,7 +33,7 @@ def sha256_text(text: str) -> bytes:
 def minhash_signature(text: str, permutations: int) -> RMinHash:
     """Compute a MinHash signature from the overlapping five-word shingles of a string (Broder 1997).
 
-    The fraction of positions where two signatures agree estimates the Jaccard similarity of the shingle sets.
+    The fraction of positions at which two signatures agree estimates the Jaccard similarity of the shingle sets.
     """
     words = text.split()
     minhash = RMinHash(num_perm=permutations, seed=0)
@@ -62,7 +62,7 @@ class ExactDuplicates(DeduplicationStep):
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
-        """Yield a filter that rejects digests that are already in an SQLite table, which is stored in ``folder``."""
+        """Yield a filter that rejects repeated digests; all digests are stored in an SQLite table in ``folder``."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -65536;"
@@ -87,8 +87,8 @@ class NearDuplicates(DeduplicationStep):
     step uses about 5.3 kB of memory per document.
 
     Args:
-        similarity: Minimum estimated Jaccard similarity of five-word shingles, in (0, 1], for two documents to count as
-            near-duplicates.
+        similarity: Similarity threshold in (0, 1]: two documents are near-duplicates if the estimated Jaccard
+            similarity of their sets of five-word shingles is at least this value.
         permutations: Number of hash values per signature; must be a multiple of ``bands``.
         bands: Number of bands per signature; two documents are compared if at least one of their bands is identical.
     """
@@ -118,7 +118,10 @@ class NearDuplicates(DeduplicationStep):
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
-        """Yield a filter that compares each signature with the kept signatures that share at least one band with it."""
+        """Yield a filter that rejects the signatures of near-duplicates.
+
+        Each signature is compared with the kept signatures that share at least one band with it.
+        """
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
         kept: list[RMinHash] = []
 

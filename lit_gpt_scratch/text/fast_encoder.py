@@ -6,10 +6,11 @@ first in the merge list. For a byte-level BPE tokenizer, both give the same ids 
 1. each pair in the merge list produces a distinct token, and token ids increase in the order of the list; and
 2. the text of each token, encoded alone, results in this single token.
 
-Proof: let tokens ``u`` and ``v`` be adjacent while ``tokenizers`` encodes a word, and let ``uv`` also be a token. No
-merge has crossed their outer boundaries, so the merges inside are the same as when ``uv`` is encoded alone. By 2, that
-encoding ends as ``uv``; before its last merge it is a single pair of tokens, the pair listed for ``uv``. Therefore
-``tiktoken`` never merges a pair that ``tokenizers`` would not merge, and by 1 both merge pairs in the same order.
+Proof: suppose that, while ``tokenizers`` encodes a word, the tokens ``u`` and ``v`` are adjacent, and that their
+concatenation ``uv`` is also a token. No merge has crossed the outer boundaries of ``uv`` so far, so the merges within
+these boundaries are the same as if ``uv`` were encoded alone. By 2, encoding ``uv`` alone results in the single token
+``uv``. The only remaining merge is that of ``u`` and ``v``, so this pair is in the merge list. Therefore, ``tiktoken``
+never merges a pair that ``tokenizers`` would not merge, and by 1, both merge pairs in the same order.
 """
 
 import json
@@ -28,7 +29,10 @@ from tokenizers import Tokenizer as Backend
 GPT2_PATTERN: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """GPT-2's pre-tokenization pattern, as built into ``tokenizers``."""
 LONG_WORD: Final = 500
-"""Length of a long word in characters; ``tiktoken`` is not used for long words because it takes quadratic time."""
+"""Minimum length of a long word, in characters; texts with long words are not encoded with ``tiktoken``.
+
+The run time of ``tiktoken`` is quadratic in the length of a word.
+"""
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -85,9 +89,10 @@ def encode_batch(
 
 
 def _may_have_long_words(text: str) -> bool:
-    """Return whether a string may contain a word or a run of spaces with at least ``2 * LONG_WORD`` characters.
+    """Return whether a string may contain a word or a run of whitespace with at least ``2 * LONG_WORD`` characters.
 
-    Such a run completely covers at least one of the windows of ``LONG_WORD`` characters that are checked.
+    Such a word or run completely covers at least one of the consecutive windows of ``LONG_WORD`` characters, each of
+    which is checked.
     """
     return any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)
@@ -95,9 +100,9 @@ def _may_have_long_words(text: str) -> bool:
 
 
 def _byte_by_character() -> dict[str, int]:
-    """Return the byte that each of GPT-2's 256 characters represents.
+    """Return a mapping from each character of GPT-2's byte-level alphabet to the byte that it represents.
 
-    A printable byte is represented by its own character, any other byte by a character from U+0100 on.
+    A printable byte is represented by the character with the same code, any other byte by a character from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -47,7 +47,7 @@ Columns = Mapping[str, str]
 """Names of the columns to read, keyed by the argument that sets each name."""
 Fields = dict[str, Any]
 LocatedRows = Iterator[tuple[str, Fields]]
-"""Iterator over pairs: the location of a row, and the values of the row by column name."""
+"""Iterator over rows, each a pair of its location and its values by column name."""
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
@@ -62,7 +62,7 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
 
     Args:
         path: Path of the file.
-        name: Name of the file in row ids.
+        name: Name of the file, which becomes part of the row ids.
         columns: Columns to read; if None, all columns are read.
 
     Raises:
@@ -94,7 +94,8 @@ def row_to_document(row: TableRow, column: str) -> Document:
         raise UserError(f"{row.where}: {error}") from error
     if len(text) > MAX_DOCUMENT_BYTES:
         raise UserError(
-            f"{row.where}: the text has {len(text) >> 20} MB; the maximum is {MAX_DOCUMENT_BYTES >> 20} MB; split it"
+            f"{row.where}: the text is {len(text) >> 20} MB long; the maximum is {MAX_DOCUMENT_BYTES >> 20} MB; "
+            "split the text"
         )
     return Document(row.id, text)
 
@@ -102,7 +103,7 @@ def row_to_document(row: TableRow, column: str) -> Document:
 def is_table(path: Path, in_folder: bool) -> bool:
     """Return whether a file is a table, based on its suffix.
 
-    Inside a folder, files with the suffixes ``.json``, ``.csv`` and ``.tsv`` are plain text.
+    In a folder, files with the suffixes ``.json``, ``.csv`` and ``.tsv`` are treated as plain text.
     """
     return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
@@ -246,7 +247,7 @@ def _read_json_list(path: Path, columns: Columns | None) -> LocatedRows:
 
 def _select_fields(row: Any, columns: Columns | None, where: str, first: bool) -> tuple[str, Fields]:
     if not isinstance(row, dict):
-        raise UserError(f"{where} must be an object with named fields, but its type is {type(row).__name__}")
+        raise UserError(f"{where} must be a JSON object, but its type is {type(row).__name__}")
     if first:  # later rows may omit fields that have no value
         require_columns(columns, row, where)
     names = row if columns is None else columns.values()
@@ -300,7 +301,7 @@ def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Col
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of the message of an exception, or its type name if the message is empty."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

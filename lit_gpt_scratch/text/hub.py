@@ -11,7 +11,7 @@ from lit_gpt_scratch.text.file_readers import Columns, iterate_dataset, quiet_da
 DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """Regular expression for ``owner/name`` with an optional ``@revision``."""
 TIMEOUT_SECONDS: Final = 10.0
-"""Timeout for the first response of the Hub."""
+"""Timeout for the first response from the Hub."""
 
 
 def read_dataset_rows(

@@ -1,4 +1,4 @@
-"""Streaming reader and writer for documents in Parquet files, with a few megabytes in memory at a time."""
+"""Streaming reader and writer for documents in Parquet files, which keep only a few megabytes in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.text.document import Document
 
 ROW_GROUP_CHARACTERS: Final = 2**22
-"""Minimum characters of text per row group, except the last; a reader keeps one row group in memory."""
+"""Minimum number of characters per row group except the last; a reader keeps one row group in memory at a time."""
 
 
 class ParquetDocumentWriter:

@@ -1,4 +1,4 @@
-"""Process pools for cleaning, tokenization and sweeps, whose workers exit with the main process."""
+"""Process pools whose workers exit with the main process, for cleaning, tokenization and sweeps."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Published quality filters with the rules of Gopher and C4, which are not enabled by default."""
+"""Quality filters with the published rules of Gopher and C4; no filter is enabled by default."""
 
 import re
 from collections import Counter
@@ -24,8 +24,8 @@ class GopherQuality(PerDocumentStep):
         bullet_lines: Maximum fraction of lines that begin with a bullet.
         ellipsis_lines: Maximum fraction of lines that end with an ellipsis.
         alphabetic_words: Minimum fraction of words with at least one letter.
-        stop_words: Minimum number of distinct words from a list of eight very common English words; 0 disables the
-            rule, which is required for other languages.
+        stop_words: Minimum number of distinct words from a list of eight very common English words. 0 disables this
+            rule; set it to 0 for text in other languages.
     """
 
     words_at_least: int = 50
@@ -74,8 +74,8 @@ class GopherRepetition(PerDocumentStep):
         paragraphs: Maximum fraction of paragraphs that repeat an earlier paragraph.
         line_characters: Maximum fraction of characters in repeated lines.
         paragraph_characters: Maximum fraction of characters in repeated paragraphs.
-        ngrams: Whether to limit the fraction of characters in the most common 2-, 3- and 4-gram (20%, 18% and 16%) and
-            in all repeated 5- to 10-grams (15% to 10%).
+        ngrams: Whether to limit the fraction of characters in the most common 2-gram, 3-gram and 4-gram (to 20%, 18%
+            and 16%) and in repeated n-grams of 5 to 10 words (to 15% for 5 words, decreasing to 10% for 10 words).
     """
 
     lines: float = 0.30
@@ -127,7 +127,7 @@ def _top_ngram_characters(words: list[str], n: int) -> int:
 
 
 def _repeated_ngram_characters(words: list[str], n: int) -> int:
-    """Return the number of characters in repeated n-grams, counting each word once."""
+    """Return the number of characters in repeated n-grams; words in several of these n-grams are counted only once."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     counts = Counter(grams)
     inside = [False] * len(words)
@@ -141,7 +141,7 @@ def _repeated_ngram_characters(words: list[str], n: int) -> int:
 class C4(PerDocumentStep):
     """Cleaning step that keeps only lines of prose, following C4 (https://arxiv.org/abs/1910.10683, section 2.2).
 
-    A line is removed if it does not end with a full stop, exclamation mark, question mark or closing quote, ends with
+    A line is removed if it does not end with a full stop, exclamation mark, question mark or quotation mark, ends with
     an ellipsis, has fewer than ``words_per_line`` words, or mentions JavaScript, the use of cookies, a privacy policy
     or terms of use. A document is rejected if it contains a curly bracket or "lorem ipsum", or if fewer than
     ``sentences`` sentences remain. C4's list of bad words, its language filter and its removal of repeated

@@ -36,7 +36,7 @@ STDLIB_GENERATED = ("_sysconfigdata", "config-")
 MAX_WHOLE_FILE_BYTES: Final = 2**22
 """Maximum size in bytes of a text file that is read as one document; larger files are read as several documents."""
 CHUNK_BYTES: Final = 2**18
-"""Bytes per document when a large file is read as several; each document is extended to the end of its last line."""
+"""Size in bytes of the parts into which a large file is split; each part is extended to the end of its last line."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class DocumentSource:
 
     Args:
         name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a Hub dataset as ``owner/name`` or
-            ``owner/name@revision``. The suffix determines how a file is read: ``.jsonl``, ``.json``, ``.csv``,
-            ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a single
-            document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a folder,
-            all files that are not hidden are read, except that files that are not text are skipped; ``.json``, ``.csv``
-            and ``.tsv`` files in a folder are read as plain text.
+            ``owner/name@revision``. The suffix determines how a file is read: ``.jsonl``, ``.ndjson``, ``.json``,
+            ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a
+            single document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a
+            folder, hidden files and files that are not text are skipped, and ``.json``, ``.csv`` and ``.tsv`` files are
+            read as plain text.
         column: Name of the text column in tables.
         config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
@@ -63,7 +63,7 @@ class DocumentSource:
     streaming: bool = False
 
     def read(self) -> Iterator[Document | RejectedDocument]:
-        """Yield every document, and a ``RejectedDocument`` for each skipped entry.
+        """Yield every document, and a ``RejectedDocument`` for each document that is skipped.
 
         Raises:
             UserError: The source does not exist, lacks the text column, or contains unreadable data.
@@ -105,8 +105,8 @@ class DocumentSource:
         The string is a hash of the names, sizes and modification times of all files, or the revision of a Hub dataset.
 
         Args:
-            local: Whether to include absolute paths, inodes and change times, which distinguish copies of a file and
-                detect a file that was replaced by a file with the same size and modification time.
+            local: Whether to include absolute paths, inodes and change times. They distinguish copies of a file, and
+                reveal that a file was replaced by another file with the same size and modification time.
         """
         if self.on_hub:
             return hub.dataset_revision(self.name, self.config)
@@ -170,7 +170,7 @@ class DocumentSource:
 
 
 def read_documents(name: str, column: str = "text") -> Iterator[Document]:
-    """Return an iterator over the documents of a source that contain text.
+    """Return an iterator over the documents of a source, omitting documents without text.
 
     Raises:
         UserError: The source does not exist or contains no text, or a document cannot be read.
@@ -208,7 +208,7 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
 def _walk(
     root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
 ) -> Iterator[tuple[str, Path]]:
-    """Yield the name and path of each kept file under ``root``, in sorted order, ignoring skipped folders."""
+    """Yield the name and path of each file to keep under ``root`` in sorted order, without entering skipped folders."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not skip_folder(name))
         for path in (Path(folder, name) for name in sorted(names) if keep_file(name)):

@@ -15,14 +15,15 @@ from lit_gpt_scratch.text.document import Document
 from lit_gpt_scratch.text.duplicates import minhash_signature, sha256_text
 
 NEAR_DUPLICATE: Final = 0.5
-"""Minimum estimated Jaccard similarity of five-word shingles for two documents to count as near-duplicates."""
+"""Similarity threshold: two documents are near-duplicates if the estimated Jaccard similarity of their sets of
+five-word shingles is at least this value."""
 PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
 """Number of signatures buffered in memory before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum number of candidates per band that are compared with a document; boilerplate may produce thousands."""
+"""Maximum number of candidates per band compared with a document; boilerplate may produce thousands of candidates."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainValidationSplit:
     Attributes:
         validation: True for validation documents, (n,) bool.
         tail: Fraction of each document, taken from its end, that is used for validation if all documents belong to a
-            single cluster; None if the corpus is split by document.
+            single cluster; None if whole documents are assigned to the splits.
     """
 
     validation: NDArray[np.bool_]
@@ -122,7 +123,7 @@ class DuplicateClusters:
         self._pending.clear()
 
     def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Yield groups of documents with the same hash in a band, unless they are already in the same cluster."""
+        """Yield each group of documents with the same hash in a band, unless all of them are already in one cluster."""
         chunks, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
             n = min(CHUNK_DOCUMENTS, self.n_documents - start)
@@ -139,7 +140,7 @@ class DuplicateClusters:
             yield order[starts[group] : ends[group]]
 
     def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Merge the clusters of near-duplicates in a group of candidates."""
+        """Compare the candidates in a group, and merge the clusters of near-duplicates."""
         heads = np.array([_find_head(first, member) for member in members])
         signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
         for i in range(len(members) - 1):
@@ -196,7 +197,7 @@ class DocumentIndex:
 
         All documents of the source with the fewest bytes relative to its weight are selected. From every other source,
         documents are selected in order of their content hashes until their total size is as close as possible to the
-        size that matches the weight of the source.
+        size that corresponds to the weight of the source.
 
         Raises:
             UserError: A source has no documents, or its documents are too large for its weight.
@@ -218,13 +219,16 @@ class DocumentIndex:
             selected[indices[midpoints <= weight * scale * (1 + 1e-9)]] = True
             if not selected[indices].any():
                 raise UserError(
-                    f"data.source: every document of {name} is too large for the weight of the source; split the "
+                    f"data.source: the documents of {name} are too large for the weight of the source; split the "
                     "documents, or raise the weight"
                 )
         return selected
 
     def split(self, selected: NDArray[np.bool_], validation_share: float) -> TrainValidationSplit:
-        """Split the selected documents into training and validation; entries for other documents have no meaning."""
+        """Split the selected documents into training and validation documents.
+
+        In the result, ``validation`` is False for all documents that are not selected.
+        """
         parts = split_by_cluster(
             np.array(self._split_keys)[selected], self._clusters.cluster_ids()[selected], validation_share
         )

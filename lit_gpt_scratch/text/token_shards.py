@@ -2,7 +2,7 @@
 
 A shard consists of two files that ``numpy.load`` can read. ``train-00000.tokens.npy``, (n_tokens,) uint16 or uint32,
 contains token ids, with an end-of-text token before each document. ``train-00000.documents.npy``, (n_documents, 2)
-uint64, contains the position of the first token and the number of text bytes of each document.
+uint64, contains the position of this end-of-text token and the number of bytes of text for each document.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SHARD_PARTS: Final[tuple[ShardPart, ...]] = ("tokens", "documents")
 
 
 class PicklableMemmaps:
-    """Mixin for classes with cached memory-mapped arrays; an unpickled copy maps the files again."""
+    """Mixin that excludes cached memory-mapped arrays from pickling; an unpickled copy maps the files again."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would contain the whole file.
@@ -90,7 +90,7 @@ class TokenShard(PicklableMemmaps):
 
     @cached_property
     def documents(self) -> NDArray[np.uint64]:
-        """Position of the first token and text bytes of each document, (n_documents, 2), memory-mapped read-only."""
+        """Start position and number of text bytes of each document, (n_documents, 2), memory-mapped read-only."""
         return np.asarray(np.load(self.path("documents"), mmap_mode="r"))
 
 

@@ -21,12 +21,12 @@ from lit_gpt_scratch.text.token_shards import SHARD_PARTS, TokenShard, sha256_fi
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 SHARD_BYTES: Final = 2**26
-"""Approximate bytes of text per shard; shards are larger if a split would otherwise exceed ``MAX_SHARDS``."""
+"""Approximate bytes of text per shard; shards are larger if a split would otherwise have over ``MAX_SHARDS`` shards."""
 MAX_SHARDS: Final = 1024
 BATCH_CHARACTERS: Final = 2**22
 """Minimum number of characters that are encoded at a time."""
 FAST_ENCODER_MIN_BYTES: Final = 2**25
-"""Minimum size of a corpus in bytes for which the fast encoder is used, because its setup takes a second."""
+"""Minimum corpus size, in bytes, for using the fast encoder, whose setup takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ShardJob:
         folder: Folder for the shard, which must already contain the tokenizer.
         name: Name of the shard.
         fast: Whether to use the fast encoder if it supports the tokenizer.
-        threads: Number of threads for the fast encoder; if None, the default.
+        threads: Number of threads for the fast encoder; if None, the default of ``ThreadPoolExecutor``.
     """
 
     texts: Path
@@ -58,7 +58,7 @@ class ShardJob:
 
 
 def tokenize_corpus(corpus: CleanedCorpus, folder: Path, processes: int) -> dict[SplitName, list[TokenShard]]:
-    """Tokenize both splits of a corpus, reusing shards that an interrupted call completed.
+    """Tokenize both splits of a corpus, reusing shards that an earlier, interrupted call completed.
 
     Args:
         corpus: The corpus to tokenize.
@@ -134,7 +134,7 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer; it is cached because the setup of the fast encoder takes a second."""
+    """Load a tokenizer, which is cached because the setup of its fast encoder takes about a second."""
     return Tokenizer.load(path)
 
 

@@ -24,7 +24,7 @@ GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 """File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
-"""Test string that encoding and decoding change if the tokenizer normalizes text or has no byte fallback."""
+"""Test string that is changed by encoding and decoding if the tokenizer normalizes text or has no byte fallback."""
 
 
 class Tokenizer:
@@ -68,10 +68,11 @@ class Tokenizer:
         """Load a tokenizer, and verify its SHA-256 checksum if a checksum file is next to it.
 
         Args:
-            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or GPT-2's two files.
+            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or one of the pairs
+                of files in ``GPT2_FILES``.
 
         Raises:
-            UserError: The file is missing, is not a tokenizer, or does not match its checksum.
+            UserError: The file is missing, is not a valid tokenizer, or does not match its checksum.
         """
         try:
             for names in GPT2_FILES:
@@ -124,8 +125,8 @@ class Tokenizer:
 
         Args:
             texts: Strings to encode.
-            fast: Whether to use an encoder that is several times faster if it provably returns the same ids; this check
-                takes about a second.
+            fast: Whether to use an encoder that is several times faster, provided that it provably returns the same
+                ids; the check takes about a second.
             threads: Number of threads of the fast encoder; if None, the default of ``ThreadPoolExecutor``.
         """
         return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)

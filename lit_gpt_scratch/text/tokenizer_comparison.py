@@ -9,7 +9,7 @@ import numpy as np
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_LONGEST_TOKENS: Final = 5
-"""Number of the longest tokens to show."""
+"""Number of longest tokens to show."""
 
 
 def compare_tokenizers(
@@ -26,9 +26,9 @@ def compare_tokenizers(
 
     Yields:
         A table row for each tokenizer: its type (``tokenizer``), its vocabulary size (``tokens``), the mean bytes per
-        token, the fraction of unknown tokens, the fraction of the vocabulary that occurs (``used``), the training time
-        in seconds, the encoding speed in MB/s, the longest tokens that occur, and a description of how encoding and
-        decoding change text (``loses``).
+        token, the fraction of unknown tokens, the fraction of the vocabulary that occurs in the held-out text
+        (``used``), the training time in seconds, the encoding speed in MB/s, the longest tokens in the held-out text,
+        and a description of how encoding and decoding change text (``loses``).
     """
     n_bytes = sum(len(text.encode()) for text in held_out)
     for kind in kinds:

@@ -14,11 +14,11 @@ END_OF_TEXT: Final = "<|endoftext|>"
 """Token that separates documents; it precedes every document in training and every prompt in generation."""
 UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
-"""GPT-2's 256 printable characters, one per byte; they can represent any text losslessly."""
+"""GPT-2's byte-level alphabet: 256 printable characters, one for each byte, which can represent any text losslessly."""
 CONTINUATION: Final = "\u203f"
-"""Prefix of WordPiece tokens that continue a word. It is not in ``BYTES``; the usual "##" could occur in text."""
+"""Prefix of WordPiece tokens that continue a word. Unlike the usual "##", it cannot occur in byte-level text."""
 MAX_WORD_BYTES: Final = 64
-"""Maximum bytes per word for WordPiece, which fails on long words; longer words are split."""
+"""Maximum number of bytes per word for WordPiece, which cannot encode long words; longer words are split."""
 
 
 def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
@@ -39,7 +39,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
     for text in texts:
         counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
     pieces = [*special, *train_wordpiece(counts, BYTES, size - len(special), prefix=CONTINUATION)]
-    model = models.WordPiece(  # every byte is a piece, so no text is unknown
+    model = models.WordPiece(  # every byte is a token, so no text is unknown
         {piece: id_ for id_, piece in enumerate(pieces)},
         unk_token=special[0],
         max_input_chars_per_word=MAX_WORD_BYTES,
@@ -101,7 +101,7 @@ MIN_VOCAB_SIZE: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigra
 TRAINED_KINDS: Final = ("bpe", "wordpiece", "unigram")
 """Tokenizer types that merge or prune tokens until the requested vocabulary size is reached."""
 MAX_VOCAB_SIZE: Final = 2**24
-"""Maximum vocabulary size; trainers preallocate memory for the vocabulary and abort the process on failure."""
+"""Maximum vocabulary size; trainers allocate memory for the whole vocabulary, and abort the process if this fails."""
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
@@ -110,7 +110,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
     Args:
         kind: Tokenizer type; a key of ``TOKENIZER_KINDS``.
         texts: Documents to train on.
-        size: Vocabulary size, including special tokens; the result is smaller if there are too few pairs to merge.
+        size: Vocabulary size, including special tokens; the result is smaller if the texts yield fewer tokens.
         special: Special tokens in addition to ``<|endoftext|>``.
 
     Raises:

@@ -1,8 +1,9 @@
 """Reward functions for text: verifiable preferences, which require no human labels, and user-defined functions.
 
-A verifiable preference checks whether a reply satisfies a rule. It can also convert a reply to a similar one with the
-opposite result, so that the effect of alignment can be measured exactly. A reply without a letter or digit never
-satisfies a preference.
+A verifiable preference is a rule that a program can check, such as "the reply ends with a full stop"; a reply is an
+assistant message. The effect of alignment can therefore be measured exactly. A verifiable preference also provides
+functions that convert a reply that violates the rule to one that satisfies it, and vice versa. A reply without a letter
+or digit never satisfies a preference.
 """
 
 import ast
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from lit_gpt_scratch.errors import UserError
 
 MAX_SHORT_CHARACTERS: Final = 8
-"""Maximum characters in a short reply."""
+"""Maximum number of characters in a short reply."""
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -89,7 +90,10 @@ def _spell_out_digits(reply: str) -> str:
 
 
 def _last_characters(reply: str) -> str:
-    """Return the last ``MAX_SHORT_CHARACTERS`` consecutive characters of a reply that include a letter or digit."""
+    """Return the last ``MAX_SHORT_CHARACTERS`` characters of a reply, without leading and trailing whitespace.
+
+    If they do not include a letter or digit, characters are first removed from the end of the reply until they do.
+    """
     text = reply.strip()
     while not has_content(text[-MAX_SHORT_CHARACTERS:]):
         text = text[:-1]
@@ -102,7 +106,7 @@ VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
     "no_digit": VerifiablePreference(no_digit, _spell_out_digits, lambda reply: f"1. {reply}"),
     "python_expression": VerifiablePreference(python_expression, repr, lambda reply: f"The answer is: {reply}"),
 }
-"""Verifiable preferences by name."""
+"""Verifiable preferences, keyed by name."""
 
 
 def get_verifiable_preference(name: str) -> VerifiablePreference:
@@ -121,10 +125,10 @@ class TextReward(NamedTuple):
 
     Attributes:
         name: Name of the reward as specified by the user.
-        function: Function of the prompts and one reply per prompt that returns one reward per reply as a list, an array
-            or a tensor.
-        unended: Reward of a reply that was truncated before an end-of-text token; if None, it is computed by
-            ``function``.
+        function: Function that takes a list of prompts and a list with one reply to each prompt, and returns the reward
+            for each reply as a list, an array or a tensor.
+        unended: Reward for a reply that was truncated, so that it has no end-of-text token; if None, this reward is
+            computed by ``function``.
     """
 
     name: str
@@ -154,5 +158,7 @@ def load_text_reward(name: str) -> TextReward:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"model.reward is {name}, which cannot be imported: {error}; {choices}") from error
     if not callable(function):
-        raise UserError(f"model.reward is {name}, which is {type(function).__name__}, not a function; {choices}")
+        raise UserError(
+            f"model.reward is {name}, which is of type {type(function).__name__}, not a function; {choices}"
+        )
     return TextReward(name, function)

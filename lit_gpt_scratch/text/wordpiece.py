@@ -11,7 +11,7 @@ from tqdm import tqdm
 def train_wordpiece(
     words: Mapping[str, int], alphabet: Iterable[str], size: int, min_count: int | None = None, prefix: str = "##"
 ) -> list[str]:
-    """Train a WordPiece vocabulary, and return its pieces in the order in which they were added.
+    """Train a WordPiece vocabulary, and return its tokens (pieces) in the order in which they were added.
 
     Each step merges the adjacent pieces ``a`` and ``b`` with the highest score ``count(ab) / (count(a) * count(b))``,
     because this merge most increases the likelihood of a unigram model over pieces (Schuster and Nakajima 2012,
@@ -22,7 +22,7 @@ def train_wordpiece(
         words: Number of occurrences of each word.
         alphabet: Characters that are always included, both as the start and as the continuation of a word.
         size: Maximum number of pieces.
-        min_count: Minimum number of occurrences of a pair to be merged. Without a minimum, the score would favor pairs
+        min_count: Minimum number of occurrences for a pair to be merged. Without a minimum, the score would favor pairs
             that occur only once. If None, the minimum starts at the count of the most frequent pair and is halved, down
             to 2, whenever no pair reaches it.
         prefix: Prefix of pieces that continue a word; it must not occur in a word.

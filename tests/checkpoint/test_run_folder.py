@@ -135,7 +135,7 @@ def test_model_differences_are_listed() -> None:
     ):
         require_same_model(metadata, adapted, may_differ=("block_size",))
     require_same_tokenizer(metadata, "{}")
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         require_same_tokenizer(metadata, "{ }")
 
 

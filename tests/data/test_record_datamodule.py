@@ -251,7 +251,7 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "class 'c' has no records left for tra"),
     "no row": (LabelledText, "a.csv", "text,label\n", {}, "a.csv has no records"),
     "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* the maximum of 64"),
-    "few": (Conversations, "a.json", talks(4), {}, "a.json has only 4 records, which leaves none for validation"),
+    "few": (Conversations, "a.json", talks(4), {}, "a.json has only 4 records, which leaves none for the validation"),
     "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
     "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
               "a.jsonl: line 41: message 2 has role assistant and no content"),

@@ -69,5 +69,5 @@ def test_invalid_shares(shares: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize(("n", "split"), [(0, "validation"), (4, "validation"), (1, "validation")])
 def test_too_few_records(n: int, split: str) -> None:
-    with pytest.raises(UserError, match=f"few.csv has only {n} records, which leaves none for {split}"):
+    with pytest.raises(UserError, match=f"few.csv has only {n} records, which leaves none for the {split} split"):
         split_records([""] * n, validate_shares(0.1, 0.2), 0, name="few.csv")

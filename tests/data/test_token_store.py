@@ -174,7 +174,7 @@ def test_store_in_its_own_folder(corpus: Path, tmp_path: Path) -> None:
     made = tokens_of(store).stat().st_mtime_ns
     again = token_preparation(corpus).prepare(tmp_path / "cache", folder)
     assert (again.fingerprint, tokens_of(again).stat().st_mtime_ns) == (store.fingerprint, made)
-    with pytest.raises(UserError, match=r"tokens made with a different vocab size; set --data.store to another folder"):
+    with pytest.raises(UserError, match=r"with different settings \(vocab size\); set --data.store to another folder"):
         token_preparation(corpus, vocab_size=310).prepare(tmp_path / "cache", folder)
     assert token_preparation(corpus).prepare(tmp_path / "cache").fingerprint == store.fingerprint
 
@@ -208,7 +208,7 @@ def test_changed_tokenizer_file_is_detected(corpus: Path, tmp_path: Path) -> Non
     path.write_text(Tokenizer.train(["some text"], 260).to_json(), encoding="utf-8")
     token_preparation(corpus, tokenizer=str(path), vocab_size=None).prepare(tmp_path, folder)
     path.write_text(Tokenizer.train(["another one"], 262).to_json(), encoding="utf-8")
-    with pytest.raises(UserError, match="tokens made with a different tokenizer"):
+    with pytest.raises(UserError, match=r"tokens prepared with different settings \(tokenizer\)"):
         token_preparation(corpus, tokenizer=str(path), vocab_size=None).prepare(tmp_path, folder)
 
 

@@ -87,7 +87,7 @@ CASES: Final[dict[str, tuple[dict[str, list[float]], set[str], str, str]]] = {
     ),
     "no end": (
         {"train/ended": [1, 0.9, 0.7, 0.5, 0.1, 0.1, 0, 0, 0, 0]},
-        {"length collapse"}, "does not penalise replies without an end token", "--model.unended_score 0",
+        {"length collapse"}, "does not penalize replies without an end token", "--model.unended_score 0",
     ),
     "no end from the beginning": (
         {"train/ended": [0.1] * 10, "train/reply_tokens": [15.5] * 10},

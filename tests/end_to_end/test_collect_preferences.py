@@ -84,8 +84,8 @@ def test_answers_are_kept_after_an_interrupt(
     ("flags", "message"),
     [
         (["--rank=folder", "--prompt=a"], "argument --rank: cannot write folder"),
-        (["--rank=ranked.jsonl", "--chat"], "argument --rank: it cannot be combined with --chat"),
-        (["--rank=ranked.jsonl", "--system= "], "argument --system: it is empty"),
+        (["--rank=ranked.jsonl", "--chat"], "argument --rank cannot be combined with --chat"),
+        (["--rank=ranked.jsonl", "--system= "], "argument --system is empty"),
         (["--rank=ranked.jsonl", f"--prompt={'long ' * 99}"], "the prompt has"),
     ],
 )

@@ -67,15 +67,15 @@ def test_a_plan_is_printed_and_nothing_is_left(command: Command, small: list[str
     assert [label for label in labels if label in PLAN] == PLAN
     assert "12 steps of 128 tokens" in outcome.err
     assert "ms per step" in outcome.err
-    assert "for 12 steps and 2 validations" in outcome.err
+    assert "for 12 steps and 2 validation runs" in outcome.err
     assert "ms per step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
     assert not Path("runs").exists()
     assert command("fit", *small).code == 0  # the same flags without --plan train
     resumed = command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20")
     assert resumed.code == 0, resumed.err
     assert "20 steps (12 done) of 128 tokens" in resumed.err
-    assert "for 8 steps and 2 validations" in resumed.err
-    assert "for 12 steps and 0 validations" in command("fit", *small, "--plan", "--trainer.limit_val_batches=0").err
+    assert "for 8 steps and 2 validation runs" in resumed.err
+    assert "for 12 steps and 0 validation runs" in command("fit", *small, "--plan", "--trainer.limit_val_batches=0").err
     assert not list(Path("runs/pretrain").glob("version_1"))
 
 
@@ -227,7 +227,7 @@ def test_a_command_is_dispatched_by_its_name(
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "generate", "--samples", "0"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert capsys.readouterr().err == "error: argument --samples: 0 is below 1; it must be 1 or more\n"
+    assert capsys.readouterr().err == "error: argument --samples is 0; it must be 1 or more\n"
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "train"])
     with pytest.raises(SystemExit, match="2"):
         main()

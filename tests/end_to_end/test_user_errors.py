@@ -179,7 +179,7 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
         ("doctor", ["--layouts", "ddp 2"], "--layouts requires --parity"),
         ("doctor", ["--json"], "--json requires a run folder"),
         ("doctor", ["--resume", "--kills", "0"], "--kills: 0"),
-        ("doctor", ["--resume", "--runs=x"], "--runs=x is not supported with doctor"),
+        ("doctor", ["--resume", "--runs=x"], "--runs=x is not supported by doctor"),
         ("doctor", ["--resume", "--data.source", "no/such"], "with exit code 2: error: no such file or folder"),
         ("convert", ["to-safetensors", "x.ckpt", "x.bin"], "x.bin does not end with .safetensors"),
         ("convert", ["to-hf", "x.ckpt", "x.safetensors"], "to-hf"),

@@ -160,8 +160,8 @@ def test_missing_shards_and_paths_outside_the_folder(published: Published) -> No
     index = folder / "model.safetensors.index.json"
     known = json.loads(index.read_text(encoding="utf-8"))
     for content, problem in (
-        ("{}", "is not an index of weights"),
-        ('{"weight_map": []}', "is not an index of weights"),
+        ("{}", "is not a valid index file"),
+        ('{"weight_map": []}', "is not a valid index file"),
         (json.dumps({"weight_map": {"x": "../secret.safetensors"}}), "it refers to files in other folders"),
         (
             json.dumps({"weight_map": known["weight_map"] | {"y": known["weight_map"]["lm_head.weight"]}}),

@@ -287,7 +287,7 @@ def test_adapter_of_a_tied_head_does_not_change_the_embedding() -> None:
     merge_lora(net)
     assert torch.equal(net.hidden_states(IDS), hidden)
     close(net(IDS), outputs)
-    with pytest.raises(UserError, match=r"adapter of head is merged, but embedding shares the weight"):
+    with pytest.raises(UserError, match=r"adapter of head is merged, but its original weight is shared with embedding"):
         remove_lora(net)
     unmerge_lora(net)
     assert net.head.weight is net.embedding.weight
@@ -385,9 +385,9 @@ def test_adding_adapters_twice_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LoRA(rank=0), "lora.rank is 0; it must be positive"),
-        (lambda: LoRA(alpha=-1.0), "lora.alpha is -1.0; it must be positive"),
-        (lambda: LoRA(alpha=float("nan")), "lora.alpha is nan; it must be positive"),
+        (lambda: LoRA(rank=0), "lora.rank is 0; it must be positive and finite"),
+        (lambda: LoRA(alpha=-1.0), "lora.alpha is -1.0; it must be positive and finite"),
+        (lambda: LoRA(alpha=float("nan")), "lora.alpha is nan; it must be positive and finite"),
         (lambda: LoRA(dropout=1.0), "lora.dropout is 1.0; it must be at least 0 and below 1"),
         (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a valid regular expression (missing )"),
     ],

@@ -201,7 +201,7 @@ def test_incomplete_adapter_is_rejected(
     ("task", "data", "message"),
     [
         ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer is 2 in the checkpoint, but 3 in this run"),
-        ({}, {"init_from": None, "vocab_size": 280}, "another tokenizer"),
+        ({}, {"init_from": None, "vocab_size": 280}, "a different tokenizer"),
         ({"init_from": "nowhere.ckpt"}, {}, "no checkpoint at nowhere.ckpt"),
         ({"lora": LoRA(4), "train_layers": 1}, {}, "set only one of them"),
     ],

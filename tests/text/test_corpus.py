@@ -264,7 +264,7 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
-    with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for the weight"):
+    with pytest.raises(UserError, match=r"the documents of .*large\.jsonl are too large for the weight"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
     with pytest.raises(UserError, match=r"no documents of .*empty\.jsonl are left after cleaning"):
@@ -326,7 +326,7 @@ def test_error_names_the_steps_that_rejected_everything(tmp_path: Path) -> None:
 
 
 def test_text_of_one_letter_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is too short to hold out validation text"):
+    with pytest.raises(UserError, match="contains too little text for a validation split"):
         corpus_of(tmp_path, ["a"])
 
 
@@ -340,7 +340,7 @@ def test_nul_byte_is_rejected_unless_a_step_removes_it(tmp_path: Path) -> None:
 def test_decontamination_steps_come_last(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Length must come before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
-    with pytest.raises(UserError, match="Leakage requires validation documents, but the corpus is a single document"):
+    with pytest.raises(UserError, match="Leakage requires validation documents, but the corpus consists of"):
         corpus_of(tmp_path, [sentences(0)], Leakage())
 
 

@@ -201,7 +201,7 @@ FAULTS = {
     "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; set --data.text_column .*txt"),
     "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', r"c.jsonl: line 2 is not UTF-8 \(byte 0xff\)"),
     "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' must be a string, but its type is int"),
-    "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 must be an object"),
+    "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 must be a JSON object"),
     "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' contains an unpaired surrogate"),
     "g.jsonl": (b'{"txt": "a"}\n', r"g.jsonl has no column 'text'; .*\(txt\)"),
     "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is truncated or corrupted after"),

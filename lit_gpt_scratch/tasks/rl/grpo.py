@@ -15,10 +15,10 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 class GRPO(OnPolicyModule):
     """GPT trained with GRPO, a variant of PPO that compares replies to the same prompt instead of using a critic.
 
-    All tokens of a reply have the same advantage. The loss includes the KL from the initial policy (the ``k3``
-    estimate), averaged over the tokens of a reply and multiplied by the KL coefficient. With ``scale``, the advantages
-    have no unit, so the coefficient is not in units of reward. Because the KL is averaged over tokens, the KL of a
-    whole reply may grow with its length.
+    All tokens of a reply have the same advantage. The loss includes the KL divergence from the initial policy
+    (the ``k3`` estimate), averaged over the tokens of each reply and multiplied by the KL coefficient. If ``scale`` is
+    True, the advantages are dimensionless, so the KL coefficient is not in units of reward. Because the KL divergence
+    is averaged over tokens, the KL divergence of a whole reply may grow with its length.
 
     Args:
         group: Number of replies per prompt.
@@ -44,7 +44,7 @@ class GRPO(OnPolicyModule):
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sum of the mean token loss of each reply (equation 3), and the number of replies."""
+        """Return the sum of the mean token loss of each reply (equation 3 of the paper), and the number of replies."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)

@@ -39,7 +39,10 @@ from lit_gpt_scratch.tasks.rl.rollouts import (
 )
 
 TRAIN_REPLIES, EVALUATION_REPLIES = 0, 1
-"""Random-number streams, which are part of the seed of each reply; evaluation uses the same seeds in every run."""
+"""Stream ids that are part of the seed of each reply, so that training and evaluation use different random numbers.
+
+The seeds of evaluation replies are the same in every run.
+"""
 ROLLOUTS_KEY: Final = "rollouts"
 """Checkpoint key of the rollouts in the current rollout phase."""
 
@@ -47,35 +50,37 @@ ROLLOUTS_KEY: Final = "rollouts"
 class OnPolicyModule(GPTModule):
     """GPT policy that alternates between generating replies and training on them for a few passes.
 
-    Training batches contain indices of rollouts, which are numbered across the run. At the first index of a rollout
-    phase, the current network generates all replies of the phase. They are scored, gathered on every rank and kept
-    (also in checkpoints) while training makes several passes over them. The optimizer steps are therefore ordinary
-    steps of the trainer, and a run can be resumed at any step. A reply depends on the weights, its prompt, the seed of
-    the run and the index of the rollout, but not on the rank that generates it.
+    Training is divided into rollout phases. At the start of each phase, the current network generates all rollouts
+    (replies to prompts) of the phase. They are scored, gathered on every rank and kept (also in checkpoints) while
+    training makes several passes over them. Training batches contain only the indices of rollouts, which are numbered
+    consecutively over the whole run. The optimizer steps are therefore ordinary steps of the trainer, and a run can be
+    resumed at any step. A reply depends on the weights, its prompt, the seed of the run and the index of the rollout,
+    but not on the rank that generates it.
 
-    Validation and test generate one reply to each prompt. They compute the mean ``reward``, the mean ``kl`` of a whole
-    reply from the initial policy, the mean ``entropy`` per token, the fraction of replies that ``ended``, and a
-    ``loss`` of ``kl_coefficient * kl - reward`` with the configured coefficient. The loss is PPO's objective if the
-    coefficient is constant. GRPO penalises the KL per token instead of per reply, but this loss makes its runs
-    comparable with those of PPO.
+    Validation and testing generate one reply to each prompt. The metrics are the mean ``reward``, the mean ``kl``
+    (KL divergence of a whole reply from the initial policy), the mean ``entropy`` per token, the fraction of replies
+    that ``ended``, and the ``loss``, which is ``kl_coefficient * kl - reward`` with the configured coefficient. If the
+    coefficient is constant, this loss is the negative of PPO's objective. GRPO penalizes the KL per token instead of
+    per reply; it is evaluated with the same loss, so that its runs can be compared with those of PPO.
 
     Args:
-        reward: Reward of the replies: the run folder or checkpoint of a reward model, the import path of a function of
-            prompts and replies such as ``my_file.my_reward``, or the name of a verifiable preference. By default, the
-            data module defines the reward.
+        reward: Reward for generated replies: the run folder or checkpoint of a reward model; the import path of a
+            function that takes prompts and replies, such as ``my_file.my_reward``; or the name of a verifiable
+            preference (a rule that a program can check, see ``text.verifiable_rewards``). By default, the data module
+            defines the reward.
         unended_score: Score of truncated replies, which have no end-of-text token. By default, functions score
             truncated replies like other replies, and verifiable preferences give them a score of 0. A reward model can
-            only score complete replies, so truncated replies get the minimum score in the rollout phase or evaluation.
-            The policy therefore does not benefit from never ending a reply.
+            only score complete replies; truncated replies then get the minimum score in the same rollout phase or
+            evaluation, so that the policy does not benefit from replies that never end.
         kl_coefficient: Coefficient of the KL penalty, which PPO and GRPO define differently; 0 disables the penalty.
         temperature: Sampling temperature for replies, also used for their log-probabilities.
         rows_at_once: Number of replies to generate in one batch.
         steps_per_phase: Number of optimizer steps per pass over the replies of a rollout phase.
         passes: Number of training passes over the replies of a rollout phase.
         clip: Clipping range of the probability ratio around 1.
-        kl_target: Target for the KL of a whole reply, in nats. If set, the KL coefficient is adapted after each
-            rollout phase to approach the target, starting from ``kl_coefficient``. By default, the coefficient is
-            constant.
+        kl_target: Target for the KL divergence of a whole reply from the initial policy, in nats. If set, the KL
+            coefficient is adapted after each rollout phase to approach the target, starting from ``kl_coefficient``. By
+            default, the coefficient is constant.
         entropy_coefficient: Weight of the entropy bonus in the loss; 0 disables the bonus.
         kwargs: Arguments of ``GPTModule``. Dropout is not supported, because before the first update the policy must be
             identical to the policy that generated the replies.
@@ -111,8 +116,8 @@ class OnPolicyModule(GPTModule):
             raise UserError(f"model.unended_score is {unended_score}; it must be finite")
         if kl_target is not None and kl_coefficient == 0:
             raise UserError(
-                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and is adapted by multiplication; "
-                "set model.kl_coefficient to a positive initial value"
+                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and would stay 0, because it is "
+                "adapted by multiplication; set model.kl_coefficient to a positive initial value"
             )
         self.reward = reward
         self.unended_score = unended_score
@@ -149,9 +154,10 @@ class OnPolicyModule(GPTModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Set the data's rollout phase, look up the reward function, and discard the rollouts of earlier runs.
+        """Prepare the data module and the reward function, and discard the rollouts of an earlier run.
 
-        The rollouts in a checkpoint are loaded later.
+        The data module receives the length of a rollout phase. The rollouts in a checkpoint are loaded later, in
+        ``on_load_checkpoint``.
         """
         super().setup(stage)
         self.prompts.phase = self.phase
@@ -225,7 +231,7 @@ class OnPolicyModule(GPTModule):
     # Rollouts.
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Replace the indices in a training batch with rollouts, which are generated at the start of each phase."""
+        """Replace the indices in a training batch with rollouts; generate them at the start of each rollout phase."""
         if not self.trainer.training:
             return batch
         n = self.phase.steps * self.data_info.layout.rows_per_step
@@ -251,8 +257,8 @@ class OnPolicyModule(GPTModule):
         with eval_mode(self.net):
             seeds = reply_seeds(global_seed(), TRAIN_REPLIES, numbers=indices)
             rows = self.generator.generate("train", prompts, seeds)
-            # Evaluated in the micro-batches of the first pass: without compilation, training then computes the same
-            # log-probabilities bit for bit.
+            # The rollouts are evaluated in the same micro-batches as in the first pass, so that training computes the
+            # same log-probabilities bit for bit (without compilation).
             parts = [
                 self._evaluate_rollouts({name: values[i : i + layout.batch_size] for name, values in rows.items()})
                 for i in range(0, len(indices), layout.batch_size)
@@ -285,7 +291,7 @@ class OnPolicyModule(GPTModule):
     # Logging.
 
     def accumulate_logs(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Accumulate sums over tokens for logging; do nothing unless this is a log step with gradients enabled."""
+        """Accumulate sums over tokens for logging; do nothing unless the step is logged and gradients are enabled."""
         if not (self.is_log_step and torch.is_grad_enabled()):
             return
         with torch.no_grad():
@@ -375,7 +381,7 @@ def require_at_least(minimum: float, **given: float) -> None:
     """
     for name, value in given.items():
         if not minimum <= value < math.inf:
-            raise UserError(f"model.{name} is {value}; it must be at least {minimum}, and finite")
+            raise UserError(f"model.{name} is {value}; it must be finite and at least {minimum}")
 
 
 def require_positive(**given: float | None) -> None:

@@ -25,15 +25,17 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 class PPO(OnPolicyModule):
     """GPT trained with PPO; its critic is a second head on the same hidden states, which predicts the return.
 
-    The reward of each token is its negated KL from the initial policy (``k1``) times the KL coefficient; the last token
-    of a reply also gets the reward of the whole reply. One nat of KL over a whole reply therefore reduces the total
-    reward by the KL coefficient. Generalized advantage estimation (GAE) distributes the rewards over the tokens.
+    The reward of each token is the negative KL divergence from the initial policy (the ``k1`` estimate), multiplied by
+    the KL coefficient; the last token of a reply also receives the reward of the whole reply. One nat of KL divergence
+    over a whole reply therefore reduces the total reward by the KL coefficient. Generalized advantage estimation (GAE)
+    computes the advantage of each token from these rewards.
 
     Args:
         gamma: Discount factor per token; 1 disables discounting.
-        gae_lambda: Lambda of generalized advantage estimation: 0 relies on the critic's values, 1 on the observed
-            rewards.
-        value_clip: Clipping range for the change of the critic's values in the value loss; null disables clipping.
+        gae_lambda: Lambda of generalized advantage estimation: 0 estimates the return from the critic's value of the
+            next token, 1 from the observed rewards only.
+        value_clip: Clipping range of the critic's values around those at the start of the rollout phase; null disables
+            clipping.
         value_coefficient: Weight of the value loss.
         whitening: Whether to normalize the advantages in a rollout phase to mean 0 and variance 1.
         kwargs: Arguments of ``OnPolicyModule``.

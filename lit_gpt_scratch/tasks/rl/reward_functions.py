@@ -1,4 +1,4 @@
-"""Reward functions, which score replies with a reward model or with a function of their text."""
+"""Reward functions, which score replies with a reward model or with a function of prompts and replies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ class RewardFunction(Protocol):
 
 
 def is_checkpoint_path(name: str | None) -> bool:
-    """Return whether a reward is specified by the path of a trained model instead of the name of a function.
+    """Return whether a reward is specified by the path of a trained model rather than the name of a function.
 
     A name is treated as a path if it contains a slash, or if a file or folder with this name exists.
     """
@@ -29,7 +29,7 @@ def is_checkpoint_path(name: str | None) -> bool:
 
 
 class RewardModelScorer:
-    """Reward function that scores replies with a trained reward model, at the last token of each reply.
+    """Reward function that uses a trained reward model, which scores each reply at its last token.
 
     Args:
         place: Run folder or checkpoint of the reward model.
@@ -37,7 +37,7 @@ class RewardModelScorer:
         max_length: Maximum number of tokens in a prompt and its reply.
         batch_size: Number of replies per forward pass.
         trusted: Import path of the only custom attention class that the checkpoint may use, because building the
-            model runs the code of this class.
+            model runs the code of this class; None allows no custom class.
 
     Raises:
         UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
@@ -76,7 +76,7 @@ class RewardModelScorer:
 
 
 class TextFunctionScorer:
-    """Reward function that scores replies with a function of their text.
+    """Reward function that calls a function of the texts of prompts and replies.
 
     Args:
         name: Name of the reward, for error messages.

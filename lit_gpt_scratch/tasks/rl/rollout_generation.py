@@ -37,12 +37,13 @@ class RolloutGenerator:
 
         Args:
             split: Data split of the prompts.
-            indices: Indices of the prompts, (N,).
+            indices: Indices of the N prompts.
             seeds: Random seed of each reply.
 
         Returns:
-            ``input_ids`` and ``labels``, (N, block_size) int64; ``ended``, ``scores`` and, if the data can check
-            replies, ``true_reward``, (N,) float32.
+            Tensors keyed by name: ``input_ids`` and ``labels``, (N, block_size) int64; ``ended`` and ``scores``, (N,)
+            float32. If the data module defines a reply check, also ``true_reward``, (N,) float32: 1 for complete
+            replies that pass the check, otherwise 0.
 
         Raises:
             UserError: A score is not finite.

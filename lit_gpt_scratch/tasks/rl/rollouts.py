@@ -1,4 +1,4 @@
-"""Rollouts, which are generated replies with the data required to train on them."""
+"""Rollouts, which are generated replies together with the data required to train on them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +56,7 @@ class Replies:
     Attributes:
         prompts: Token ids of the prompts.
         prompt_texts: Text of each prompt, without the chat template.
-        replies: Token ids of the replies, including the end-of-text token unless they were truncated.
+        replies: Token ids of each reply, including the end-of-text token unless the reply was truncated.
         texts: Text of each reply, without the end-of-text token.
         ended: Whether each reply ends with the end-of-text token.
     """
@@ -77,7 +77,7 @@ class Replies:
 
         Args:
             width: Number of columns to pad the rows to.
-            fill: Token id with which ``input_ids`` is padded.
+            fill: Token id used to pad ``input_ids``.
 
         Returns:
             ``input_ids`` and ``labels``, (N, width) int64, and ``ended``, (N,) float32.
@@ -144,7 +144,7 @@ def generate_replies(
         batch_size: Number of replies to generate in one batch.
 
     Returns:
-        Token ids of the replies, including the end-of-text token unless they were truncated.
+        Token ids of each reply, including the end-of-text token unless the reply was truncated.
     """
     sampling = Sampling(temperature=temperature, top_k=None)
     replies: list[list[int]] = []
@@ -176,7 +176,7 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
     """Merge the rows of all ranks in the order of the rollout phase; the inverse of ``rank_rows``.
 
     Args:
-        own: (n, ...), the rows of this rank, of which only the shape is used.
+        own: (n, ...), the rows of this rank; only the shape is used.
         ranks: (W, n, ...), the rows of each of W ranks, in the order of the micro-batches.
         batch_size: Number of rows per micro-batch and rank.
 
