@@ -61,9 +61,9 @@ class PackedText(BaseDataModule):
             reaches this limit. By default, all text is read.
         cleaning: Steps that filter or edit documents, applied in order. By default, only exact duplicates are
             removed. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores if
-            Python was started with ``-m``, and 1 otherwise: each new process imports the main script, which may lack an
-            ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
+        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores in
+            ``lit-gpt`` and ``python -m``, and 1 in other scripts: each new process imports the main script, which may
+            lack an ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
         validation_share: Fraction of the documents held out for validation, by default 0.05. If there is only one
             document, this fraction at the end of its text is held out.
         tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
@@ -163,10 +163,11 @@ class PackedText(BaseDataModule):
         sources = tuple(
             (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # torch.get_num_threads() is the number of cores that this process may use. Each new process imports the main
-        # module again: this is safe for our commands if run with python -m, but a user's script may lack a guard.
-        runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
-        cores = processes or (torch.get_num_threads() if runs_a_module else 1)
+        # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
+        # module again. Our commands support this, as modules and as ``lit-gpt``, but a user's script may not.
+        main = sys.modules["__main__"]
+        is_command = getattr(main, "__spec__", None) is not None or Path(sys.argv[0]).stem == "lit-gpt"
+        cores = processes or (torch.get_num_threads() if is_command else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
         self.preparation = TokenPreparation(selection, vocab_size, tokenizer or DEFAULT_KIND, tuple(special_tokens))
         self.init_from = init_from

@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import tiktoken
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
+from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data import prepare_tokens as prepare_module
 from lit_gpt_scratch.data.prepare_tokens import TokenPreparation
 from lit_gpt_scratch.data.token_store import TokenStore
@@ -230,6 +233,19 @@ def test_long_texts_are_split_at_line_ends() -> None:
     assert "".join(sliced) == "".join(texts)
     assert max(map(len, sliced)) <= prepare_module.BATCH_CHARACTERS
     assert all(piece.endswith("line\n") for piece in sliced[1:3])
+
+
+@pytest.mark.parametrize(
+    ("spec", "script", "uses_all_cores"),
+    [(None, "my_script.py", False), (None, "bin/lit-gpt", True), (ModuleSpec("x", None), "x/fit.py", True)],
+)
+def test_commands_use_all_cores(
+    monkeypatch: pytest.MonkeyPatch, spec: ModuleSpec | None, script: str, uses_all_cores: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert PackedText().preparation.selection.processes == (6 if uses_all_cores else 1)
 
 
 @pytest.mark.parametrize(("processes", "message"), [("None", "done"), ("2", "if __name__ == '__main__'")])
