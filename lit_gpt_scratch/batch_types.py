@@ -133,8 +133,8 @@ class PromptSource:
             returns the name, the reward function, and the reward of truncated replies, which is None if the reward
             function also scores truncated replies. The reward function accepts a list of prompts and a list of replies,
             one per prompt, and returns one number per reply as a list, an array or a tensor.
-        reply_check: Function that returns a predicate, which tests whether a reply satisfies the verifiable preference
-            (a rule that a program can check), or None if replies are not checked.
+        reply_check: Function that returns a predicate, or None if replies are not checked. The predicate tests whether
+            a reply satisfies the rule of a verifiable reward.
         phase: Number of optimizer steps per pass and number of passes in a rollout phase. The policy sets this field
             before training, because the data module needs it to order the rollouts.
     """

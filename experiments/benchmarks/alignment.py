@@ -1,10 +1,10 @@
-"""Measure the fraction of replies that satisfy a verifiable preference, before and after PPO and GRPO.
+"""Measure the fraction of replies that satisfy a verifiable reward, before and after PPO and GRPO.
 
     python experiments/benchmarks/alignment.py [--seeds 5] [--runs DIR] [--reward model]
 
 A base model is trained on the standard library (or on `--text`, which accepts the same values as `--data.source`),
 fine-tuned on replies (`start.yaml`), and aligned with `ppo.yaml` and `grpo.yaml`, once for each seed. The reward is
-the verifiable preference itself, a full stop at the end of the reply, or with `--reward model`, the output of a
+the verifiable reward itself, a full stop at the end of the reply, or with `--reward model`, the output of a
 reward model trained on pairs of replies (`reward.yaml`).
 
 `true reward` is the fraction of sampled replies to the test prompts that satisfy the preference. `KL` is the mean KL

@@ -251,10 +251,11 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self.untested = False
 
     def _run_missed_validation(self, trainer: L.Trainer) -> None:
-        """Run validation if it was due after the last saved step, and restore the step and epoch limits.
+        """Run the validation that was due after the last saved step, and restore the limits on steps and epochs.
 
-        During this validation run and a subsequent test run, the step and epoch counts are the same as in an
-        uninterrupted run.
+        The limits were raised, because Lightning does not resume a run that has reached them. The step and epoch
+        counters are set so that this validation run and a subsequent test run log the same counts as an uninterrupted
+        run.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits

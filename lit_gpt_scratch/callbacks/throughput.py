@@ -29,7 +29,7 @@ TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 
 
 FIRST_STEPS = 8
-"""Number of steps from which the median step time is computed, not counting the very first step, which compiles."""
+"""Number of steps from which the median step time is computed. The first step, which compiles, is excluded."""
 
 
 @runtime_checkable

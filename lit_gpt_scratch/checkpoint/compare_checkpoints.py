@@ -81,7 +81,8 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
     """Count the points at which the logged curves of two runs differ, for each tag.
 
-    A point that only one run logged twice counts as a difference unless its tag matches ``REPEATABLE_TAGS``.
+    If one run logged a point twice and the other logged it once, this counts as a difference, unless the tag matches
+    ``REPEATABLE_TAGS``.
     """
     a, b = read_curves(one), read_curves(other)
     differences: dict[str, int] = {}

@@ -55,7 +55,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
         prefix: Prefix to add to the names of the weights.
 
     Raises:
-        UserError: The file is missing, damaged, or was not written by ``export_safetensors``.
+        UserError: The file is missing or damaged, or was not written by ``export_safetensors``.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -64,7 +64,10 @@ class EarlyFlags:
         return early
 
     def get(self, name: str) -> str | None:
-        """Return the last value of a flag such as ``model.init_from``, or None; the command line overrides configs."""
+        """Return the last value of a flag such as ``model.init_from``, or None if it is not set.
+
+        Flags on the command line override configs.
+        """
         value: Any = self._given.get(f"--{name}")
         for config in reversed(self._configs):
             if value is not None:

@@ -127,7 +127,7 @@ class ResumedRun:
                 if isinstance(callback, Checkpointing):
                     callback.untested = True
         elif more:
-            raise UserError(f"the run of {self.checkpoint} has {more[0]}; {FINISHED_MESSAGE} {more[1]}")
+            raise UserError(f"the run that saved {self.checkpoint} has {more[0]}; {FINISHED_MESSAGE} {more[1]}")
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:

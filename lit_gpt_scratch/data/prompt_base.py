@@ -11,12 +11,12 @@ from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.data.tokenized_examples import TextRecord
 from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message
-from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
+from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_reward
 
 SAMPLE_PROMPTS: Final = 3
 """Number of prompts for which sample replies are logged."""
 DEFAULT_CHECKABLE: Final = "full_stop"
-"""Verifiable preference used by default for synthetic records: the reply must end with exactly one period."""
+"""Verifiable reward used by default for synthetic records: the reply must end with exactly one period."""
 
 
 class PromptedRecord(TextRecord, Protocol):
@@ -34,15 +34,14 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     """Base class for data modules that render prompts with a chat template and check generated replies.
 
     Args:
-        checkable: Name of the verifiable preference (a rule that a program can check, see ``text.verifiable_rewards``)
-            against which replies to held-out prompts are checked. By default, the verifiable preference that is used as
-            the reward in training, if any; otherwise ``full_stop`` for synthetic records. For other data, replies are
-            not checked by default.
+        checkable: Name of the verifiable reward (a rule that a program can check, see ``text.verifiable_rewards``)
+            with which replies to held-out prompts are checked. Defaults to the verifiable reward used in training, if
+            any; otherwise to ``full_stop`` for synthetic records, and to no check for other data.
         reply_tokens: Maximum number of tokens per generated reply, including the end-of-text token.
         **kwargs: See ``RecordDataModule``.
 
     Raises:
-        UserError: No verifiable preference has the given name, or another argument is invalid.
+        UserError: No verifiable reward has the given name, or another argument is invalid.
     """
 
     shares = (0.2, 0.2)
@@ -55,20 +54,20 @@ class PromptedDataModule(RecordDataModule[P], ABC):
         require_positive_ints({"reply_tokens": reply_tokens})
         self.reply_tokens = reply_tokens
         if checkable is not None:
-            get_verifiable_preference(checkable)
+            get_verifiable_reward(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """Name of the verifiable preference used as the reward; None if the reward is not a verifiable preference."""
+        """Name of the verifiable reward that the policy is trained on; None if it is trained on another reward."""
 
     @property
     def checkable(self) -> str | None:
-        """Name of the verifiable preference against which replies are checked; None if replies are not checked."""
+        """Name of the verifiable reward with which replies are checked; None if replies are not checked."""
         return self.checkable_given or self.rewarding or (DEFAULT_CHECKABLE if self.source is None else None)
 
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
-        """Function that tests whether a reply satisfies the verifiable preference; None if replies are not checked."""
-        return None if self.checkable is None else get_verifiable_preference(self.checkable).satisfied
+        """Function that tests a reply with the verifiable reward ``checkable``; None if replies are not checked."""
+        return None if self.checkable is None else get_verifiable_reward(self.checkable).satisfied
 
     @cached_property
     def template(self) -> ChatTemplate:

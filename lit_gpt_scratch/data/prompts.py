@@ -17,7 +17,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, synthetic_data
 from lit_gpt_scratch.text.chat_template import Message
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_PREFERENCES, TextReward, load_text_reward
+from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_REWARDS, TextReward, load_text_reward
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ class Prompts(PromptedDataModule[Prompt]):
     def find_text_reward(self, name: str | None) -> TextReward:
         """Return the reward function with the given name.
 
-        If ``name`` is None, the verifiable preference of the data module (``checkable``) is used as the reward. If
-        ``name`` refers to a verifiable preference, replies are also checked against it (see ``reply_check``), unless
+        If ``name`` is None, the verifiable reward of the data module (``checkable``) is used. If
+        ``name`` refers to a verifiable reward, replies are also checked with it (see ``reply_check``), unless
         the argument ``checkable`` already specifies one.
 
         Raises:
             UserError: No reward function has this name, or ``name`` is None and the data module has no verifiable
-                preference.
+                reward.
         """
-        self.rewarding = name if name in VERIFIABLE_PREFERENCES else None
+        self.rewarding = name if name in VERIFIABLE_REWARDS else None
         if (name := name or self.checkable) is None:
             raise UserError("no reward function is specified; set --model.reward or --data.checkable")
         return load_text_reward(name)

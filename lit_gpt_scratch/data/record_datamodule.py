@@ -63,7 +63,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     Args:
         source: Records to read: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such
-            files, or a pattern with ``*``; or a Hub dataset, as ``owner/name``. By default, a few hundred synthetic
+            files, or a glob pattern; or a Hub dataset, as ``owner/name``. By default, a few hundred synthetic
             records.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
@@ -75,7 +75,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         copies_together: Whether to put duplicate records into the same split. By default, duplicates are split like
             other records, and the number of held-out records that also occur in the training split is logged.
         too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
-            ``cut`` truncates its end; ``drop`` skips it.
+            ``cut`` truncates it at the end; ``drop`` skips it.
         tokenizer: Type of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
             ``byte``), or the file or folder of an existing tokenizer. By default, the tokenizer of ``init_from``, or
             ``bpe`` if ``init_from`` is not set.

@@ -191,7 +191,7 @@ def entropy_collapse(e: MetricHistory) -> Finding | None:
 
 
 def _reward_was_kept(e: MetricHistory) -> bool:
-    """Return whether the policy retains more than half of its highest gain in reward."""
+    """Return whether the policy retains more than half of its largest gain in reward."""
     reward = [value for _, value in _phases(e, "train/reward")]
     if len(reward) <= N_RECENT:
         return False

@@ -58,7 +58,7 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
 
 
 class ArithmeticCase(NamedTuple):
-    """A combination of precision and optimizer to test.
+    """Combination of precision and optimizer with which the layouts are compared.
 
     Attributes:
         flags: Flags for ``fit``.
@@ -86,12 +86,15 @@ absolute difference of any element relative to the largest absolute element of i
 
 @dataclass
 class LayoutParity:
-    """Test that runs ``fit`` in every layout and arithmetic case, and compares losses and gradients between layouts.
+    """Test that runs ``fit`` in every parallel layout, and compares losses and gradients between layouts.
+
+    A layout is a number of devices with a strategy; each layout is run once for each combination of precision and
+    optimizer (a case).
 
     Args:
         flags: ``fit`` flags for all runs.
         folder: Folder for the runs.
-        cases: Names of the arithmetic cases to run.
+        cases: Names of the ``ARITHMETIC_CASES`` to run.
         layouts: Names of the layouts to run; the first of ``LAYOUTS`` is always included.
     """
 

@@ -210,6 +210,7 @@ def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):
         raise UserError(
-            f"no {TOKENIZER_FILE} in {folder}; create it with AutoTokenizer.save_pretrained of transformers"
+            f"no {TOKENIZER_FILE} in {folder}; create it with "
+            "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return Tokenizer.load(folder)

@@ -28,7 +28,7 @@ def onednn_is_faster() -> bool:
 USE_ONEDNN = onednn_is_faster()
 """Whether large matrix products are computed with oneDNN."""
 MIN_MULTIPLICATIONS = 2**22
-"""Minimum number of scalar multiplications in a matrix product for oneDNN, which has a higher overhead per call."""
+"""Number of scalar multiplications from which a matrix product uses oneDNN; its overhead per call is higher."""
 PLAIN_TENSORS = Tensor, nn.Parameter
 """Tensor classes for which oneDNN is used; subclasses such as ``DTensor`` are excluded."""
 

@@ -73,11 +73,11 @@ class Choices(SearchDimension):
         return list(self.options)
 
     def to_flags(self, setting: Setting) -> FitFlags:
-        """Return the flags for a label."""
+        """Return the ``fit`` flags of the choice whose label is ``setting``."""
         return dict(self.options[str(setting)])
 
     def contains(self, setting: Setting) -> bool:
-        """Return whether there is a choice with this label."""
+        """Return whether a choice has the label ``setting``."""
         return setting in self.options
 
     def example_settings(self) -> Sequence[Setting]:

@@ -29,7 +29,7 @@ class DPO(PairwiseModule):
         beta: Strength of the KL penalty; larger values keep the policy closer to the initial model.
         label_smoothing: Assumed probability that a preference label is flipped.
         per_token: Whether to average log-probabilities over the tokens of each reply instead of summing them, so that
-            long replies do not have a larger weight. The authors of IPO also average.
+            long replies do not have a larger weight. For IPO, its authors recommend the average.
         reference_free: Whether to train without a reference model. The reference is then a policy that assigns the same
             probability to all replies.
         kwargs: Arguments of ``GPTModule``. Dropout is not supported, because the policy and the reference model

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.text.chat_template import ASSISTANT, parse_conversation
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
+from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_reward
 
 SOURCE_NAME: Final = "generated"
 
@@ -65,14 +65,14 @@ def preferences(name: str) -> Iterator[TableRow]:
     """Yield a row for each conversation, with a ``prompt`` and two replies, ``chosen`` and ``rejected``.
 
     Args:
-        name: Name of the verifiable preference that determines which reply is chosen.
+        name: Name of the verifiable reward whose rule determines which reply is chosen.
 
     Raises:
-        UserError: The preference does not exist.
+        UserError: No verifiable reward has this name.
     """
-    preference = get_verifiable_preference(name)
+    reward = get_verifiable_reward(name)
     for row, prompt, reply in _last_turns():
-        chosen, rejected = preference.make_pair(reply)
+        chosen, rejected = reward.make_pair(reply)
         yield TableRow(row.id, row.where, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 

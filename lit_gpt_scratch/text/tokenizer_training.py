@@ -53,7 +53,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
 
 
 def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Train byte-level Unigram, which prunes a large vocabulary to maximize the likelihood (Kudo 2018)."""
+    """Train a byte-level Unigram tokenizer, which prunes a large vocabulary to maximize the likelihood (Kudo 2018)."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(

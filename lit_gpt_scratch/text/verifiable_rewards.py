@@ -1,7 +1,7 @@
-"""Reward functions for text: verifiable preferences, which require no human labels, and user-defined functions.
+"""Reward functions for text: verifiable rewards, which require no human labels, and user-defined functions.
 
-A verifiable preference is a rule that a program can check, such as "the reply ends with a full stop"; a reply is an
-assistant message. The effect of alignment can therefore be measured exactly. A verifiable preference also provides
+A verifiable reward is a rule that a program can check, such as "the reply ends with a full stop"; a reply is an
+assistant message. The effect of alignment can therefore be measured exactly. A verifiable reward also provides
 functions that convert a reply that violates the rule to one that satisfies it, and vice versa. A reply without a letter
 or digit never satisfies a preference.
 """
@@ -57,8 +57,8 @@ def python_expression(reply: str) -> bool:
 
 
 @dataclass(frozen=True)
-class VerifiablePreference:
-    """Rule that preferred replies satisfy and rejected replies violate.
+class VerifiableReward:
+    """Reward defined by a rule that preferred replies satisfy and rejected replies violate.
 
     Attributes:
         satisfied: Function that returns whether a reply satisfies the rule.
@@ -100,24 +100,24 @@ def _last_characters(reply: str) -> str:
     return text[-MAX_SHORT_CHARACTERS:].strip()
 
 
-VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
-    "full_stop": VerifiablePreference(full_stop, lambda reply: f"{_strip_full_stops(reply)}.", _strip_full_stops),
-    "shorter": VerifiablePreference(shorter, _last_characters, lambda reply: f"I would say: {reply}"),
-    "no_digit": VerifiablePreference(no_digit, _spell_out_digits, lambda reply: f"1. {reply}"),
-    "python_expression": VerifiablePreference(python_expression, repr, lambda reply: f"The answer is: {reply}"),
+VERIFIABLE_REWARDS: Final[dict[str, VerifiableReward]] = {
+    "full_stop": VerifiableReward(full_stop, lambda reply: f"{_strip_full_stops(reply)}.", _strip_full_stops),
+    "shorter": VerifiableReward(shorter, _last_characters, lambda reply: f"I would say: {reply}"),
+    "no_digit": VerifiableReward(no_digit, _spell_out_digits, lambda reply: f"1. {reply}"),
+    "python_expression": VerifiableReward(python_expression, repr, lambda reply: f"The answer is: {reply}"),
 }
-"""Verifiable preferences, keyed by name."""
+"""Verifiable rewards, keyed by name."""
 
 
-def get_verifiable_preference(name: str) -> VerifiablePreference:
-    """Return the verifiable preference with the given name.
+def get_verifiable_reward(name: str) -> VerifiableReward:
+    """Return the verifiable reward with the given name.
 
     Raises:
         UserError: The preference does not exist.
     """
-    if name not in VERIFIABLE_PREFERENCES:
-        raise UserError(f"verifiable preference {name} not found; choose from {', '.join(VERIFIABLE_PREFERENCES)}")
-    return VERIFIABLE_PREFERENCES[name]
+    if name not in VERIFIABLE_REWARDS:
+        raise UserError(f"verifiable reward {name} not found; choose from {', '.join(VERIFIABLE_REWARDS)}")
+    return VERIFIABLE_REWARDS[name]
 
 
 class TextReward(NamedTuple):
@@ -140,17 +140,17 @@ def load_text_reward(name: str) -> TextReward:
     """Load a reward function by name.
 
     Args:
-        name: Name of a verifiable preference, whose reward is 1 for a complete reply that satisfies it and 0 otherwise;
+        name: Name of a verifiable reward, which is 1 for a complete reply that satisfies its rule and 0 otherwise;
             or the import path of a user-defined function, such as ``my_file.my_function``.
 
     Raises:
         UserError: The function does not exist or is not callable.
     """
-    if name in VERIFIABLE_PREFERENCES:
-        satisfied = VERIFIABLE_PREFERENCES[name].satisfied
+    if name in VERIFIABLE_REWARDS:
+        satisfied = VERIFIABLE_REWARDS[name].satisfied
         return TextReward(name, lambda prompts, replies: [float(satisfied(reply)) for reply in replies], 0.0)
     module, _, attribute = name.rpartition(".")
-    choices = f"set it to a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
+    choices = f"set it to a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_REWARDS)}"
     if not module:
         raise UserError(f"model.reward is {name}, which does not exist; {choices}")
     try:

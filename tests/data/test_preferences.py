@@ -118,5 +118,5 @@ def test_reply_check(tmp_path: Path) -> None:
     assert Preferences(checkable="no_digit").reply_check is no_digit
     assert Preferences(source="some.jsonl").reply_check is None
     assert Preferences(source="some.jsonl", checkable="no_digit").reply_check is no_digit
-    with pytest.raises(UserError, match="verifiable preference politeness not found"):
+    with pytest.raises(UserError, match="verifiable reward politeness not found"):
         Preferences(checkable="politeness")

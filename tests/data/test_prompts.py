@@ -41,7 +41,7 @@ def test_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts])
 
 
 def test_replies_are_checked_by_the_reward_unless_another_check_is_named() -> None:
-    """A verifiable preference can check replies to the user's own prompts; a function or a model cannot."""
+    """A verifiable reward can check replies to the user's own prompts; a function or a model cannot."""
     cases: list[tuple[dict[str, Any], str | None, Any, Any]] = [
         ({}, None, full_stop, full_stop),
         ({}, "shorter", full_stop, shorter),

@@ -66,10 +66,10 @@ class OnPolicyModule(GPTModule):
     Args:
         reward: Reward for generated replies: the run folder or checkpoint of a reward model; the import path of a
             function that takes prompts and replies, such as ``my_file.my_reward``; or the name of a verifiable
-            preference (a rule that a program can check, see ``text.verifiable_rewards``). By default, the data module
+            reward (a rule that a program can check, see ``text.verifiable_rewards``). By default, the data module
             defines the reward.
         unended_score: Score of truncated replies, which have no end-of-text token. By default, functions score
-            truncated replies like other replies, and verifiable preferences give them a score of 0. A reward model can
+            truncated replies like other replies, and verifiable rewards give them a score of 0. A reward model can
             only score complete replies; truncated replies then get the minimum score in the same rollout phase or
             evaluation, so that the policy does not benefit from replies that never end.
         kl_coefficient: Coefficient of the KL penalty, which PPO and GRPO define differently; 0 disables the penalty.
@@ -78,9 +78,9 @@ class OnPolicyModule(GPTModule):
         steps_per_phase: Number of optimizer steps per pass over the replies of a rollout phase.
         passes: Number of training passes over the replies of a rollout phase.
         clip: Clipping range of the probability ratio around 1.
-        kl_target: Target for the KL divergence of a whole reply from the initial policy, in nats. If set, the KL
-            coefficient is adapted after each rollout phase to approach the target, starting from ``kl_coefficient``. By
-            default, the coefficient is constant.
+        kl_target: Target for the KL divergence of the policy from the initial policy, summed over the tokens of a
+            reply, in nats. If set, the KL coefficient is adapted after each rollout phase to approach the target,
+            starting from ``kl_coefficient``. By default, the coefficient is constant.
         entropy_coefficient: Weight of the entropy bonus in the loss; 0 disables the bonus.
         kwargs: Arguments of ``GPTModule``. Dropout is not supported, because before the first update the policy must be
             identical to the policy that generated the replies.
