@@ -183,7 +183,7 @@ MAX_USEFUL_EPOCHS = 4
 
 
 PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
-"""Activity for which each split is used, as named in messages, keyed by split."""
+"""Purpose of each split, as worded in messages."""
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:

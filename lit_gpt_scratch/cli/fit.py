@@ -110,7 +110,7 @@ class FitCLI(LightningCLI):
             "--preset",
             type=str | None,
             default=None,
-            help="Named architecture to start from, whose settings flags and config files can override: "
+            help="Named architecture to start from; flags and config files override its settings: "
             f"{', '.join(PRESETS)}, or 'list' to print their sizes.",
         )
         parser.add_argument(

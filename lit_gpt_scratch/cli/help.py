@@ -195,7 +195,12 @@ def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
     accelerator = default_precision("auto").value
     known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
     known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
-    yield Flag("config", "FILE", "", "Config file, or a shipped experiment such as finetune/spam; 'list' lists them.")
+    yield Flag(
+        "config",
+        "FILE",
+        "",
+        "Config file, or name of a shipped experiment such as finetune/spam; 'list' lists all names.",
+    )
     for action in parser._actions:
         if action.dest in ("help", "config", "print_config", "model", "data") or action.dest.endswith(".help"):
             continue

@@ -49,7 +49,9 @@ class Prompts(PromptedDataModule[Prompt]):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.too_long == "cut":
-            raise UserError("data.too_long is cut, which would remove the end of a prompt; set it to refuse or drop")
+            raise UserError(
+                "data.too_long is 'cut', which would remove the end of a prompt; set it to 'refuse' or 'drop'"
+            )
         if self.max_record_tokens < 1:
             raise UserError(
                 f"data.reply_tokens is {self.reply_tokens}, which leaves no tokens for prompts if data.block_size "

@@ -13,9 +13,9 @@ N_RECENT: Final = 5
 PEAK_SHARE: Final = 0.9
 """The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
-"""Number of steps after the warm-up by which the loss of an ongoing run must have fallen."""
+"""Number of steps after the warm-up within which the loss of an ongoing run must decrease."""
 MIN_STEPS_FINISHED: Final = 50
-"""Number of steps after the warm-up by which the loss of a finished run must have fallen."""
+"""Number of steps after the warm-up within which the loss of a finished run must decrease."""
 MIN_DECREASE: Final = 0.1
 """Minimum decrease of the loss, relative to the loss of uniform predictions.
 

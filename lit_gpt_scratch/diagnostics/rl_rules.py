@@ -21,9 +21,9 @@ In a simulation with two groups of three phases and normally distributed noise, 
 this distance in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
-"""Minimum drop of the true reward (the fraction of correct replies) below its best value.
+"""Minimum drop in the true reward (the fraction of correct replies) from its best value that is reported.
 
-The mean over 115 replies, as in validation, fluctuates by 0.05.
+The mean over 115 replies, as in validation, has a standard deviation of about 0.05.
 """
 MIN_REWARD_GAIN: Final = 0.1
 """Minimum gain in true reward, as a fraction of the largest possible gain; healthy runs reach 0.6 or more."""

@@ -28,7 +28,10 @@ def onednn_is_faster() -> bool:
 USE_ONEDNN = onednn_is_faster()
 """Whether large matrix products are computed with oneDNN."""
 MIN_MULTIPLICATIONS = 2**22
-"""Number of scalar multiplications from which a matrix product uses oneDNN; its overhead per call is higher."""
+"""Minimum number of scalar multiplications in a matrix product for which oneDNN is used.
+
+Smaller products do not amortize the higher overhead of oneDNN per call.
+"""
 PLAIN_TENSORS = Tensor, nn.Parameter
 """Tensor classes for which oneDNN is used; subclasses such as ``DTensor`` are excluded."""
 

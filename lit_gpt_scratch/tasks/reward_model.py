@@ -58,7 +58,7 @@ class Reward(PairwiseModule):
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if self.data_info.truncates:
             raise UserError(
-                "data.too_long is cut, but a reward model requires complete replies; set it to refuse or drop"
+                "data.too_long is 'cut', but a reward model requires complete replies; set it to 'refuse' or 'drop'"
             )
         return super().build_metrics()
 

@@ -82,7 +82,7 @@ class Tokenizer:
             content = path.read_bytes()
             checksum_path = _checksum_path(path)
             if checksum_path.exists() and checksum_path.read_bytes() != _checksum(content, path):
-                raise UserError(f"its checksum differs from {checksum_path.name}; copy both files again")
+                raise UserError(f"its checksum does not match the one in {checksum_path.name}; copy both files again")
             return cls.from_json(content.decode())
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error

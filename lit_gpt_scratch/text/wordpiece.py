@@ -119,7 +119,7 @@ class _GrowableCounts:
         return self._buffer[: self._length]
 
     def add(self, index: int, number: int) -> None:
-        """Add ``number`` to the element at ``index``, which is 0 if it did not exist."""
+        """Add ``number`` to the element at ``index``; a missing element counts as 0."""
         if index >= len(self._buffer):
             growth = max(len(self._buffer), index + 1)
             self._buffer = np.concatenate([self._buffer, np.zeros(growth, dtype=np.int64)])

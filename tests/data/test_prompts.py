@@ -75,7 +75,7 @@ def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Promp
     ("changes", "message"),
     [
         ({"block_size": 24, "reply_tokens": 8}, "more than the maximum of 16; raise --data.block_size"),
-        ({"too_long": "cut"}, "data.too_long is cut"),
+        ({"too_long": "cut"}, "data.too_long is 'cut'"),
         ({"reply_tokens": 96}, "leaves no tokens for prompts if data.block_size is 96"),
     ],
 )

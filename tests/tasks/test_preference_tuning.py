@@ -257,5 +257,5 @@ def test_data_without_pairs_is_rejected(trainer: Build, start: Path, cache: Path
 def test_reward_model_rejects_truncated_replies(trainer: Build, start: Path, cache: Path) -> None:
     """Of a truncated pair one could end and the other not, which would give the preference away."""
     data = Preferences(init_from=str(start), cache=str(cache), block_size=96, too_long="cut")
-    with pytest.raises(UserError, match=r"data\.too_long is cut, but a reward model requires complete replies"):
+    with pytest.raises(UserError, match=r"data\.too_long is 'cut', but a reward model requires complete replies"):
         trainer().fit(Reward(init_from=str(start), compile=False), data)

@@ -68,10 +68,10 @@ class OnPolicyModule(GPTModule):
             function that takes prompts and replies, such as ``my_file.my_reward``; or the name of a verifiable
             reward (a rule that a program can check, see ``text.verifiable_rewards``). By default, the data module
             defines the reward.
-        unended_score: Score of truncated replies, which have no end-of-text token. By default, functions score
-            truncated replies like other replies, and verifiable rewards give them a score of 0. A reward model can
-            only score complete replies; truncated replies then get the minimum score in the same rollout phase or
-            evaluation, so that the policy does not benefit from replies that never end.
+        unended_score: Score of truncated replies, which have no end-of-text token. The default depends on the reward:
+            reward functions score truncated replies like other replies; verifiable rewards give them 0; a reward model,
+            which can only score complete replies, gives them the minimum score of the complete replies in the same
+            rollout phase or evaluation, so that the policy does not benefit from replies that never end.
         kl_coefficient: Coefficient of the KL penalty, which PPO and GRPO define differently; 0 disables the penalty.
         temperature: Sampling temperature for replies, also used for their log-probabilities.
         rows_at_once: Number of replies to generate in one batch.
