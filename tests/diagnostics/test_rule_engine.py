@@ -166,7 +166,7 @@ def test_events_give_the_same_diagnoses_as_the_live_run(tmp_path: Path) -> None:
 def test_unknown_curves_are_rejected(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("theirs/loss", 1.0, 0)
-    with pytest.raises(UserError, match="none of the curves that the doctor reads"):
+    with pytest.raises(UserError, match="none of the curves that doctor reads"):
         main([str(tmp_path)])
 
 

@@ -180,7 +180,7 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
         (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column has no effect with --task text"),
         (
             ["--task=classification", "--data.source=pairs.jsonl"],
-            "predicts tokens; choose from text, multiple_choice, minimal_pairs, generation, replies",
+            "predicts tokens; use one of text, multiple_choice, minimal_pairs, generation, replies",
         ),
         (["--text=hello"], "is a language model; --text requires a classifier"),
         (["--text=hello", "--task=text"], "--task has no effect with --text"),

@@ -100,7 +100,7 @@ def test_every_setting_of_a_sweep_runs(
         ("vary: {model.gpt.positon: [rotary]}", "vary: fit has no flag model.gpt.positon; the closest match is model"),
         ("vary: {model.gpt.n_layer: [2]}\nfixed: {trainer.max_stps: 3}", "fixed: fit has no flag trainer.max_stps"),
         ("vary: {model.gpt.position: [rotary, sideways]}", "--model.gpt.position: expected one of"),
-        ("vary: {model.optimizer: [{class_path: Nope}]}", "there is no class Nope"),
+        ("vary: {model.optimizer: [{class_path: Nope}]}", "class Nope not found"),
         ("vary: {model.gpt.n_head: [7]}", "model.gpt.n_embd (192) is not divisible by model.gpt.n_head (7)"),
         ("vary: {data.batch_sizes: {low: 1, high: 4}}\nmethod: random\ntrials: 2", "closest match is data.batch_size"),
     ],

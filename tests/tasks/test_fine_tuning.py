@@ -411,7 +411,7 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"class_weights": {"animals": 0.0}}, "all weights are 0|no class animals"),
+        ({"class_weights": {"animals": 0.0}}, "class animals does not exist; choose from"),
         ({"pooling": "first"}, "model.pooling is first"),
         ({"class_weights": {"no such": 1.0}}, "class no such does not exist"),
         ({"class_weights": {"x": -1.0}}, "must be 0 or more"),

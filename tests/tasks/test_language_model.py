@@ -231,7 +231,7 @@ def test_configure_model_builds_once(
 
 
 def test_bare_loaders_are_rejected(task: Callable[..., LanguageModel], trainer: Build) -> None:
-    with pytest.raises(UserError, match="from a data module"):
+    with pytest.raises(UserError, match="requires a data module"):
         trainer().fit(task(), torch.utils.data.DataLoader([1]))
 
 

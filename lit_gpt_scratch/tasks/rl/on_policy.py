@@ -381,7 +381,8 @@ def require_at_least(minimum: float, **given: float) -> None:
     """
     for name, value in given.items():
         if not minimum <= value < math.inf:
-            raise UserError(f"model.{name} is {value}; it must be finite and at least {minimum}")
+            bound = "finite" if value == math.inf else f"{minimum} or more"
+            raise UserError(f"model.{name} is {value}; it must be {bound}")
 
 
 def require_positive(**given: float | None) -> None:
