@@ -224,20 +224,24 @@ class GPTModule(L.LightningModule):
     # Setup: data, network, optimizer.
 
     def setup(self, stage: str) -> None:
-        """Read ``data_info`` from the data module, which is accessed only in this hook.
+        """Read ``data_info`` from the data module.
 
-        Lightning calls this hook after the data module's ``setup`` and before ``configure_model``.
+        Lightning calls this hook after the data module's ``setup``.
 
         Raises:
             UserError: The trainer was given dataloaders instead of a data module, so the vocabulary is unknown.
         """
+        self._read_data_info()
+        self._global_seed = global_seed()
+        if stage == "fit":
+            self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
+
+    def _read_data_info(self) -> None:
+        """Set ``data_info``; nothing else accesses the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide errors in ``info``
             raise UserError(f"{type(self).__name__} requires a data module; call trainer.fit(model, datamodule=...)")
         self.data_info = data.info
-        self._global_seed = global_seed()
-        if stage == "fit":
-            self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
 
     @cached_property
     def gpt(self) -> GPTConfig:
@@ -262,6 +266,8 @@ class GPTModule(L.LightningModule):
         """
         if hasattr(self, "net"):
             return
+        if not hasattr(self, "data_info"):  # Lightning's WeightAveraging calls this hook before ``setup``
+            self._read_data_info()
         device, data = self.trainer.strategy.root_device, self.data_info
         vocab_size, block_size = data.vocab_size, data.block_size
         initial = self._initial_model()

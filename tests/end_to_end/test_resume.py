@@ -67,6 +67,13 @@ def test_a_change_that_matters_is_rejected_unless_forced(
     assert expected in forced.err
 
 
+def test_lightnings_weight_averaging(command: Command, small: list[str]) -> None:
+    """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""
+    assert command("fit", *small, "--trainer.callbacks=EMAWeightAveraging").code == 0
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    assert again.code == 0, again.err
+
+
 def test_a_forced_learning_rate_is_used(command: Command, small: list[str]) -> None:
     flags = ["--model.schedule.warmup_steps=0", "--model.schedule.decay=constant"]
     assert command("fit", *small, *flags, "--model.optimizer=AdamW", "--model.optimizer.lr=0.004").code == 0
