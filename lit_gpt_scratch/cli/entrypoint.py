@@ -4,6 +4,7 @@ This module imports no heavy modules, so that commands without a trainer start q
 """
 
 import argparse
+import errno
 import io
 import logging
 import re
@@ -40,13 +41,21 @@ def run(main: Callable[[], None]) -> None:
         with logging_redirect_tqdm([logger]):  # print log lines above progress bars
             main()
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        _exit_with_error(str(error))
     except BrokenPipeError:  # the reader closed standard output, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _exit_with_error(f"file name too long: {str(error.filename)[:80]}...; shorten the path in the flag")
     finally:
         logger.removeHandler(handler)
+
+
+def _exit_with_error(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(2)
 
 
 class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

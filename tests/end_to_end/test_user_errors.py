@@ -192,3 +192,31 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
 )
 def test_mistakes_in_other_commands(command: Command, name: str, flags: list[str], expected: str) -> None:
     one_line(command(name, *flags), expected)
+
+
+LONG_NAME = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *(
+            ("fit", [f"--{flag}={LONG_NAME}"])
+            for flag in (
+                "model", "data", "config", "preset", "ckpt_path", "runs", "experiment", "model.gpt", "model.init_from",
+                "data.source", "data.store", "data.cache", "data.tokenizer", "data.mixture", "trainer.callbacks",
+            )
+        ),
+        *((name, [LONG_NAME]) for name in ("generate", "evaluate", "sweep", "doctor")),
+        ("generate", ["--adapter", LONG_NAME]),
+        ("evaluate", ["--data.source", LONG_NAME]),
+        ("convert", ["to-hf", LONG_NAME, "x"]),
+        ("convert", ["from-hf", LONG_NAME, "x.ckpt"]),
+        ("prepare", ["--data.source", LONG_NAME]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value).replace(LONG_NAME, "long"),
+)  # fmt: skip
+def test_names_that_are_too_long(command: Command, small: list[str], name: str, flags: list[str]) -> None:
+    """Each operation on such a path raises ``OSError``, even ``Path.exists``."""
+    one_line(command(name, *(small if name == "fit" else []), *flags))
+    assert not list(Path().iterdir())
