@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +12,16 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
+from lit_gpt_scratch.diagnostics.rules import RULES
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """Pattern that matches the keys and tags of wall-clock measurements, which differ between any two runs."""
+TIMING_SYMPTOMS: Final = tuple(
+    rule.name for rule in RULES if any(re.fullmatch(TIMING_NAMES, name) for name in rule.reads)
+)
+"""Symptoms that the doctor diagnoses from wall-clock measurements."""
+DIAGNOSES_TAG: Final = "doctor/text_summary"
+"""Tag of the doctor's table of diagnoses."""
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 )
@@ -69,13 +76,25 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """Read a run's TensorBoard data as (step, value) points keyed by tag, excluding wall-clock measurements."""
+    """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements.
+
+    Each diagnosis is a point at the step that its row of the doctor's table names.
+    """
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
-    return {
-        tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
+    curves = {
+        tag: [(event.step, make_ndarray(event.tensor_proto).tolist()) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
         if not re.fullmatch(TIMING_NAMES, tag)
     }
+    diagnoses = [text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts]
+    points = {tag: [(step, repr(value)) for step, value in curve] for tag, curve in curves.items()}
+    return points | ({DIAGNOSES_TAG: _split_diagnoses(diagnoses)} if diagnoses else {})
+
+
+def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
+    """Split the doctor's tables into their distinct rows, without diagnoses of wall-clock measurements."""
+    rows = {tuple(cell.strip() for cell in row.split("|")) for table in tables for row in table.splitlines()[2:]}
+    return sorted((int(step), symptom) for _, step, symptom, *_ in rows if not symptom.startswith(TIMING_SYMPTOMS))
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
