@@ -193,7 +193,9 @@ def runs(command: Command, user_folder: Path, cache: Path, line: str) -> None:
         elif {"--trainer.max_steps", "auto"} & set(flags):
             flags += ["--trainer.max_steps=14"]
     if name == "prepare":
-        flags += [f"--data.cache={cache}", "--data.validation_share=0.3"]
+        # As for fit, so that a run can use the store.
+        size = [flag for flag in SHORT if "vocab_size" in flag and "--data.tokenizer" not in flags]
+        flags += [f"--data.cache={cache}", "--data.validation_share=0.3", *size]
     if name == "generate":
         flags = [*(flag for flag in flags if flag != "--compile"), "--max_new_tokens=3"]  # another test compiles
     if name == "doctor" and {"--resume", "--parity"} & set(flags):
