@@ -148,6 +148,10 @@ class PromptSource:
     reply_check: Callable[[], Callable[[str], bool] | None]
     phase: RolloutPhase | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PromptSource":
+        """Return self: a copy of a task, as Lightning's ``WeightAveraging`` makes, has the same data module."""
+        return self
+
 
 @dataclass(frozen=True)
 class DataInfo:

@@ -20,7 +20,7 @@ from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.repetition import repeated_passage_share, repeated_phrase_share
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
 from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
-from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
+from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, replay_events
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
                 log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
             known.add(diagnosis.name)
         if found:
-            log_text(trainer, "doctor", format_table(found), found[-1].step)
+            log_text(trainer, DIAGNOSES_NAME, format_table(found), found[-1].step)
         if self.folder:
             write_diagnoses(found, self.folder.path / FILE_NAME)
 
@@ -162,12 +162,10 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
     if getattr(task, "kl_target", None) is not None:
         facts["run/kl_target"] = float(task.kl_target)  # type: ignore[arg-type]
     if isinstance(data, BaseDataModule) and (passages := data.sample_train_tokens(MAX_SEARCHED_TOKENS)) is not None:
-        batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
-        validated = batches * data.tokens_per_batch
-        facts |= {
-            "run/validation_tokens": min(data.split_counts["validation"].tokens, validated),
-            "run/repeated_passages": repeated_passage_share(passages),
-        }
+        facts["run/repeated_passages"] = repeated_passage_share(passages)
+        if validation := data.split_counts.get("validation"):
+            batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
+            facts["run/validation_tokens"] = min(validation.tokens, batches * data.tokens_per_batch)
     in_single = torch.tensor([float(value) for value in facts.values()], dtype=torch.float32).tolist()
     return {name: value for name, value in zip(facts, in_single, strict=True) if math.isfinite(value)}
 

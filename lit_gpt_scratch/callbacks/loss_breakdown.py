@@ -190,7 +190,7 @@ class ConfusionMatrixPlot(Callback):
 
     def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         counts = getattr(pl_module, "confusion", None)
-        if not trainer.is_global_zero or counts is None:
+        if not trainer.is_global_zero or not isinstance(counts, Tensor):
             return
         names: list[str] = pl_module.class_names  # type: ignore[assignment]  # tasks with a confusion matrix have it
         picture = plot_confusion_matrix(counts.cpu().numpy(), names)

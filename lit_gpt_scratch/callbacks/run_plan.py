@@ -190,11 +190,12 @@ def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
     """Yield the lines of the plan that describe the data, as (name, text) pairs."""
     if counts := data.split_counts:
         sizes = [
-            f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens for {PURPOSES[split]}"
+            f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens "
+            f"for {PURPOSES.get(split, split)}"
             for split, size in counts.items()
         ]
-        train = counts["train"]
-        ratio = "" if train.n_bytes is None else f"; {train.n_bytes / max(train.tokens, 1):.2f} bytes per token"
+        train = counts.get("train")
+        ratio = f"; {train.n_bytes / max(train.tokens, 1):.2f} bytes per token" if train and train.n_bytes else ""
         yield "data", f"{data.origin}: {', '.join(sizes)}{ratio}"
     if isinstance(data.train_dataset, PackedDataset):
         yield "windows", _describe_windows(data.train_dataset, data.block_size, data.packing or "packed")

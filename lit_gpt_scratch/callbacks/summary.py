@@ -26,7 +26,6 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
 from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.token_shards import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +53,12 @@ class BaselineMetrics(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the baselines, which takes 0.5 s for 0.5 MB of text."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if not (trainer.is_global_zero and isinstance(data, BaseDataModule)):
+        if not trainer.is_global_zero:
             return
-        if (ids := data.validation_tokens()) is not None:
+        if isinstance(data, BaseDataModule) and (figures := _text_baselines(data)):
             self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
-            self.figures = _text_baselines(data, ids)
-        elif (accuracy := data.majority_class_accuracy) is not None:
+            self.figures = figures
+        elif isinstance(data, BaseDataModule) and (accuracy := data.majority_class_accuracy) is not None:
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": accuracy}
         elif (start := _initial_true_reward(trainer)) is not None:
@@ -80,11 +79,12 @@ def _initial_true_reward(trainer: L.Trainer) -> float | None:
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
 
-def _text_baselines(data: BaseDataModule, ids: TokenIds) -> dict[str, float]:
-    n_bytes = data.split_counts["validation"].n_bytes
-    train = data.sample_train_tokens(MAX_TRAINING_TOKENS)
-    assert train is not None
-    assert n_bytes is not None
+def _text_baselines(data: BaseDataModule) -> dict[str, float]:
+    """Return the bits per byte of the baselines, or nothing if the data is not continuous text."""
+    train, validation = data.sample_train_tokens(MAX_TRAINING_TOKENS), data.validation_text()
+    if train is None or validation is None:
+        return {}
+    ids, n_bytes = validation
     counted = train, ids, data.vocab_size, n_bytes
     if len(ids) > MAX_XZ_TOKENS:
         log.info("no xz baseline: the validation text is too long to compress in a few seconds")

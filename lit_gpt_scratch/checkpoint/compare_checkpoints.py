@@ -13,6 +13,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 from lit_gpt_scratch.diagnostics.rules import RULES
+from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, TEXT_SUFFIX
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """Pattern that matches the keys and tags of wall-clock measurements, which differ between any two runs."""
@@ -20,8 +21,7 @@ TIMING_SYMPTOMS: Final = tuple(
     rule.name for rule in RULES if any(re.fullmatch(TIMING_NAMES, name) for name in rule.reads)
 )
 """Symptoms that the doctor diagnoses from wall-clock measurements."""
-DIAGNOSES_TAG: Final = "doctor/text_summary"
-"""Tag of the doctor's table of diagnoses."""
+DIAGNOSES_TAG: Final = f"{DIAGNOSES_NAME}{TEXT_SUFFIX}"
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 )
@@ -86,15 +86,19 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
         for tag in events.Tags()["tensors"]
         if not re.fullmatch(TIMING_NAMES, tag)
     }
-    diagnoses = [text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts]
+    diagnoses = _split_diagnoses([text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts])
     points = {tag: [(step, repr(value)) for step, value in curve] for tag, curve in curves.items()}
-    return points | ({DIAGNOSES_TAG: _split_diagnoses(diagnoses)} if diagnoses else {})
+    return points | ({DIAGNOSES_TAG: diagnoses} if diagnoses else {})
 
 
 def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
     """Split the doctor's tables into their distinct rows, without diagnoses of wall-clock measurements."""
-    rows = {tuple(cell.strip() for cell in row.split("|")) for table in tables for row in table.splitlines()[2:]}
-    return sorted((int(step), symptom) for _, step, symptom, *_ in rows if not symptom.startswith(TIMING_SYMPTOMS))
+    found = set()
+    for row in (row for table in tables for row in table.splitlines()[2:]):
+        _, step, symptom, _ = row.split("|", maxsplit=3)
+        if symptom.partition(":")[0].strip() not in TIMING_SYMPTOMS:
+            found.add((int(step), row))
+    return sorted(found)
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:

@@ -156,13 +156,15 @@ class RunFolder:
         discards all points of earlier files at or after the step from which the run was resumed. Without renaming, the
         order would be wrong if the clock was set back or if two sessions started in the same second.
         """
-        bound = int(time.time())
+        bound, renamed = int(time.time()), []
         for path in sorted(self.path.glob(f"{EVENTS_PREFIX}*"), reverse=True):
             started, _, rest = path.name.removeprefix(EVENTS_PREFIX).partition(".")
             if not started.isdigit() or int(started) < bound:
-                return
+                break
             bound -= 1
-            path.rename(path.with_name(f"{EVENTS_PREFIX}{bound:010d}.{rest}"))
+            renamed.append((path, path.with_name(f"{EVENTS_PREFIX}{bound:010d}.{rest}")))
+        for path, name in reversed(renamed):  # oldest first, so that no file is overwritten and a kill keeps the order
+            path.rename(name)
 
     def last_saved_at(self) -> float:
         """Return the time at which the newest checkpoint was saved, as a Unix timestamp; 0 if there is none."""

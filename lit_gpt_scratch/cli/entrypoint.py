@@ -46,9 +46,9 @@ def run(main: Callable[[], None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno != errno.ENAMETOOLONG or error.filename is None:
             raise
-        _exit_with_error(f"file name too long: {str(error.filename)[:80]}...; shorten the path in the flag")
+        _exit_with_error(f"file name too long: {str(error.filename)[:80]}...; use a shorter path")
     finally:
         logger.removeHandler(handler)
 

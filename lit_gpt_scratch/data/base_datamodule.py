@@ -34,13 +34,11 @@ class SplitCounts(NamedTuple):
     Attributes:
         items: Number of documents or records.
         tokens: Number of tokens without padding.
-        labels: Number of labels that contribute to the loss.
         n_bytes: Number of UTF-8 bytes of text; None if it was not counted.
     """
 
     items: int
     tokens: int
-    labels: int
     n_bytes: int | None = None
 
 
@@ -136,8 +134,8 @@ class BaseDataModule(L.LightningDataModule):
         """Return about ``n`` tokens of training text, or None if the data is not continuous text."""
         return None
 
-    def validation_tokens(self) -> TokenIds | None:
-        """Return all tokens of the validation text, or None if the data is not continuous text."""
+    def validation_text(self) -> tuple[TokenIds, int] | None:
+        """Return all tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text."""
         return None
 
     @property

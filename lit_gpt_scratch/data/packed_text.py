@@ -240,8 +240,7 @@ class PackedText(BaseDataModule):
         """Number of documents, tokens and bytes for training and validation."""
         streams = {"train": self.store.train, "validation": self.store.validation}
         return {
-            split: SplitCounts(stream.n_documents, stream.n_tokens, stream.n_tokens, stream.n_bytes)
-            for split, stream in streams.items()
+            split: SplitCounts(stream.n_documents, stream.n_tokens, stream.n_bytes) for split, stream in streams.items()
         }
 
     @property
@@ -306,9 +305,9 @@ class PackedText(BaseDataModule):
             [store.train.read(0, math.ceil(share)) for store, share in zip(self.stores, shares, strict=True)]
         )
 
-    def validation_tokens(self) -> TokenIds:
-        """Return the validation tokens of all stores."""
-        return self.store.validation.read(0, self.store.validation.n_tokens)
+    def validation_text(self) -> tuple[TokenIds, int]:
+        """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent."""
+        return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
 
     def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text

@@ -253,12 +253,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def split_counts(self) -> dict[str, SplitCounts]:
-        """Number of records, tokens and labels in each split."""
+        """Number of records and tokens in each split."""
         return {
             split: SplitCounts(
                 len(examples),
                 sum(len(sequence.ids) for example in examples for sequence in example.sequences),
-                sum(example.n_labels for example in examples),
             )
             for split, examples in self.examples.items()
         }

@@ -12,6 +12,8 @@ from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
 """Suffix that PyTorch's ``SummaryWriter`` appends to the tag of logged text."""
+DIAGNOSES_NAME: Final = "doctor"
+"""Name of the text that contains the table of diagnoses."""
 TEST_PREFIX: Final = "test/"
 """Prefix of test metrics. They are computed after training, so the rules do not use them."""
 

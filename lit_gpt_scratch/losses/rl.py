@@ -45,7 +45,7 @@ def last_token_mask(mask: Tensor) -> Tensor:
     return mask & ~next_in_reply
 
 
-def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
     """Compute per-token rewards: a KL penalty at each token of a reply, plus the score at its last token.
 
     The sum of the rewards over a reply is ``r(x, y) - beta log(p(y | x) / q(y | x))`` (Ziegler et al. 2019,

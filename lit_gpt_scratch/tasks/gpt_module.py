@@ -105,7 +105,7 @@ class GPTModule(L.LightningModule):
     metrics: Metric | MetricCollection
     """Validation and test metrics, built by ``build_metrics``."""
     data_info: DataInfo
-    """Properties of the data, from the data module; set in ``setup``."""
+    """Properties of the data, from the data module; set before the network is built."""
     next_command: ClassVar[str | None] = None
     """Command to suggest after training; ``{}`` is replaced by the run directory.
 

@@ -23,14 +23,19 @@ class LanguageModel(GPTModule):
     """
 
     metrics: LikelihoodMetric
-    token_bytes: Tensor
-    """Number of UTF-8 bytes of each token, (vocab_size,) int64."""
     returns_label_losses = True
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
-        self.register_buffer("token_bytes", torch.tensor(self.data_info.token_bytes), persistent=False)
+        # Not a buffer, because Lightning's WeightAveraging averages buffers, and truncates the averages of integers.
+        self._token_bytes = torch.tensor(self.data_info.token_bytes)
         return LikelihoodMetric()
+
+    @property
+    def token_bytes(self) -> Tensor:
+        """Number of UTF-8 bytes of each token, (vocab_size,) int64."""
+        self._token_bytes = self._token_bytes.to(self.device)
+        return self._token_bytes
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Compute next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""

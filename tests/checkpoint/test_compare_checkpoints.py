@@ -1,5 +1,6 @@
 """Curves of two runs are compared without wall-clock measurements, and without diagnoses that follow from these."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -7,6 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lit_gpt_scratch.callbacks.diagnostics import format_table
 from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_curves
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis
+from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME
 
 OVERFITTING = Diagnosis("overfitting: the validation loss rises", "repeated text", "--trainer.max_steps 10", 4)
 SPIKE = Diagnosis("loss spike: 9.1 | 3 sigma", "a bad batch", "--guard act", 8)
@@ -16,7 +18,7 @@ SLOW = Diagnosis("slow loader: 45% of the step time is spent waiting", "the CPU 
 def write_run(folder: Path, *tables: list[Diagnosis]) -> Path:
     with SummaryWriter(str(folder)) as writer:
         for table in tables:
-            writer.add_text("doctor", format_table(table), table[-1].step)
+            writer.add_text(DIAGNOSES_NAME, format_table(table), table[-1].step)
     return folder
 
 
@@ -32,3 +34,5 @@ def test_other_diagnoses_are_compared(tmp_path: Path) -> None:
     plain = write_run(tmp_path / "plain", [OVERFITTING])
     spike = write_run(tmp_path / "spike", [OVERFITTING], [OVERFITTING, SPIKE])
     assert compare_curves(plain, spike) == {"curve doctor/text_summary": 1}
+    other_flag = replace(OVERFITTING, flag="--trainer.max_steps 20")
+    assert compare_curves(plain, write_run(tmp_path / "other", [other_flag])) == {"curve doctor/text_summary": 2}

@@ -51,6 +51,17 @@ def test_tensorboard_reads_the_newest_session_last(tmp_path: Path, monkeypatch: 
     assert [point.value for point in read_curve(tmp_path, "x")] == [float(value) for _, value in expected]
 
 
+def test_ordering_of_sessions_overwrites_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, host, process id and counter can be the same in every session."""
+    now, names = 1_700_000_000, []
+    for session, started in enumerate((now, now + 3600, now + 1, now, now, now - 5)):
+        monkeypatch.setattr("time.time", lambda started=started: started)
+        RunFolder(tmp_path).order_events()
+        (tmp_path / f"events.out.tfevents.{started:010d}.host.1.0").write_text(str(session))
+        names.append(str(session))
+        assert [path.read_text() for path in sorted(tmp_path.iterdir())] == names
+
+
 def test_version_numbers_are_not_reused(tmp_path: Path) -> None:
     for _ in range(11):
         RunFolder.create(tmp_path, "x")

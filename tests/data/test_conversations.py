@@ -80,7 +80,7 @@ def test_windows_decode_to_records_and_labels_to_replies(tmp_path: Path, suffix:
         f"<|endoftext|><|user|>Name {n}.\n<|assistant|>It is {n}.<|endoftext|><|user|>Twice!\n<|assistant|>{n} {n}"
         for n in numbers
     )
-    assert data.split_counts["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert sum(example.n_labels for example in data.examples["train"]) == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def test_prompt_matches_training_prefix(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_classes_and_balancing(tmp_path: Path, balance: bool) -> None:
     assert Counter(record.label for _, record in data.records) == expected
     in_training = Counter(data.records[place][1].label for place in data.split_indices["train"])
     assert data.class_counts == [in_training[name] for name in data.class_names]
-    assert sum(data.class_counts) == data.split_counts["train"].labels == round(0.7 * sum(expected.values()))
+    assert sum(data.class_counts) == data.split_counts["train"].items == round(0.7 * sum(expected.values()))
     texts = {record.text for _, record in data.records}
     assert (texts == {record.text for _, record in build(1).records}) is not balance
 

@@ -67,11 +67,29 @@ def test_a_change_that_matters_is_rejected_unless_forced(
     assert expected in forced.err
 
 
-def test_lightnings_weight_averaging(command: Command, small: list[str]) -> None:
+@pytest.mark.parametrize(
+    "stage", ["instructions", "classes", "rewards", "preferences", "on-policy", "on-policy, groups, adapters"]
+)
+def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""
-    assert command("fit", *small, "--trainer.callbacks=EMAWeightAveraging").code == 0
-    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    started = command("fit", *staged(stage), *average, "--experiment=average")
+    assert started.code == 0, started.err
+    again = command("fit", "--experiment=average", "--ckpt_path=last", "--trainer.max_steps=14")
     assert again.code == 0, again.err
+
+
+def test_weight_averaging_keeps_the_size_of_tokens(command: Command, small: list[str]) -> None:
+    """The averaged model is validated: another loss, but the same bits per byte for each nat per token."""
+    average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    found = []
+    for name, flags in (("plain", []), ("average", average)):
+        assert command("fit", *small, *flags, f"--experiment={name}").code == 0
+        summary = json.loads(Path(f"runs/{name}/version_0/summary.json").read_text())
+        found.append((summary["val/loss"], summary["val/bits_per_byte"] / summary["val/loss"]))
+    (plain, ratio), (averaged, same) = found
+    assert plain != averaged
+    assert same == pytest.approx(ratio, rel=1e-6)
 
 
 def test_a_forced_learning_rate_is_used(command: Command, small: list[str]) -> None:

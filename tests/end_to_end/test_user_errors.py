@@ -197,26 +197,32 @@ def test_mistakes_in_other_commands(command: Command, name: str, flags: list[str
 LONG_NAME = "a" * 5000
 
 
+TOO_LONG = ["ame too long"]  # file name, or the system's File name
+
+
 @pytest.mark.parametrize(
-    ("name", "flags"),
+    ("name", "flags", "expected"),
     [
         *(
-            ("fit", [f"--{flag}={LONG_NAME}"])
+            ("fit", [f"--{flag}={LONG_NAME}"], TOO_LONG)
             for flag in (
-                "model", "data", "config", "preset", "ckpt_path", "runs", "experiment", "model.gpt", "model.init_from",
-                "data.source", "data.store", "data.cache", "data.tokenizer", "data.mixture", "trainer.callbacks",
+                "config", "ckpt_path", "runs", "experiment", "model.init_from", "data.source", "data.store",
+                "data.cache", "model",
             )
         ),
-        *((name, [LONG_NAME]) for name in ("generate", "evaluate", "sweep", "doctor")),
-        ("generate", ["--adapter", LONG_NAME]),
-        ("evaluate", ["--data.source", LONG_NAME]),
-        ("convert", ["to-hf", LONG_NAME, "x"]),
-        ("convert", ["from-hf", LONG_NAME, "x.ckpt"]),
-        ("prepare", ["--data.source", LONG_NAME]),
+        ("fit", [f"--data={LONG_NAME}"], ["--data", "not found"]),
+        ("fit", [f"--data.tokenizer={LONG_NAME}"], []),
+        *((name, [LONG_NAME], TOO_LONG) for name in ("generate", "sweep", "doctor")),
+        ("evaluate", ["--data.source", LONG_NAME], TOO_LONG),
+        ("convert", ["to-hf", LONG_NAME, "x"], TOO_LONG),
+        ("convert", ["from-hf", LONG_NAME, "x.ckpt"], TOO_LONG),
+        ("prepare", ["--data.source", LONG_NAME], TOO_LONG),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value).replace(LONG_NAME, "long"),
 )  # fmt: skip
-def test_names_that_are_too_long(command: Command, small: list[str], name: str, flags: list[str]) -> None:
+def test_names_that_are_too_long(
+    command: Command, small: list[str], name: str, flags: list[str], expected: list[str]
+) -> None:
     """Each operation on such a path raises ``OSError``, even ``Path.exists``."""
-    one_line(command(name, *(small if name == "fit" else []), *flags))
+    one_line(command(name, *(small if name == "fit" else []), *flags), *expected)
     assert not list(Path().iterdir())

@@ -14,7 +14,7 @@ from lit_gpt_scratch.losses.rl import (
     grpo_advantages,
     kl_k1,
     kl_k3,
-    kl_penalised_rewards,
+    kl_penalized_rewards,
     last_token_mask,
     ppo_policy_loss,
     ppo_value_loss,
@@ -44,7 +44,7 @@ def test_kl_estimates_are_unbiased_and_k3_is_not_negative() -> None:
 
 def test_score_at_the_last_token_and_penalty_at_each() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 9.0, 9.0]])
-    found = kl_penalised_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
+    found = kl_penalized_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
     torch.testing.assert_close(found, torch.tensor([[0.0, -0.5, -1.0, 8.5], [-2.0, 17.5, 0.0, 0.0]]))
     assert last_token_mask(MASK).nonzero().tolist() == [[0, 3], [1, 1]]
     assert not last_token_mask(torch.zeros(1, 3, dtype=torch.bool)).any()
@@ -91,7 +91,7 @@ def test_values_outside_of_replies_are_ignored() -> None:
 
     def all_of(noise: float) -> list[Tensor]:
         dirty = [torch.where(MASK, x, noise) for x in (rewards, values, logprobs)]
-        paid = kl_penalised_rewards(torch.ones(2), dirty[2], MASK, 0.1)
+        paid = kl_penalized_rewards(torch.ones(2), dirty[2], MASK, 0.1)
         advantages, returns = gae(torch.where(MASK, dirty[0], 0.0), dirty[1], MASK, 0.9, 0.9)
         return [paid, advantages, returns, whiten(dirty[0], MASK)]
 

@@ -162,7 +162,7 @@ class OnPolicyModule(GPTModule):
         super().setup(stage)
         self.prompts.phase = self.phase
         if not is_checkpoint_path(self.reward):
-            self._text_reward = self.prompts.text_reward(self.reward)
+            self.prompts.text_reward(self.reward)  # the data module then checks replies with the same rule
         if self.generator is not None:
             self.generator.data = self.data_info
         if stage == "fit":
@@ -195,7 +195,7 @@ class OnPolicyModule(GPTModule):
         self.reference = ReferenceModel(self.net, self.trains_only_adapters)
         unended_score, score = self.unended_score, self._build_reward_model()
         if score is None:
-            name, function, default = self._text_reward
+            name, function, default = self.prompts.text_reward(self.reward)
             score, unended_score = (
                 TextFunctionScorer(name, function),
                 default if unended_score is None else unended_score,

@@ -11,7 +11,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.rl import (
     gae,
     kl_k1,
-    kl_penalised_rewards,
+    kl_penalized_rewards,
     ppo_policy_loss,
     ppo_value_loss,
     token_entropy,
@@ -83,7 +83,7 @@ class PPO(OnPolicyModule):
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
         rows, mask = rollouts.rows, rollouts.rows["labels"] != IGNORE_INDEX
         kl = kl_k1(rows["logprobs"], rows["reference"])
-        rewards = kl_penalised_rewards(rows["scores"], kl, mask, rollouts.coefficient)
+        rewards = kl_penalized_rewards(rows["scores"], kl, mask, rollouts.coefficient)
         advantages, returns = gae(rewards, rows["values"], mask, self.gamma, self.gae_lambda)
         return {"advantages": whiten(advantages, mask) if self.whitening else advantages, "returns": returns}
 
