@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
+from lit_gpt_scratch.callbacks.diagnostics import DiagnosticsCallback
 from lit_gpt_scratch.callbacks.progress import format_count
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
-from lit_gpt_scratch.callbacks.summary import BaselineMetrics
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunSummary
 from lit_gpt_scratch.callbacks.throughput import FIRST_STEPS, Throughput
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences, Prompts
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, SplitCounts
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.tasks import LanguageModel, Reward
 from tests.conftest import sentences
 
 
@@ -109,6 +112,54 @@ def test_the_plan_names_the_groups_of_the_optimizer(
     sizes = {ndim: sum(p.numel() for p in model.net.parameters() if p.ndim == ndim) for ndim in (1, 2)}
     numbers = {"decayed": sizes[2], "vectors": sizes[1], "all": sum(sizes.values())}
     assert line == expected.format(**{name: format_count(n) for name, n in numbers.items()})
+
+
+class OwnData(PackedText):
+    """A data module that reports only some of what it could: rows of two splits, and a command of its own."""
+
+    next_command = "doctor {}"
+    item_name = "poem"
+
+    @property
+    def split_counts(self) -> dict[str, SplitCounts]:
+        return {"train": SplitCounts(1, 2000), "spring": SplitCounts(3, 50)}
+
+    def sample_train_tokens(self, n: int) -> None:  # type: ignore[override]  # not continuous text
+        return None
+
+    def validation_warnings(self) -> Iterator[str]:
+        yield "few poems"
+
+
+def test_a_data_module_may_report_little(
+    caplog: pytest.LogCaptureFixture, trainer: Callable[..., L.Trainer], task: Callable[..., LanguageModel],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "poems").mkdir()
+    for seed in range(20):
+        (tmp_path / "poems" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
+    data = OwnData(str(tmp_path / "poems"), block_size=32, batch_size=4, vocab_size=300, cache=str(tmp_path / "cache"))
+    summary = RunSummary()
+    summary.folder = RunFolder.create(tmp_path / "runs", "own")
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        trainer(callbacks=[BaselineMetrics(), RunPlan(), DiagnosticsCallback(), summary], max_steps=2).fit(task(), data)
+    assert "1 poem with 2 k tokens for training, 3 poems with 50 tokens for spring" in caplog.text
+    assert "few poems" in caplog.text
+    assert "baselines" not in caplog.text
+    assert f"python -m lit_gpt_scratch.doctor {summary.folder.path}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        (PackedText, "generate runs/x"), (Conversations, "generate runs/x --chat"), (Prompts, "generate runs/x --chat"),
+        (Preferences, "generate runs/x --chat"), (LabelledText, "evaluate runs/x --text"),
+    ],
+)  # fmt: skip
+def test_each_data_module_suggests_a_command(stage: type[BaseDataModule], command: str) -> None:
+    assert stage.next_command.format("runs/x").startswith(command)
+    assert LanguageModel.next_command is None
+    assert Reward.next_command == "convert to-safetensors {} reward.safetensors"
 
 
 class AfterOneStep(L.Callback):

@@ -37,6 +37,13 @@ def test_all_lists_nested_flags_and_those_of_other_classes(capsys: pytest.Captur
         assert f"  --{name} " in page, name
 
 
+def test_a_fraction_is_distinguished_from_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """1.0 is all batches, and 1 is one batch."""
+    text = " ".join(shown(capsys, "--help", "limit_val_batches").split())
+    assert "Value is per device. [1.0]" in text
+    assert "Default:" not in text
+
+
 def test_a_word_finds_flags_by_name_and_by_help(capsys: pytest.CaptureFixture[str]) -> None:
     page = shown(capsys, "--help", "DROPOUT")
     assert "--model.gpt.dropout" in page
