@@ -16,7 +16,6 @@ from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model, require_same_tokenizer
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.run_results import read_curve
 
 
 def save_empty(run: RunFolder, time: float = 0.0) -> Path:
@@ -38,6 +37,9 @@ def test_concurrent_runs_get_different_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clock", [0, -100], ids=["the same second", "an earlier clock"])
 def test_tensorboard_reads_the_newest_session_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: int) -> None:
     """Also where the process's counter of event files, the end of their names, gets another digit."""
+    pytest.importorskip("scipy")
+    from lit_gpt_scratch.sweeps.run_results import read_curve
+
     now = 1_700_000_000
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(8))
     for first in range(0, 9, 3):

@@ -194,7 +194,8 @@ def runs(command: Command, user_folder: Path, cache: Path, line: str) -> None:
             flags += ["--trainer.max_steps=14"]
     if name == "prepare":
         # As for fit, so that a run can use the store.
-        size = [flag for flag in SHORT if "vocab_size" in flag and "--data.tokenizer" not in flags]
+        for_fit = "--data.store" in flags and "--data.tokenizer" not in flags
+        size = [flag for flag in SHORT if "vocab_size" in flag and for_fit]
         flags += [f"--data.cache={cache}", "--data.validation_share=0.3", *size]
     if name == "generate":
         flags = [*(flag for flag in flags if flag != "--compile"), "--max_new_tokens=3"]  # another test compiles
