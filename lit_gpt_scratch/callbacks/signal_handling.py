@@ -16,6 +16,9 @@ from lit_gpt_scratch.lightning_compat import disable_signal_handlers
 
 log = logging.getLogger(__name__)
 
+_received: list[int] = []
+"""Signals that ``exit_on_signal`` has received. Library code may swallow the exception that a signal raises."""
+
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
@@ -24,6 +27,7 @@ def exit_on_signal() -> Iterator[None]:
     Unlike the default action of SIGTERM and SIGUSR1, this lets cleanup code run.
     """
     before = {}
+    _received.clear()
     if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
         before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
     try:
@@ -34,6 +38,7 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def _exit(signum: int, frame: FrameType | None = None) -> None:
+    _received.append(signum)
     raise SystemExit(128 + signum)
 
 
@@ -60,6 +65,8 @@ class SignalHandling(StopBetweenSteps):
         if threading.current_thread() is threading.main_thread():
             disable_signal_handlers(trainer)
             self._before = {signum: signal.signal(signum, self._record_signal) for signum in STOP_SIGNALS}
+            if _received:  # before training, and swallowed
+                _exit(_received[0])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the current step, with a checkpoint and the usual exit code."""
 
+import contextlib
 import os
 import random
 import signal
@@ -14,7 +15,9 @@ import torch
 from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
 from lit_gpt_scratch.checkpoint.resume_stress_test import list_group_processes
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.data import PackedText
 from tests.end_to_end import forked
+from tests.end_to_end.conftest import Command
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -92,3 +95,22 @@ def test_signal_before_the_first_step_leaves_no_run_folder(small: list[str], tmp
         assert process.returncode == 128 + signal.SIGTERM, line + stderr
         assert not list(tmp_path.glob("runs/*/*"))
     assert "Traceback" not in stderr
+
+
+def test_signal_that_library_code_swallows_stops_the_run(
+    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, Rust code that calls back into Python while it trains a tokenizer."""
+    prepare = PackedText.prepare_data
+
+    def prepare_data(self: PackedText) -> None:
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        prepare(self)
+
+    monkeypatch.setattr(PackedText, "prepare_data", prepare_data)
+    assert command("fit", *small).code == 128 + signal.SIGTERM
+    assert not list(Path().glob("runs/*/*"))
+    monkeypatch.setattr(PackedText, "prepare_data", prepare)
+    assert command("fit", *small).code == 0
