@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,22 +11,55 @@ from torch import nn
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, add_lora
-from lit_gpt_scratch.optim import AdamW, Muon
-from lit_gpt_scratch.optim.optimizers import MuonAdamW, orthogonalise
+from lit_gpt_scratch.optim import AdamW, Muon, optimizers
+from lit_gpt_scratch.optim.optimizers import MuonAdamW, newton_schulz_dtype, orthogonalise
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 from tests.conftest import TINY
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.1), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 16), (2, 16, 40), (1, 1, 8)])
-def test_orthogonalise_keeps_singular_vectors_and_equalises_singular_values(shape: tuple[int, ...]) -> None:
+def test_orthogonalise_keeps_singular_vectors_and_equalises_singular_values(
+    shape: tuple[int, ...], dtype: torch.dtype, rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "newton_schulz_dtype", lambda device: dtype)
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrices = u @ torch.diag_embed(torch.linspace(1, 0.05, s.size(-1)).expand_as(s)) @ vh
-    result = orthogonalise(matrices).float()
+    result = orthogonalise(matrices)
+    assert result.dtype == dtype
+    result = result.float()
     values = torch.diagonal(u.mT @ result @ vh.mT, dim1=-2, dim2=-1)
     assert values.min() > 0.5
     assert values.max() < 1.3
     leftover = u.mT @ result @ vh.mT - torch.diag_embed(values)
-    assert leftover.abs().max() < 0.1  # bfloat16
+    assert leftover.abs().max() < rounding
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="requires PyTorch with oneDNN")
+def test_newton_schulz_runs_in_float32_on_processors_without_fast_bfloat16_matmuls() -> None:
+    """Without AVX-512, bfloat16 matmuls are 24 to 150 times as slow, and a first run would take an hour."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if vectors in ("AVX512", "AVX2"):
+        cpuinfo = Path("/proc/cpuinfo")
+        converts = cpuinfo.is_file() and "avx_ne_convert" in cpuinfo.read_text()  # AVX2 processors since 2024
+        expected = torch.bfloat16 if vectors == "AVX512" or converts else torch.float32
+        assert newton_schulz_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "fast", "expected"),
+    [
+        ("cpu", True, torch.bfloat16), ("cpu", False, torch.float32), ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float32), ("mps", False, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_newton_schulz_dtype_follows_the_hardware(
+    device: str, fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    assert newton_schulz_dtype.__wrapped__(torch.device(device)) == expected
 
 
 def test_orthogonalise_keeps_zero() -> None:
