@@ -1,5 +1,6 @@
 """Training of BPE, WordPiece, Unigram, character and byte tokenizers."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -19,22 +20,23 @@ CONTINUATION: Final = "\u203f"
 """Prefix of WordPiece tokens that continue a word. Unlike the usual "##", it cannot occur in byte-level text."""
 MAX_WORD_BYTES: Final = 64
 """Maximum number of bytes per word for WordPiece, which cannot encode long words; longer words are split."""
+MAX_TRAINING_WORD_BYTES: Final = 256
+"""Maximum number of bytes per word when training BPE and Unigram, and therefore the maximum number of bytes per token.
+
+Longer words, as in genomes, Base64 and minified code, are split for training only. The run time of the trainers of
+``tokenizers`` is quadratic in the length of a word, and its Unigram trainer overflows the stack.
+"""
 
 
 def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train byte-level BPE, which merges the most frequent pair (Sennrich et al. 2016; Radford et al. 2019)."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    return backend
+    return _train_byte_level(models.BPE(), trainer, texts)
 
 
 def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train byte-level WordPiece, which merges pairs to maximize the likelihood (Schuster and Nakajima 2012)."""
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [_byte_level(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")]
-    )
+    pre_tokenizer = _byte_level(MAX_WORD_BYTES)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
@@ -54,13 +56,10 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
 
 def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train a byte-level Unigram tokenizer, which prunes a large vocabulary to maximize the likelihood (Kudo 2018)."""
-    backend = Backend(models.Unigram())
-    backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
-    return backend
+    return _train_byte_level(models.Unigram(), trainer, texts)
 
 
 def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
@@ -68,7 +67,7 @@ def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    special = [*special, UNKNOWN]
+    special = list(dict.fromkeys([*special, UNKNOWN]))
     most_frequent = sorted(counts, key=lambda c: (-counts[c], c))[: size - len(special)]
     vocabulary = {token: id_ for id_, token in enumerate([*special, *sorted(most_frequent)])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -83,9 +82,25 @@ def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     return _train_bpe([], len(special) + len(BYTES), special)
 
 
-def _byte_level() -> pre_tokenizers.PreTokenizer:
-    """Return GPT-2's pre-tokenizer, which splits text into words and maps bytes to the characters in ``BYTES``."""
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _train_byte_level(model: models.Model, trainer: trainers.Trainer, texts: Iterable[str]) -> Backend:
+    """Train a byte-level model of ``tokenizers`` on words of at most ``MAX_TRAINING_WORD_BYTES`` bytes."""
+    backend = Backend(model)
+    backend.pre_tokenizer, backend.decoder = _byte_level(MAX_TRAINING_WORD_BYTES), decoders.ByteLevel()
+    backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = _byte_level()
+    return backend
+
+
+def _byte_level(max_word_bytes: int | None = None) -> pre_tokenizers.PreTokenizer:
+    """Return GPT-2's pre-tokenizer, which splits text into words and maps bytes to the characters in ``BYTES``.
+
+    Args:
+        max_word_bytes: Maximum number of bytes per word; longer words are split. None does not limit words.
+    """
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if max_word_bytes is None:
+        return words
+    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(Regex(f".{{1,{max_word_bytes}}}"), "isolated")])
 
 
 TOKENIZER_KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backend]]] = {
@@ -114,12 +129,17 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
         special: Special tokens in addition to ``<|endoftext|>``.
 
     Raises:
-        UserError: The size is out of range, or a special token is empty or repeated.
+        UserError: The size is out of range, or a special token is empty, repeated or an ordinary word or character.
     """
     tokens = [END_OF_TEXT, *special]
     if repeated := [token for token in tokens if tokens.count(token) > 1 or not token]:
         raise UserError(
             f"data.special_tokens: '{repeated[0]}' is empty or repeated; remove it ({END_OF_TEXT} is always included)"
+        )
+    if ordinary := [token for token in tokens if _may_be_ordinary_token(token, kind)]:
+        raise UserError(
+            f"data.special_tokens: '{ordinary[0]}' is an ordinary word or character, which text may contain; choose a "
+            f"name such as '<|{ordinary[0]}|>', which a {kind} tokenizer always splits"
         )
     if size > MAX_VOCAB_SIZE:
         raise UserError(f"data.vocab_size is {size}; the maximum is {MAX_VOCAB_SIZE:,}")
@@ -127,3 +147,20 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
         needed = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
         raise UserError(f"data.vocab_size is {size}; a {kind} tokenizer requires at least {minimum} for its {needed}")
     return TOKENIZER_KINDS[kind](texts, size, tokens)
+
+
+def _may_be_ordinary_token(name: str, kind: str) -> bool:
+    """Return whether text may contain an ordinary token with the same name as a special token.
+
+    Tokens are looked up by name, so such a token would have the id of the special token. The result does not depend on
+    the training text. Only ASCII characters are considered for splitting, because the other characters of a byte-level
+    token represent single bytes.
+    """
+    if kind == "char":
+        return len(name) == 1
+    if kind == "wordpiece":
+        name = name.removeprefix(CONTINUATION)
+    if not set(name) <= set(BYTES):
+        return False
+    words = (_byte_level().pre_tokenize_str(part) for part in re.findall("[!-~]+", name))
+    return len(name) == 1 if kind == "byte" else all(len(found) < 2 for found in words)

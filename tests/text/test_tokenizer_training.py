@@ -1,8 +1,10 @@
 """Tokenizer training: the learned tokens of each kind, and the texts that it cannot represent."""
 
 import json
+import random
 from collections import Counter
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,11 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.tokenizer_training import CONTINUATION, END_OF_TEXT, TOKENIZER_KINDS
+from lit_gpt_scratch.text.tokenizer_training import (
+    BYTES,
+    CONTINUATION,
+    END_OF_TEXT,
+    MAX_TRAINING_WORD_BYTES,
+    MAX_WORD_BYTES,
+    TOKENIZER_KINDS,
+)
 from lit_gpt_scratch.text.wordpiece import train_wordpiece
 from tests.conftest import sentences
 
@@ -51,6 +60,80 @@ def test_special_tokens_are_not_encoded_from_text(trained: dict[str, Tokenizer],
     tokenizer.save(tmp_path / "tokenizer.json")
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == tokenizer.encode(text)
     assert [ids.tolist() for ids in tokenizer.encode_many(TEXTS, fast=True)] == [tokenizer.encode(t) for t in TEXTS]
+
+
+LONG_WORDS = {
+    "one character": "^" * 100_000,
+    "letters": "".join(random.Random(0).choices("abcdefghij", k=100_000)),
+    "genome": "".join(random.Random(0).choices("ACGT", k=200_000)),
+    "white space": " " * 100_000,
+}
+
+
+@pytest.mark.parametrize("word", LONG_WORDS)
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_long_words_are_learned_and_encoded_in_seconds(kind: str, word: str) -> None:
+    """The trainers of ``tokenizers`` take minutes for one word of this length, or overflow the stack."""
+    text = LONG_WORDS[word]
+    tokenizer = Tokenizer.train([f"{text} {text}"], 600, kind)
+    most = {"bpe": MAX_TRAINING_WORD_BYTES, "unigram": MAX_TRAINING_WORD_BYTES, "wordpiece": MAX_WORD_BYTES, "byte": 1}
+    assert max(tokenizer.token_bytes()) <= most[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert kind == "byte" or len(ids) < 0.8 * len(text)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_tokenizer_of_ordinary_text_is_that_of_the_library(kind: str) -> None:
+    """Bit for bit: words of ordinary length are not split."""
+    longest = "x" * MAX_TRAINING_WORD_BYTES
+    texts = [*TEXTS, f"{longest} {longest}", "Où est 東京?"]
+    backend = Backend(models.BPE() if kind == "bpe" else models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    settings = {"vocab_size": 320, "special_tokens": [END_OF_TEXT], "initial_alphabet": BYTES, "show_progress": False}
+    trainer = trainers.BpeTrainer(**settings) if kind == "bpe" else trainers.UnigramTrainer(**settings)
+    backend.train_from_iterator(texts, trainer)
+    assert Tokenizer.train(texts, 320, kind).to_json() == backend.to_str()
+
+
+ORDINARY = [
+    ("USER", "bpe wordpiece unigram"), ("|", "bpe wordpiece unigram char byte"), ("#!", "bpe wordpiece unigram"),
+    ("Ġthe", "bpe wordpiece unigram"), ("Ġ|", "bpe wordpiece unigram"), ("é", "bpe wordpiece unigram char byte"),
+    ("12", "bpe wordpiece unigram"), ("'s", "bpe wordpiece unigram"), (f"{CONTINUATION}at", "wordpiece"),
+    ("東", "char"),
+]  # fmt: skip
+"""Special tokens, and the kinds in whose vocabulary text may produce a token of the same name."""
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize(("name", "ordinary"), ORDINARY)
+def test_special_token_that_text_may_contain_is_rejected(kind: str, name: str, ordinary: str) -> None:
+    texts = ["USER USERS | || #! the cat \u9001 é été 東 12 it's 's sat at"] * 9
+    if kind in ordinary.split():
+        with pytest.raises(UserError, match=r"data.special_tokens: '.*' is an ordinary word or character"):
+            Tokenizer.train(texts, 560, kind, [name])
+        return
+    tokenizer = Tokenizer.train(texts, 560, kind, [name])
+    special = tokenizer.special_token_id(name)
+    for text in (*texts, name, f"{name}{name}", f"x{name}y", *BYTES):
+        assert special not in tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@given(text=st.text(st.sampled_from("<|user>[INST] é東")))
+@settings(max_examples=50)
+def test_usual_special_tokens_are_never_encoded_from_text(kind: str, text: str) -> None:
+    names = ("<|user|>", "[INST]", "</s>", "<|é|x>")
+    tokenizer = with_special_tokens(kind, names)
+    special = {tokenizer.special_token_id(name) for name in (*names, END_OF_TEXT)}
+    assert len(special) == 5
+    assert not special & set(tokenizer.encode(text))
+
+
+@cache
+def with_special_tokens(kind: str, names: tuple[str, ...]) -> Tokenizer:
+    """Train on text that consists of the names, so that each would be a token if it could be."""
+    return Tokenizer.train([" ".join([name] * 50) for name in names], SIZES[kind], kind, names)
 
 
 def test_round_trip_loss_of_characters(trained: dict[str, Tokenizer]) -> None:
