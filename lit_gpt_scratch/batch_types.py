@@ -32,6 +32,9 @@ class Batch(TypedDict):
     step_labels: NotRequired[Tensor]
     """() int64, only in training: number of labels in the optimizer step, across all micro-batches and data-parallel
     ranks"""
+    text_bytes: NotRequired[Tensor]
+    """(B,) int64, required in validation and testing: number of UTF-8 bytes of text that the labels of each row
+    represent"""
 
 
 class LabelledBatch(TypedDict):
@@ -161,7 +164,6 @@ class DataInfo:
         name: Class name of the data module, for error messages.
         vocab_size: Number of token ids.
         block_size: Maximum number of tokens per row.
-        token_bytes: Number of UTF-8 bytes of text that each token id represents, a list of length ``vocab_size``.
         tokenizer_json: Content of the tokenizer file, which is stored in checkpoints.
         start_of_text: Id of the token before each document.
         end_of_text: Id of the token after each document.
@@ -177,7 +179,6 @@ class DataInfo:
     name: str
     vocab_size: int
     block_size: int
-    token_bytes: list[int]
     tokenizer_json: str
     start_of_text: int
     end_of_text: int

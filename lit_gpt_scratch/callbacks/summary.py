@@ -91,7 +91,7 @@ def _text_baselines(data: BaseDataModule) -> dict[str, float]:
         return compute_token_baselines(*counted)
     text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
     with ThreadPoolExecutor(1) as pool:
-        xz = pool.submit(measure_xz_bits_per_byte, text)
+        xz = pool.submit(measure_xz_bits_per_byte, text, n_bytes)
         return {**compute_token_baselines(*counted), "xz": xz.result()}
 
 

@@ -165,7 +165,6 @@ class BaseDataModule(L.LightningDataModule):
             name=type(self).__name__,
             vocab_size=self.vocab_size,
             block_size=self.block_size,
-            token_bytes=self.token_bytes,
             tokenizer_json=self.tokenizer_json,
             start_of_text=self.tokenizer.start_of_text,
             end_of_text=self.tokenizer.end_of_text,

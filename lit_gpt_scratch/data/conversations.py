@@ -14,7 +14,7 @@ from lit_gpt_scratch.data.packing import InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message, parse_conversation
+from lit_gpt_scratch.text.chat_template import ASSISTANT, ROLE_TOKENS, ChatTemplate, Message, parse_conversation
 from lit_gpt_scratch.text.document import TableRow
 
 N_SAMPLE_CONVERSATIONS: Final = 3
@@ -61,7 +61,12 @@ class Conversations(RecordDataModule[ConversationExample]):
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
         """Render and tokenize a conversation; each token's label is the next token if that token belongs to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
-        return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
+        token_bytes = np.zeros(len(ids), dtype=np.int64)
+        bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))  # of the replies with their end-of-text
+        replies = (message.content for message in record.messages if message.role == ASSISTANT)
+        for start, stop, reply in zip(bounds[::2], bounds[1::2] - 1, replies, strict=True):
+            token_bytes[start:stop] = self.tokenizer.distribute_bytes(ids[start:stop], len(reply.encode()))
+        return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX), token_bytes[1:]),)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -78,8 +83,9 @@ class Conversations(RecordDataModule[ConversationExample]):
             [example.where for example in examples],
             [example.sequences[0].ids for example in examples],
             [example.sequences[0].labels for example in examples],
+            [example.sequences[0].label_bytes for example in examples],
         )
         packing = InMemoryPlan(records, self.block_size, self.packing)
         return PackedDataset(
-            [packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True
+            [packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, True, [records.count_bytes]
         )

@@ -1,7 +1,7 @@
 """Dataset that reads the rows of packing plans from token streams and returns them as a ``Batch``."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -23,6 +23,8 @@ class PackedDataset(RowDataset[Batch]):
         vocab_size: Number of token ids.
         end_of_text: End-of-text token id, which is also used for padding.
         document_mask: Whether to add ``document_ids`` to the batches, so that tokens attend only to their own document.
+        count_bytes: For each token stream, a function that returns the number of bytes of text that the labels in a
+            span represent, given its start and length. If set, ``text_bytes`` is added to the batches.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class PackedDataset(RowDataset[Batch]):
         vocab_size: int,
         end_of_text: int,
         document_mask: bool = False,
+        count_bytes: Sequence[Callable[[int, int], int]] | None = None,
     ) -> None:
         self.parts = parts
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.end_of_text = end_of_text
         self.document_mask = document_mask
+        self.count_bytes = count_bytes
         self._ends = list(accumulate(len(part) for part in parts))
 
     @property
@@ -75,7 +79,13 @@ class PackedDataset(RowDataset[Batch]):
         batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
         if self.document_mask:
             batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
+        if self.count_bytes is not None:
+            batch["text_bytes"] = torch.tensor([self._count_text_bytes(row, self.count_bytes) for row in rows])
         return batch
+
+    def _count_text_bytes(self, row: int, count_bytes: Sequence[Callable[[int, int], int]]) -> int:
+        part = min(bisect_right(self._ends, row), len(self.parts) - 1)
+        return sum(count_bytes[part](start, length) for start, length in self.pieces(row)[1])
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
         """Return the batch entry ``step_labels``: the number of labels in the rows, without reading tokens."""

@@ -3,7 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
 from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
 from lit_gpt_scratch.text.sources import STDLIB, DocumentSource
+from lit_gpt_scratch.text.text_bytes import LabelByteCounter
 from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -275,8 +276,10 @@ class PackedText(BaseDataModule):
         """
         train = [plan_packing(store.train, self.block_size, self.packing, self.cache) for store in self.stores]
         self.train_dataset = self._windows(train)
+        token_bytes = np.array(self.token_bytes, dtype=np.int64)
         self.validation_dataset = self._windows(
-            [ConcatenatedPlan(store.validation, self.block_size, keep_last=True) for store in self.stores]
+            [ConcatenatedPlan(store.validation, self.block_size, keep_last=True) for store in self.stores],
+            [LabelByteCounter(store.validation, token_bytes).count for store in self.stores],
         )
         for store, part in zip(self.stores, train, strict=True):
             if not len(part):
@@ -309,9 +312,11 @@ class PackedText(BaseDataModule):
         """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent."""
         return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
 
-    def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
+    def _windows(
+        self, parts: Sequence[PackingPlan], count_bytes: Sequence[Callable[[int, int], int]] | None = None
+    ) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text
-        return PackedDataset(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
+        return PackedDataset(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask, count_bytes)
 
 
 TEXT_ARGUMENTS: Final = (

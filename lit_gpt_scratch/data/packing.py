@@ -16,7 +16,7 @@ pieces form a window:
 import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,15 +71,26 @@ class RecordTokenStream:
         names: Name of each record, for error messages.
         inputs: Input ids of each record, (n,) int64 with n >= 1.
         labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` marks a token without a label.
+        label_bytes: Number of bytes of text that each label represents, (n,) int64 for each record; 0 by default.
     """
 
-    def __init__(self, names: Sequence[str], inputs: Sequence[Integers], labels: Sequence[Integers]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        inputs: Sequence[Integers],
+        labels: Sequence[Integers],
+        label_bytes: Iterable[Integers | None] = (),
+    ) -> None:
         self.names = names
         self._lengths = np.array([len(ids) for ids in inputs], np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._inputs = np.concatenate([np.zeros(0, np.int64), *inputs])
         self._labels = np.concatenate([np.zeros(0, np.int64), *labels])
         self._labels_before = np.concatenate([[0], np.cumsum(self._labels != IGNORE_INDEX)])
+        counted = [np.zeros_like(each) for each in labels]
+        for row, sizes in zip(counted, label_bytes, strict=False):
+            row += 0 if sizes is None else sizes
+        self._bytes_before = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *counted]))])
 
     @property
     def n_tokens(self) -> int:
@@ -99,6 +110,10 @@ class RecordTokenStream:
         """Count the labels in each span, given the start position and length of each span; all arrays are (n,)."""
         counts: Integers = self._labels_before[starts + lengths] - self._labels_before[starts]
         return counts
+
+    def count_bytes(self, start: int, length: int) -> int:
+        """Return the number of bytes of text that the labels in a span represent."""
+        return int(self._bytes_before[start + length] - self._bytes_before[start])
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """Yield a single pair of arrays: the start position and the length of each record."""

@@ -34,14 +34,17 @@ class EncodedSequence:
         ids: Token ids, (n,) int64.
         labels: Label of each token, (n,) int64, where ``IGNORE_INDEX`` marks a token without a label; or the single
             label of the whole sequence, (1,).
+        label_bytes: Number of bytes of text that each label represents, (n,) int64; None if they were not counted.
     """
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    label_bytes: NDArray[np.int64] | None = None
 
     def truncate(self, n: int) -> "EncodedSequence":
         """Return the sequence truncated to its first ``n`` tokens."""
-        return EncodedSequence(self.ids[:n], self.labels[:n])
+        label_bytes = None if self.label_bytes is None else self.label_bytes[:n]
+        return EncodedSequence(self.ids[:n], self.labels[:n], label_bytes)
 
     @property
     def n_labels(self) -> int:

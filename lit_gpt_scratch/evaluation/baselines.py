@@ -15,10 +15,14 @@ MAX_TRAINING_TOKENS = 16_000_000
 """Maximum number of training tokens to count. More tokens cost memory and time, but hardly improve the estimate."""
 
 
-def measure_xz_bits_per_byte(text: str) -> float:
-    """Return the bits per UTF-8 byte of a string compressed with ``xz -9``, a strong general-purpose compressor."""
-    data = text.encode()
-    return 8 * len(lzma.compress(data, preset=9)) / len(data)
+def measure_xz_bits_per_byte(tokens_text: str, n_bytes: int) -> float:
+    """Return the bits per byte of a text whose tokens are compressed with ``xz -9``, a strong compressor.
+
+    Args:
+        tokens_text: Text to which the tokens decode; it differs from the text if the tokenizer does not preserve it.
+        n_bytes: Length of the text in UTF-8 bytes.
+    """
+    return 8 * len(lzma.compress(tokens_text.encode(), preset=9)) / n_bytes
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:

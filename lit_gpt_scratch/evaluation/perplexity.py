@@ -60,8 +60,7 @@ def evaluate_perplexity(
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``; and the counts ``tokens`` and
-        ``bytes``. The bytes of a document are distributed over its windows in proportion to the byte lengths of the
-        scored tokens.
+        ``bytes``. The bytes of a document are distributed over its tokens, see ``text.text_bytes``.
 
     Raises:
         UserError: The window is longer than the context, or the stride is longer than the window.
@@ -72,10 +71,9 @@ def evaluate_perplexity(
         raise UserError(f"argument --window: {window} is not between 1 and the context length, {model.block_size}")
     if not 1 <= stride <= window:
         raise UserError(f"argument --stride: {stride} is not between 1 and the window length, {window}")
-    token_bytes = np.array(tokenizer.token_bytes())
     row: list[int] = []
     tokens: list[int] = []
-    n_bytes: list[float] = []
+    n_bytes: list[int] = []
 
     def sequences() -> Iterator[ScoredSequence]:
         with tqdm(desc="scoring", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
@@ -83,12 +81,12 @@ def evaluate_perplexity(
                 ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
                 # In a document without tokens, no token is scored, but the bytes are counted.
                 spans = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
-                sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in spans]
                 size = len(text.encode())
-                for (start, stop, scored), token_size in zip(spans, sizes, strict=True):
+                sizes = tokenizer.distribute_bytes(ids[1:], size) if len(ids) > 1 else np.array([size])
+                for start, stop, scored in spans:
                     row.append(number)
                     tokens.append(scored)
-                    n_bytes.append(size * (token_size / sum(sizes) if sum(sizes) else 1 / len(spans)))
+                    n_bytes.append(int(sizes[stop - 1 - scored : stop - 1].sum()) if scored else size)
                     yield ScoredSequence(ids[start:stop], scored)
                 bar.update(size)
 

@@ -27,15 +27,7 @@ class LanguageModel(GPTModule):
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
-        # Not a buffer, because Lightning's WeightAveraging averages buffers, and truncates the averages of integers.
-        self._token_bytes = torch.tensor(self.data_info.token_bytes)
         return LikelihoodMetric()
-
-    @property
-    def token_bytes(self) -> Tensor:
-        """Number of UTF-8 bytes of each token, (vocab_size,) int64."""
-        self._token_bytes = self._token_bytes.to(self.device)
-        return self._token_bytes
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Compute next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
@@ -57,8 +49,7 @@ class LanguageModel(GPTModule):
             losses: Tensor = _compile(_head_and_token_losses)(self.net, self.net.hidden_states(*inputs), labels)
         else:
             losses = -token_logprobs(self(*inputs), labels)  # (B, T)
-        mask = labels != IGNORE_INDEX
-        self.metrics.update(losses.sum(), mask.sum(), self.token_bytes[labels[mask]].sum())
+        self.metrics.update(losses.sum(), (labels != IGNORE_INDEX).sum(), batch["text_bytes"].sum())
         return losses
 
     @property

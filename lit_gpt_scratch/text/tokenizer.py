@@ -1,30 +1,33 @@
 """Tokenizer that converts text to token ids and back, either newly trained or loaded from a ``tokenizer.json``."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import atomic_file
-from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, train_tokenizer
+from lit_gpt_scratch.text.text_bytes import share_bytes
+from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_tokenizer
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """Names of the end-of-text token in various tokenizer families, in order of preference."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
-ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
-"""Test string that is changed by encoding and decoding if the tokenizer normalizes text or has no byte fallback."""
+ROUND_TRIP_TEXTS: Final = (" A  b\r\n\tÇé…ﬁ 東京 🎉", "e\u0301 , b's \n")
+"""Test strings, of which encoding and decoding change at least one if the tokenizer normalizes text, adds or removes
+white space, or has no byte fallback."""
 
 
 class Tokenizer:
@@ -35,6 +38,9 @@ class Tokenizer:
     Args:
         backend: Tokenizer to wrap; it must have an end-of-text token whose name is in ``END_OF_TEXT_NAMES``.
         start_of_text: Id of the start-of-text token; if None, the end-of-text token is used.
+
+    Raises:
+        UserError: There is no end-of-text token, or text may contain a special token.
 
     Attributes:
         end_of_text: Id of the end-of-text token, which separates documents.
@@ -53,6 +59,9 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._original_json: str | None = None
+        """Content of the tokenizer file, if the backend differs from it."""
+        self._split_special_tokens()
         self.end_of_text: int = found[0]
         self.start_of_text = self.end_of_text if start_of_text is None else start_of_text
 
@@ -105,7 +114,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Return the tokenizer in the JSON format of a ``tokenizer.json``."""
-        text: str = self._backend.to_str(pretty=False)
+        text: str = self._original_json or self._backend.to_str(pretty=False)
         return text
 
     @property
@@ -153,11 +162,11 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """Description of how encoding and decoding change a test string; empty if they preserve it."""
-        decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
-        if decoded == ROUND_TRIP_TEXT:
-            return ""
-        return f"encoding and decoding change text: {ROUND_TRIP_TEXT!r} becomes {decoded!r}"
+        """Description of how encoding and decoding change a test string; empty if they preserve all test strings."""
+        for text in ROUND_TRIP_TEXTS:
+            if (decoded := self.decode(self.encode(text))) != text:
+                return f"encoding and decoding change text: {text!r} becomes {decoded!r}"
+        return ""
 
     @property
     def post_processor_ids(self) -> list[int]:
@@ -168,6 +177,9 @@ class Tokenizer:
     @property
     def unknown_id(self) -> int | None:
         """Id of the unknown token; None if the tokenizer has no unknown token."""
+        if isinstance(self._backend.model, models.Unigram):
+            id_: int | None = json.loads(self._backend.to_str())["model"]["unk_id"]
+            return id_
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
@@ -181,19 +193,90 @@ class Tokenizer:
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]
 
     def token_bytes(self) -> list[int]:
-        """Return the number of bytes of text that each token represents, indexed by token id; 0 for special tokens."""
-        sizes = [0] * self.vocab_size
-        prefix: str | None = getattr(self._backend.model, "continuing_subword_prefix", None)
-        # In a byte-level vocabulary, each character of a token represents one byte.
-        byte_level = "ByteLevel" in repr(self._backend.decoder)
+        """Return the number of bytes to which each token is decoded within a text, by token id; 0 for special tokens.
+
+        At the start of a text, a token may represent one byte less, because some tokenizers put a space before a text.
+        """
+        sizes, count = [0] * self.vocab_size, _decoded_byte_counter(self._backend)
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
-            text = token.removeprefix(prefix) if prefix else token
-            sizes[token_id] = len(text) if byte_level else len(text.replace("\u2581", " ").encode())
-            if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):  # byte fallback
-                sizes[token_id] = 1
+            sizes[token_id] = count(token)
         for token_id, entry in self._backend.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if entry.special else len(entry.content.encode())
         return sizes
+
+    @cached_property
+    def _token_bytes(self) -> NDArray[np.int64]:
+        return np.array(self.token_bytes(), dtype=np.int64)
+
+    def distribute_bytes(self, ids: Sequence[int] | NDArray[np.integer[Any]], n_bytes: int) -> NDArray[np.int64]:
+        """Distribute the bytes of a text over its tokens, in proportion to ``token_bytes``; see ``text.text_bytes``.
+
+        Args:
+            ids: Token ids of the text, (n,).
+            n_bytes: Number of UTF-8 bytes of the text.
+
+        Returns:
+            Number of bytes for each token, (n,); their sum is ``n_bytes`` if there are any tokens.
+        """
+        sizes = self._token_bytes[np.asarray(ids, dtype=np.int64)]
+        before = np.concatenate([[0], np.cumsum(sizes)])
+        return np.diff(share_bytes(before, np.arange(len(before)), n_bytes))
+
+    def _split_special_tokens(self) -> None:
+        """Split the names of special tokens in text, if the model would otherwise look up special tokens by name.
+
+        Some models, such as T5's, contain the names of their special tokens.
+
+        Raises:
+            UserError: Text may contain a special token whose name has only one character.
+        """
+        names = self._special_tokens_in_text()
+        if not names:
+            return
+        self._original_json = self._backend.to_str(pretty=False)
+        starts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+        split = pre_tokenizers.Split(Regex("|".join(starts)), "isolated")
+        before = self._backend.pre_tokenizer
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
+        if names := self._special_tokens_in_text():
+            raise UserError(f"text may contain the special token {names[0]!r}; rename it in the tokenizer file")
+
+    def _special_tokens_in_text(self) -> list[str]:
+        """Return the names of special tokens, except the unknown token, that are the result of encoding a text."""
+        special = {id_: entry.content for id_, entry in self._backend.get_added_tokens_decoder().items() if entry.special}
+        found = {
+            id_: name
+            for id_, name in special.items()
+            if any(id_ in self.encode(text) for text in {name, self.decode([id_])})
+        }
+        if found:
+            found.pop(self.unknown_id, None)
+        return list(found.values())
+
+
+def _decoded_byte_counter(backend: Backend) -> Callable[[str], int]:
+    """Return a function that counts the bytes to which a token decodes within a text."""
+    decoder, steps = backend.decoder, repr(backend.decoder)
+    if "ByteLevel" in steps:  # each character of a token represents one byte
+        prefix: str = getattr(backend.model, "continuing_subword_prefix", None) or ""
+        characters = frozenset(BYTES)
+
+        def count_characters(token: str) -> int:
+            text = token.removeprefix(prefix)
+            return len(text) if characters.issuperset(text) else len(text.encode())
+
+        return count_characters
+
+    # Other tokens surround the token, because a decoder may treat the first and the last token differently.
+    decode: Callable[[list[str]], str] = decoder.decode if decoder else " ".join
+    others = len(decode(["a", "a"]).encode())
+
+    def count_decoded(token: str) -> int:
+        if "ByteFallback" in steps and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return 1
+        return max(0, len(decode(["a", token, "a"]).encode()) - others)
+
+    return count_decoded
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:

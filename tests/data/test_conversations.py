@@ -13,6 +13,7 @@ from lit_gpt_scratch.data import Conversations
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import BinPackingPolicy, InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.text.chat_template import Message
+from tests.tokenizer_forms import build_tokenizer
 
 END = 0
 
@@ -54,6 +55,21 @@ def test_windows_contain_every_record_unsplit_and_once(
 def turns(*contents: str) -> list[dict[str, str]]:
     roles = ["user", "assistant"]
     return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize("form", ["bpe", "char", "BERT"])
+def test_bytes_of_labels_are_those_of_the_replies(tmp_path: Path, form: str) -> None:
+    """Also for tokenizers that do not preserve the replies."""
+    build_tokenizer(form).save(tmp_path / "tokenizer.json")
+    rows = [{"messages": turns(f"Name {n}.", f"It IS {n} é.", "Twice!", f"{n}, 東京")} for n in range(40)]
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    data = Conversations(source=str(path), block_size=200, batch_size=2, tokenizer=str(tmp_path / "tokenizer.json"))
+    data.prepare_data()
+    data.setup("fit")
+    counted = sum(int(batch["text_bytes"].sum()) for batch in data.val_dataloader())
+    messages = [message for index in data.split_indices["validation"] for message in data.records[index][1].messages]
+    assert counted == sum(len(message.content.encode()) for message in messages if message.role == "assistant")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])

@@ -66,5 +66,7 @@ def test_bits_decrease_from_uniform_to_unigram_to_bigram() -> None:
 
 
 def test_xz_in_bits_per_byte() -> None:
-    assert measure_xz_bits_per_byte("a" * 100_000) < 0.05
-    assert measure_xz_bits_per_byte(sentences(0)) > measure_xz_bits_per_byte(sentences(0) * 10)
+    assert measure_xz_bits_per_byte("a" * 100_000, 100_000) < 0.05
+    once, ten_times = (measure_xz_bits_per_byte(text, len(text)) for text in (sentences(0), sentences(0) * 10))
+    assert once > ten_times
+    assert measure_xz_bits_per_byte(sentences(0), 2 * len(sentences(0))) == once / 2

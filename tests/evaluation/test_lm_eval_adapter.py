@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -19,13 +20,15 @@ from lit_gpt_scratch.evaluation.multiple_choice import (
     evaluate_minimal_pairs,
     evaluate_multiple_choice,
 )
+from lit_gpt_scratch.evaluation.perplexity import score_documents
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from tests.conftest import TINY, sentences
+from tests.conftest import TINY, randomised, sentences
 from tests.evaluation.test_multiple_choice import questions
+from tests.tokenizer_forms import FORMS, build_tokenizer
 
 LINES = sentences(4, 60).splitlines()
 
@@ -79,6 +82,17 @@ def test_rolling_loglikelihood_of_texts(adapter: Any, reference: Any) -> None:
     assert adapter.loglikelihood_rolling(instances) == pytest.approx(
         reference().loglikelihood_rolling(instances), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bits_per_byte_equal_those_of_evaluate(form: str) -> None:
+    """``lm-eval`` divides the log-likelihood by the UTF-8 bytes of the text."""
+    module = pytest.importorskip("lit_gpt_scratch.evaluation.lm_eval_adapter", exc_type=ImportError)
+    tokenizer, text = build_tokenizer(form), f"ÉCOLE \u2581 東京, {LINES[0]}"
+    model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=256)
+    [nats] = module.LMEvalAdapter(model, tokenizer).loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    expected = -nats / math.log(2) / len(text.encode())
+    assert score_documents(model, tokenizer, [text])["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_greedy_continuations(adapter: Any, reference: Any) -> None:

@@ -23,6 +23,8 @@ from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 from lit_gpt_scratch.tasks import LanguageModel
+from tests.conftest import sentences
+from tests.tokenizer_forms import FORMS, build_tokenizer
 
 Build = Callable[..., L.Trainer]
 
@@ -189,6 +191,35 @@ def test_validation_of_one_document_matches_evaluate(
     figures = score_documents(model.net.eval(), data.tokenizer, [text[int(len(text) * 0.7) :]])
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert run.callback_metrics[f"val/{name}"].item() == pytest.approx(figures[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bits_per_byte_is_by_the_bytes_of_the_text(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path, form: str
+) -> None:
+    """The validation metric, ``evaluate`` and a computation by hand agree, also if the tokenizer loses text."""
+    build_tokenizer(form).save(tmp_path / "tokenizer.json")
+    text = "".join(f"{line} \u2581ÉCOLE 東京, n't\t" for line in sentences(1).splitlines())
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    held_out = text[int(len(text) * 0.5) :]
+    data = packed_text(
+        source=str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=None,
+        validation_share=0.5, block_size=16, cache=str(tmp_path),
+    )  # fmt: skip
+    model, run = task(), trainer(max_steps=2, callbacks=[ValidateAtEnd()])
+    run.fit(model, data)
+    model.net.eval()
+    ids = torch.tensor([data.tokenizer.end_of_text, *data.tokenizer.encode(held_out)])
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            labels = ids[start + 1 : start + 17]
+            logits = model.net(ids[start : start + 16][: len(labels)][None])[0]
+            nats -= logits.log_softmax(-1).gather(1, labels[:, None]).sum().item()
+    expected = nats / math.log(2) / len(held_out.encode())
+    assert run.callback_metrics["val/bits_per_byte"].item() == pytest.approx(expected, rel=1e-5)
+    assert score_documents(model.net, data.tokenizer, [held_out])["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert sum(int(batch["text_bytes"].sum()) for batch in data.val_dataloader()) == len(held_out.encode())
 
 
 @pytest.mark.parametrize(
