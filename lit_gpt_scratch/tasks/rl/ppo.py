@@ -77,7 +77,8 @@ class PPO(OnPolicyModule):
     @override
     def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
         raw = self.value_head(hidden.to(self.value_head.weight.dtype))
-        return {"values": ScalarHead().finalize(raw.float(), self.gpt, self.net.vocab_size)}
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return {"values": ScalarHead().finalize(raw, self.gpt, self.net.vocab_size)}
 
     @override
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
