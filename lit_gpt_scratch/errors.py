@@ -1,9 +1,69 @@
-"""Exception for user errors."""
+"""Exception for user errors, and descriptions of failures of the environment, such as a full disk."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from typing import Final
 
 
 class UserError(ValueError):
     """Exception for a mistake in a flag, file or config. The message is one line: what is wrong, where, and what to do.
 
     Every command prints the message without a traceback and exits with code 2. Any other exception is a bug, and its
-    traceback is printed.
+    traceback is printed, unless ``describe_environment_error`` attributes it to the environment.
     """
+
+
+ENVIRONMENT_ERRORS: Final[dict[int, str]] = {
+    errno.ENOSPC: "free disk space, or use another disk",
+    errno.EDQUOT: "free disk space, or use another disk",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another disk",
+    errno.EROFS: "use another folder",
+    errno.EACCES: "check the permissions, or use another folder",
+    errno.EPERM: "check the permissions, or use another folder",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network disk",
+    errno.EMFILE: "raise the limit on open files with ulimit -n, or lower --data.num_workers",
+    errno.ENFILE: "raise the limit on open files of the machine, or lower --data.num_workers",
+    errno.ENAMETOOLONG: "use a shorter path",
+}
+"""What to do about errors of the operating system that no change of the code would prevent, by error number."""
+MESSAGES: Final[dict[str, int]] = {
+    r"No space left on device|database or disk is full|No usable temporary directory": errno.ENOSPC,
+    r"Disk quota exceeded": errno.EDQUOT,
+    r"File too large": errno.EFBIG,
+    r"Too many open files|received \d+ items of ancdata": errno.EMFILE,
+}
+"""The same errors in messages of exceptions without an error number, as raised by libraries and worker processes."""
+NEED_FILE: Final = (errno.EACCES, errno.EPERM)
+"""Errors that are failures of the environment only if they concern a file."""
+KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
+
+
+def exception_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes, or the exceptions during whose handling it was raised, outermost first."""
+    inside: BaseException | None = error
+    while inside is not None:
+        yield inside
+        inside = inside.__cause__ or inside.__context__
+
+
+def describe_environment_error(error: BaseException) -> str | None:
+    """Return a one-line description of a failure of the environment, such as a full disk, and what to do about it.
+
+    Returns:
+        The description, or None if neither the exception nor one of its causes is such a failure.
+    """
+    for cause in exception_chain(error):
+        if not isinstance(cause, OSError | RuntimeError):
+            continue
+        number, name = getattr(cause, "errno", None), str(getattr(cause, "filename", None) or "")
+        if number not in ENVIRONMENT_ERRORS:
+            number = next((number for pattern, number in MESSAGES.items() if re.search(pattern, str(cause))), None)
+        if number in ENVIRONMENT_ERRORS and (name or number not in NEED_FILE):
+            where = f" ({name if len(name) <= 200 else name[:80] + '...'})" if name else ""
+            return f"{os.strerror(number)}{where}; {ENVIRONMENT_ERRORS[number]}"
+        if killed := re.search(KILLED_WORKER, str(cause)):
+            return f"a {killed[0]}, possibly for lack of memory; lower --data.num_workers"
+    return None

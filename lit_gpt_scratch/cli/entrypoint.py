@@ -4,7 +4,6 @@ This module imports no heavy modules, so that commands without a trainer start q
 """
 
 import argparse
-import errno
 import io
 import logging
 import re
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.errors import UserError, describe_environment_error, exception_chain
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.checkpoint.loading import LoadedModel
@@ -28,7 +27,10 @@ PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run the ``main`` of a command; print a ``UserError`` as one line on standard error, and exit with code 2."""
+    """Run the ``main`` of a command; print a ``UserError`` as one line on standard error, and exit with code 2.
+
+    A failure of the environment, such as a full disk, is reported in the same way.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may lack characters that a model generates
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -40,15 +42,15 @@ def run(main: Callable[[], None]) -> None:
     try:
         with logging_redirect_tqdm([logger]):  # print log lines above progress bars
             main()
-    except UserError as error:
-        _exit_with_error(str(error))
     except BrokenPipeError:  # the reader closed standard output, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG or error.filename is None:
+    except Exception as error:
+        mistake = next((cause for cause in exception_chain(error) if isinstance(cause, UserError)), None)
+        description = describe_environment_error(error) if mistake is None else str(mistake)
+        if description is None:
             raise
-        _exit_with_error(f"file name too long: {str(error.filename)[:80]}...; use a shorter path")
+        _exit_with_error(description)
     finally:
         logger.removeHandler(handler)
 

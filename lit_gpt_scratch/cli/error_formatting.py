@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.errors import UserError, exception_chain
 
 
 def silence_libraries() -> None:
@@ -39,17 +39,19 @@ def user_errors() -> Iterator[None]:
     """Convert errors caused by invalid flags or configs to ``UserError``; other exceptions keep their traceback.
 
     The whole chain of causes is searched for a ``UserError``, because the parser wraps errors from the classes that it
-    instantiates.
+    instantiates, and because code that cleans up after an error may fail, for example if the disk is full.
     """
     try:
         yield
-    except (ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        chain = list(_chain(error))
+    except Exception as error:
+        chain = list(exception_chain(error))
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
             if str(ours).startswith("Caught UserError in DataLoader worker"):  # followed by a traceback
                 ours = UserError(str(ours).rpartition("UserError: ")[2])
             raise ours from error
+        if not isinstance(error, ArgumentError | MisconfigurationException | ValueError | TypeError | AttributeError):
+            raise
         if str(error) == "embedded null byte":  # Python's message for a path with a null byte
             raise UserError("a path in a flag or in a config contains a null byte; remove this byte") from error
         if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_a_library(error):
@@ -64,13 +66,6 @@ def _raised_by_a_library(error: BaseException) -> bool:
         trace = trace.tb_next
     where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
     return where.startswith(("lightning.pytorch.", "jsonargparse."))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    inside: BaseException | None = error
-    while inside is not None:
-        yield inside
-        inside = inside.__cause__ or inside.__context__
 
 
 def _keys(chain: list[BaseException]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.attention import build_attention_layout
@@ -53,7 +54,7 @@ def generate(
         The index of a prompt and its next token, or None instead of a token when the row has ended.
 
     Raises:
-        UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.
+        UserError: A prompt is empty or longer than the context, ``max_new_tokens`` is negative, or the compiler fails.
     """
     for prompt in prompts:
         if not 0 < len(prompt) <= model.block_size:
@@ -165,7 +166,8 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
 
     on_cpu = model.embedding.weight.device.type == "cpu"
-    program = torch.compile(decode, dynamic=False, backend=single_row_backend if rows == 1 and on_cpu else "inductor")
+    backend = CompilerBackend(required=True, compile=single_row_backend if rows == 1 and on_cpu else None)
+    program = torch.compile(decode, dynamic=False, backend=backend)
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         cache.begin_forward(1)

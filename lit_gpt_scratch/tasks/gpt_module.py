@@ -31,6 +31,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
@@ -91,8 +92,9 @@ class GPTModule(L.LightningModule):
             validation and sample generation, are saved as the weights in checkpoints, and replace the weights after
             training. By default, averaging is disabled.
         compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the blocks of the network if the machine
-            supports compilation. ``true`` also compiles other parts of the training step, which increases the startup
-            time, and raises an error if the machine does not support compilation. ``false`` disables compilation.
+            supports compilation and its compiler works. ``true`` also compiles other parts of the training step, which
+            increases the startup time, and raises an error if compilation is not supported or fails. ``false`` disables
+            compilation.
         activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute all
             other activations. This saves memory at the cost of about a third more compute.
 
@@ -334,8 +336,9 @@ class GPTModule(L.LightningModule):
         if self.compile_network is True and obstacle:
             raise UserError(f"model.compile: {obstacle}")
         if obstacle is None and self.compile_network is not False:
+            backend = CompilerBackend(required=self.compile_network is True)
             for block in self.net.blocks:
-                block.compile()
+                block.compile(backend=backend)
 
     @property
     def compiled(self) -> bool:

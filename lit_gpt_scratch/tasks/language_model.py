@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
+from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
@@ -72,4 +73,4 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Pass only module-level functions, because copies of a module would share a compiled method.
     """
-    return torch.compile(function)
+    return torch.compile(function, backend=CompilerBackend(required=True))

@@ -1,0 +1,71 @@
+"""A ``torch.compile`` backend that reports a failure of the compiler in one line, or runs the graph uncompiled."""
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lit_gpt_scratch.errors import UserError, exception_chain
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[[fx.GraphModule, list[Any]], Any]
+
+
+class CompilerBackend:
+    """Inductor, with a fallback for machines on which the C++ compiler or Triton fails, e.g. because a disk is full.
+
+    A graph that cannot be compiled is executed operation by operation, so the results are those of the uncompiled
+    model. The failure is reported once, and no further graph is compiled.
+
+    Use one instance for all modules that share code, because each instance compiles the code again.
+
+    Args:
+        required: Whether to raise an error instead of running graphs uncompiled.
+        compile: Function that compiles a graph for its example inputs; Inductor by default.
+    """
+
+    def __init__(self, required: bool, compile: Compile | None = None) -> None:
+        self.required = required
+        self.failed = False
+        self._compile = compile or _compile_with_inductor
+
+    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph, including its backward pass; return the graph itself if the compiler has failed.
+
+        Raises:
+            UserError: The compiler failed, and compilation is required.
+        """
+        original = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor modifies the graph
+        if not self.failed:
+            try:
+                # By default, a backward pass is compiled on first use, when a step can no longer be repeated.
+                with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                    compiled: Callable[..., Any] = self._compile(graph, list(example_inputs))
+                return compiled
+            except Exception as error:
+                reason = _describe_failure(error)
+                if self.required:
+                    raise UserError(
+                        f"torch.compile failed ({reason}); repair the compiler, or do not compile"
+                    ) from error
+                self.failed = True
+                log.warning("not compiled, because the compiler failed: %s", reason)
+        return original
+
+
+def _compile_with_inductor(graph: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    from torch._inductor.compile_fx import compile_fx  # takes two seconds to import
+
+    return compile_fx(graph, example_inputs)
+
+
+def _describe_failure(error: Exception) -> str:
+    """Return the line of an exception's messages that names the cause, such as the compiler's first error."""
+    lines = [line.strip() for each in exception_chain(error) for line in str(each).splitlines() if line.strip()]
+    causes = (line for line in lines if re.search(r"No space left|Disk quota|Too many open|[Ee]rror: |not found", line))
+    return next(causes, lines[0] if lines else type(error).__name__)[:200]

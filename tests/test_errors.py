@@ -1,0 +1,60 @@
+"""Failures of the environment are told apart from bugs."""
+
+import errno
+import os
+
+import pytest
+
+from lit_gpt_scratch.errors import UserError, describe_environment_error
+
+
+def chained(outer: Exception, inner: Exception) -> Exception:
+    try:
+        try:
+            raise inner
+        except Exception:
+            raise outer  # noqa: B904 - as in cleanup code that fails
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), "No space left on device (/a/b); free disk space"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded; free disk space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "Permission denied (/a); check the permissions"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "Too many open files; raise the limit"),
+        (OSError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"), "ulimit -n"),
+        (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "No space left on device;"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/']"), "No space left on device;"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "worker (pid 7) is killed by signal"),
+        (chained(ValueError("a"), OSError(errno.ENOSPC, "x")), "No space left on device;"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), f"({'a' * 80}...); use a shorter path"),
+    ],
+)
+def test_failures_of_the_environment_are_one_line(error: Exception, expected: str) -> None:
+    description = describe_environment_error(error)
+    assert description is not None
+    assert expected in description
+    assert "\n" not in description
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"),
+        PermissionError(errno.EPERM, "Operation not permitted"),  # e.g. a signal to another user's process
+        RuntimeError("shape mismatch"),
+        ValueError("No space left on device"),  # a text that a user wrote
+    ],
+)
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    assert describe_environment_error(error) is None
+    assert describe_environment_error(chained(error, KeyError("y"))) is None
+
+
+def test_user_errors_are_no_failures_of_the_environment() -> None:
+    assert describe_environment_error(UserError("too many open files")) is None
