@@ -3,6 +3,8 @@
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from lit_gpt_scratch.model.gpt import Block
 from lit_gpt_scratch.model.module_metadata import flops_per_token
 from lit_gpt_scratch.optim.dtensor import to_local
 
+CGROUPS: Final = Path("/sys/fs/cgroup")
+CGROUP_MEMBERSHIP: Final = Path("/proc/self/cgroup")
 OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
 """Number of optimizer state tensors with the shape of the parameter, keyed by update rule."""
 
@@ -39,7 +43,7 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
 def require_model_fits_memory(
     config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
 ) -> None:
-    """Check that a model fits into the memory of the machine or accelerator, without building the model.
+    """Check that a model fits into the memory of the machine, its container or the accelerator, without building it.
 
     Args:
         config: The model config.
@@ -62,16 +66,44 @@ def require_model_fits_memory(
         raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory: int | None = torch.cuda.get_device_properties(device).total_memory
     else:
-        return
-    if needed > memory * processes:
+        memory = host_memory()
+    if memory is not None and needed > memory * processes:
         raise UserError(
             f"the weights and gradients of model.gpt alone require {needed / 2**30:,.1f} GiB, but only "
             f"{memory * processes / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or vocabulary"
         )
+
+
+def host_memory(cgroups: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP) -> int | None:
+    """Return the memory of this machine in bytes, or the memory limit of its container or job if that is lower.
+
+    Args:
+        cgroups: Folder in which Linux mounts the control groups, version 1 or 2.
+        membership: File that lists the control groups of this process.
+
+    Returns:
+        The number of bytes, or None if the operating system does not report it.
+    """
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    groups = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
+    for _, controllers, path in (group.split(":", 2) for group in groups if group.count(":") >= 2):
+        if controllers == "":  # version 2
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # The limits of all parents apply, too. Inside a container, only the root may be visible.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root) and (folder / name).is_file():
+                limit = (folder / name).read_text(encoding="ascii").strip()
+                limits += [int(limit)] if limit.isdecimal() else []  # "max" if there is none
+    return min(limits)
 
 
 def training_flops_per_token(net: GPT) -> int:

@@ -1,11 +1,15 @@
 """FLOPs, parameters and memory against PyTorch's own counters."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
@@ -13,6 +17,8 @@ from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
     count_parameters_by_part,
+    host_memory,
+    require_model_fits_memory,
     state_bytes,
     training_flops_per_token,
 )
@@ -79,3 +85,41 @@ def test_activation_bytes_match_a_profiled_forward_pass(dtype: torch.dtype, auto
     del kept
     expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)
     assert expected == pytest.approx(measured, rel=0.03)
+
+
+MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("", {}, MACHINE),
+        ("0::/\n", {"memory.max": "max"}, MACHINE),
+        ("0::/\n", {"memory.max": "1000000"}, 1_000_000),
+        ("0::/a/b\n", {"a/memory.max": "7000", "a/b/memory.max": "9000"}, 7000),
+        ("0::/outside/the/namespace\n", {"memory.max": "5000"}, 5000),
+        ("5:cpu:/a\n4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "6000"}, 6000),
+        ("4:memory:/docker/x\n", {"memory/memory.limit_in_bytes": "4000"}, 4000),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, MACHINE),
+        ("9:name=systemd:/a:b\n", {"a:b/memory.max": "10"}, MACHINE),
+    ],
+)
+def test_memory_is_limited_by_the_container(
+    tmp_path: Path, membership: str, files: dict[str, str], expected: int
+) -> None:
+    """Version 1 and 2 of control groups, with limits of a parent, inside and outside of a container."""
+    (tmp_path / "membership").write_text(membership)
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    assert host_memory(tmp_path / "cgroup", tmp_path / "membership") == expected
+
+
+def test_model_larger_than_the_container_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three million parameters and as many gradients in float32 take 24 MB."""
+    config, limit = GPTConfig(n_layer=4, n_head=4, n_embd=256), 20_000_000
+    require_model_fits_memory(config, 300, 64, torch.device("cpu"), 1)
+    monkeypatch.setattr("lit_gpt_scratch.profiling.flops_and_memory.host_memory", lambda: limit)
+    with pytest.raises(UserError, match=r"model\.gpt alone require 0\.0 GiB"):
+        require_model_fits_memory(config, 300, 64, torch.device("cpu"), 1)
