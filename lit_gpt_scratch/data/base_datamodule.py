@@ -6,8 +6,10 @@ A row is one sequence of a batch: packed documents, or one padded record.
 import atexit
 import multiprocessing
 import signal
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import lightning as L
@@ -297,6 +299,8 @@ class BaseDataModule(L.LightningDataModule):
         )
 
     def _loader(self, dataset: RowDataset[Any], sampler: ShuffledSampler | EvaluationSampler) -> DataLoader[Any]:
+        if self.num_workers:
+            reserve_open_files(self.num_workers)
         return DataLoader(
             dataset,
             sampler=sampler,
@@ -325,6 +329,38 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
 STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 """Signals that stop a run: SIGINT (Ctrl-C), SIGTERM (termination request) and SIGUSR1 (SLURM's warning before the time
 limit, if requested with ``sbatch --signal=USR1@60``)."""
+
+
+OPEN_FILES: Final = 32
+"""Number of files that a run may open in addition to those of its loader workers."""
+OPEN_FILES_PER_WORKER: Final = 16
+"""Upper bound for the pipes of a worker of two loaders, and for the batches that it has prepared."""
+
+
+def reserve_open_files(workers: int) -> None:
+    """Raise the soft limit on open files if it is too low for a number of DataLoader workers.
+
+    A loader that runs out of open files would fail at any time, in any of its processes.
+
+    Raises:
+        UserError: The hard limit is too low.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    opened = Path("/proc/self/fd")
+    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers + (len(list(opened.iterdir())) if opened.is_dir() else 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise UserError(
+            f"data.num_workers is {workers}, which requires about {needed} open files, but the limit is {hard}; raise it "
+            "with ulimit -n, or lower data.num_workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def ignore_stop_signals(worker: int) -> None:

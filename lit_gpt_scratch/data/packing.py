@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.token_store import hash_json
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
-from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream
+from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream, require_file_size
 
 Integers = NDArray[np.int64]
 
@@ -298,12 +298,12 @@ class _BinPackingPlan(ABC):
     crosses: ClassVar[bool] = False
     stream: TokenStream
 
-    @cached_property
+    @property
     @abstractmethod
     def _pieces(self) -> Integers:
         """Start position and length of each piece, (n_pieces, 2) int64."""
 
-    @cached_property
+    @property
     @abstractmethod
     def _windows(self) -> Integers:
         """Index of the first piece in each window, followed by ``n_pieces``, (n_windows + 1,) int64."""
@@ -376,12 +376,22 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
         stored: dict[str, int] = json.loads((self.folder / "cost.json").read_text(encoding="utf-8"))
         return PackingCost(**{_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()})
 
-    @cached_property
+    @property
     def _pieces(self) -> Integers:
+        require_file_size(str(self.folder / "pieces"), self._mapped_pieces.nbytes)
+        return self._mapped_pieces
+
+    @property
+    def _windows(self) -> Integers:
+        require_file_size(str(self.folder / "windows"), self._mapped_windows.nbytes)
+        return self._mapped_windows
+
+    @cached_property
+    def _mapped_pieces(self) -> Integers:
         return np.asarray(np.memmap(self.folder / "pieces", np.int64, "r")).reshape(-1, 2)
 
     @cached_property
-    def _windows(self) -> Integers:
+    def _mapped_windows(self) -> Integers:
         return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
 
 
@@ -394,10 +404,10 @@ def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, 
     """Write a plan shard by shard, so that only one shard's documents are in memory at a time."""
     n_pieces, total = 0, PackingCost()
     with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
-        np.zeros(1, np.int64).tofile(windows_file)
+        windows_file.write(np.zeros(1, np.int64).tobytes())  # tofile() loses data silently if the disk is full
         for pieces, piece_counts, cost in pack_shards(stream, block_size, policy):
-            pieces.tofile(pieces_file)
-            (n_pieces + np.cumsum(piece_counts)).tofile(windows_file)
+            pieces_file.write(pieces.tobytes())
+            windows_file.write((n_pieces + np.cumsum(piece_counts)).tobytes())
             n_pieces += len(pieces)
             total += cost
     stored = {_KEY_OF_FIELD.get(field, field): value for field, value in asdict(total).items()}

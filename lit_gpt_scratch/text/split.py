@@ -114,12 +114,12 @@ class DuplicateClusters:
 
     def _flush(self) -> None:
         signatures = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
-        signatures.tofile(self._signatures)
+        self._signatures.write(signatures.tobytes())  # tofile() loses data silently if the disk is full
         bands = np.zeros((BANDS, len(signatures)), dtype=np.uint64)  # band-major, the order in which they are read
         for row in range(ROWS):
             bands = (bands ^ signatures.reshape(-1, BANDS, ROWS)[:, :, row].T) * np.uint64(0x9E3779B97F4A7C15)
             bands ^= bands >> np.uint64(29)
-        bands.tofile(self._bands)
+        self._bands.write(bands.tobytes())
         self._pending.clear()
 
     def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -6,9 +6,10 @@ uint64, contains the position of this end-of-text token and the number of bytes 
 """
 
 import hashlib
-import mmap
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -18,12 +19,31 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import atomic_file
 
 TokenIds = NDArray[np.unsignedinteger[Any]]
 Int64Array = NDArray[np.int64]
 ShardPart = Literal["tokens", "documents"]
 SHARD_PARTS: Final[tuple[ShardPart, ...]] = ("tokens", "documents")
+READ_BYTES: Final = 1 << 20
+
+
+def require_file_size(path: str, size: int) -> None:
+    """Check the size of a memory-mapped file; reading beyond the end of a truncated file would kill the process.
+
+    A file that was deleted can still be read. The check takes a microsecond.
+
+    Raises:
+        UserError: The file was truncated or replaced.
+    """
+    with suppress(FileNotFoundError):
+        found = os.stat(path).st_size  # noqa: PTH116 - building a Path costs as much as the call itself
+        if found != size:
+            raise UserError(
+                f"{path} has {found:,} bytes instead of {size:,}: it was changed while it was in use; prepare the "
+                "text again, and resume the run"
+            )
 
 
 class PicklableMemmaps:
@@ -83,14 +103,24 @@ class TokenShard(PicklableMemmaps):
         """All attributes except the folder, as a JSON-serializable dictionary."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
-    @cached_property
+    @property
     def tokens(self) -> TokenIds:
         """Token ids, (n_tokens,), memory-mapped read-only."""
+        require_file_size(f"{self.folder}/{self.name}.tokens.npy", self.sizes["tokens"])
+        return self._tokens
+
+    @property
+    def documents(self) -> NDArray[np.uint64]:
+        """Start position and number of text bytes of each document, (n_documents, 2), memory-mapped read-only."""
+        require_file_size(f"{self.folder}/{self.name}.documents.npy", self.sizes["documents"])
+        return self._documents
+
+    @cached_property
+    def _tokens(self) -> TokenIds:
         return np.asarray(np.load(self.path("tokens"), mmap_mode="r"))
 
     @cached_property
-    def documents(self) -> NDArray[np.uint64]:
-        """Start position and number of text bytes of each document, (n_documents, 2), memory-mapped read-only."""
+    def _documents(self) -> NDArray[np.uint64]:
         return np.asarray(np.load(self.path("documents"), mmap_mode="r"))
 
 
@@ -175,6 +205,9 @@ class ShardedTokenStream:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 digest of a non-empty file."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """Return the SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
+from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS, reserve_open_files
+from lit_gpt_scratch.errors import UserError
 
 LOADER = """
 import os, signal, sys
@@ -35,3 +36,19 @@ def test_workers_ignore_stop_signals() -> None:
     signals = [signum.value for signum in STOP_SIGNALS]
     asked = f"[os.kill(worker.pid, n) for worker in batches._workers for n in {signals}]; print(sum(map(len, batches)))"
     assert run(asked).stdout.split() == ["98"]
+
+
+def test_limit_on_open_files_is_raised_for_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+        reserve_open_files(1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] in range(100, 200)
+        reserve_open_files(30)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 500
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 200))
+    with pytest.raises(UserError, match=r"data\.num_workers is 30.*the limit is 200; raise it with ulimit -n"):
+        reserve_open_files(30)
