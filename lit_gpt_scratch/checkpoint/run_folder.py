@@ -19,6 +19,9 @@ from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOCK_FILE: Final = ".lock"
+LOCK_SECONDS: Final = 2.0
+"""Maximum time between the creation of a run folder and its first lock."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
@@ -101,7 +104,7 @@ class RunFolder:
         Raises:
             UserError: Another process holds the lock.
         """
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK_FILE)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -116,6 +119,33 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def require_only_run(self) -> None:
+        """Check that no other process has started or saved a run of the same experiment; this folder must be locked.
+
+        If several processes create run folders at the same time, the one with the lowest version number passes.
+
+        Raises:
+            UserError: An earlier run of the experiment is in use or has a checkpoint.
+        """
+        for run in _list_runs(self.path.parent):
+            if run.version >= self.version:
+                continue
+            deadline = time.monotonic() + LOCK_SECONDS
+            while run.path.is_dir() and not (run.path / LOCK_FILE).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)  # its process has created the folder and is about to lock it
+            if run.last_saved_at() or run._is_locked():
+                raise UserError(
+                    f"--ckpt_path auto: another process has started {run.path}; wait until it ends, then run the same "
+                    "command again to resume it"
+                )
+
+    def _is_locked(self) -> bool:
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return self.path.is_dir()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the folder atomically.

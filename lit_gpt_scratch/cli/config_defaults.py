@@ -1,6 +1,7 @@
 """Resolve defaults that depend on a preset, a pretrained model, a class or the machine, for the saved config."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any, Final
@@ -29,6 +30,16 @@ TRAINER_DEFAULTS: Final[dict[str, Any]] = {
     "gradient_clip_algorithm": "norm",
 }
 """Values that Lightning uses for trainer arguments set to ``null``."""
+
+
+DEFAULTS_0_1: Final[dict[str, dict[str, float]]] = {
+    "Muon": {"lr": 0.02, "weight_decay": 0.0},
+    "AdamW": {"lr": 3e-3, "weight_decay": 0.1},
+    "wsd": {"decay_share": 0.4},
+    "linear": {"decay_share": 1.0},
+    "cosine": {"decay_share": 1.0},
+}
+"""Values that version 0.1 used for arguments that its ``config.yaml`` stores as ``null``, by class or decay."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
@@ -168,6 +179,26 @@ def resolve_defaults(config: Namespace) -> None:
     for name, value in (TRAINER_DEFAULTS | dict.fromkeys(switches, not trainer.barebones)).items():
         if trainer[name] is None:
             trainer[name] = value
+
+
+def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
+    """Set arguments that a run of version 0.1 left at ``null`` to the defaults of that version, which the run used.
+
+    Args:
+        config: Parsed config of the run.
+        saved: Content of the run's ``config.yaml``, before parsing.
+    """
+    for name, key in (("optimizer", "class_path"), ("schedule", "decay")):
+        part, arguments = saved, config.get(f"model.init_args.{name}")
+        for outer in ("model", "init_args", name):
+            part = part.get(outer) if isinstance(part, Mapping) else None  # type: ignore[assignment]
+        if not isinstance(part, Mapping) or not isinstance(arguments, Namespace):
+            continue
+        defaults = DEFAULTS_0_1.get(str(part.get(key)).rpartition(".")[2], {})
+        part, arguments = part.get("init_args", part), arguments.get("init_args", arguments)
+        for argument, value in defaults.items():
+            if argument in part and part[argument] is None:
+                arguments[argument] = value
 
 
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:

@@ -32,8 +32,15 @@ from lit_gpt_scratch.cli.config_defaults import (
     describe_presets,
     resolve_built_defaults,
     resolve_defaults,
+    restore_defaults_0_1,
 )
-from lit_gpt_scratch.cli.config_files import FitParser, SaveConfig, config_to_dict, describe_experiments
+from lit_gpt_scratch.cli.config_files import (
+    FitParser,
+    SaveConfig,
+    config_to_dict,
+    describe_experiments,
+    read_config,
+)
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.help import HelpPage
@@ -169,6 +176,7 @@ class FitCLI(LightningCLI):
             before = ["--config", str(self.resumed.folder.config)]
             self.config_before = parser.parse_args(before)
             resolve_defaults(self.config_before)
+            restore_defaults_0_1(self.config_before, read_config(before[1]))
         apply_preset(parser, early.get("preset"))
         init_from = early.get("model.init_from")
         self.initial_model: InitialModel | None = None
@@ -269,6 +277,8 @@ class FitCLI(LightningCLI):
                     folder = claimed = RunFolder.create(Path(self.config.runs), self.config.experiment)
                     ownership.enter_context(folder.lock())
                 self._set_run_folder(folder, first_step)
+                    if self.config.ckpt_path == "auto":
+                        folder.require_only_run()
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                 if self.trainer.global_step == 0:

@@ -175,3 +175,39 @@ def test_damaged_provenance_is_reported(tmp_path: Path, caplog: pytest.LogCaptur
     (tmp_path / "provenance.json").write_text("{")
     assert RunFolder(tmp_path).read_sessions() == []
     assert "provenance.json cannot be read" in caplog.text
+
+
+def test_one_of_several_automatic_runs_may_train(tmp_path: Path) -> None:
+    """Four processes have found no checkpoint, and create folders at the same time."""
+    started, outcomes = threading.Barrier(4), []
+
+    def start() -> None:
+        run = RunFolder.create(tmp_path, "x")
+        with run.lock():
+            started.wait()
+            try:
+                run.require_only_run()
+                outcomes.append("trains")
+            except UserError as error:
+                outcomes.append(str(error))
+            started.wait()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("trains") == 1
+    assert sum("another process has started" in outcome for outcome in outcomes) == 3
+
+
+def test_an_automatic_run_ignores_folders_of_killed_runs(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "x").lock():
+        pass  # killed before its first checkpoint
+    run = RunFolder.create(tmp_path, "x")
+    with run.lock():
+        run.require_only_run()
+    save_empty(run, 1.0)
+    late = RunFolder.create(tmp_path, "x")
+    with late.lock(), pytest.raises(UserError, match="another process has started"):
+        late.require_only_run()  # the other run was saved and has ended in the meantime

@@ -8,8 +8,8 @@ import yaml
 from jsonargparse import Namespace
 
 from lit_gpt_scratch.checkpoint.config_diff import flatten
-from lit_gpt_scratch.cli.config_defaults import class_defaults, resolve_built_defaults
-from lit_gpt_scratch.cli.config_files import config_to_dict
+from lit_gpt_scratch.cli.config_defaults import class_defaults, resolve_built_defaults, restore_defaults_0_1
+from lit_gpt_scratch.cli.config_files import config_to_dict, read_config
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 
@@ -155,3 +155,22 @@ def test_classes_built_by_hand_use_the_same_defaults() -> None:
         assert [explicit.factor(step, 100) for step in range(100)] == [
             Schedule(decay=decay).factor(step, 100) for step in range(100)
         ]
+
+
+def test_nulls_of_0_1_keep_their_meaning(tmp_path: Path) -> None:
+    """A run of 0.1 used that version's defaults, whatever they are today; other files get today's."""
+    parser = FitCLI(["--trainer.accelerator=cpu"]).parser
+    saved = (Path(__file__).parent / "configs_0.1" / "default.yaml").read_text()
+    path = tmp_path / "config.yaml"
+    for old, new, expected in (
+        ("", "", {"lr": 0.02, "weight_decay": 0.0, "decay_share": 0.4}),
+        ("lr: null", "lr: 0.5", {"lr": 0.5, "weight_decay": 0.0, "decay_share": 0.4}),
+        ("decay: wsd", "decay: cosine", {"lr": 0.02, "weight_decay": 0.0, "decay_share": 1.0}),
+        ("decay: wsd", "decay: constant", {"lr": 0.02, "weight_decay": 0.0, "decay_share": None}),
+    ):
+        path.write_text(saved.replace(old, new))
+        config = parser.parse_args(["--config", str(path)])
+        restore_defaults_0_1(config, read_config(str(path)))
+        arguments = config.model.init_args
+        found = {**vars(arguments.optimizer.init_args), **vars(arguments.schedule)}
+        assert {name: found[name] for name in expected} == expected
