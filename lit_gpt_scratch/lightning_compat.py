@@ -7,6 +7,7 @@ if another module of this package accesses a private attribute.
 import os
 import signal
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch.distributed import default_pg_timeout, distributed_c10d
 from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
@@ -74,6 +76,16 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
     connector._ckpt_path = started_with
 
 
+def collective_timeout(trainer: Trainer) -> timedelta:
+    """Return the timeout of the strategy's process group, which other groups do not inherit."""
+    return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
+
+
+def trains_in_this_process(trainer: Trainer) -> bool:
+    """Return whether this process is a rank, instead of only starting the ranks, as with ``ddp_spawn``."""
+    return not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def kill_child_processes(trainer: Trainer) -> None:
     """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
@@ -93,6 +105,12 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
         self._tensor_parallel_size = self.choose_tensor_parallel_size()
         self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
         super()._setup_distributed()
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        for group in self.device_mesh.get_all_groups():  # they have torch's default timeout
+            distributed_c10d._set_pg_timeout(self._timeout or default_pg_timeout, group)
 
 
 class SingleThreadCheckpointIO(AsyncCheckpointIO):

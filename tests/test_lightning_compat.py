@@ -14,6 +14,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 import lit_gpt_scratch
@@ -209,6 +210,20 @@ def test_child_processes_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     lightning_compat.kill_child_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))  # type: ignore[arg-type]
     lightning_compat.kill_child_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=None)))  # type: ignore[arg-type]
     assert killed == [signal.SIGKILL]
+
+
+def test_the_timeout_of_collective_operations_is_that_of_the_strategy(trainer: Build) -> None:
+    limited = trainer(strategy=DDPStrategy(timeout=timedelta(seconds=7)))
+    assert lightning_compat.collective_timeout(limited) == timedelta(seconds=7)
+    for strategy in ("auto", "ddp", "fsdp2"):
+        assert lightning_compat.collective_timeout(trainer(strategy=strategy)) == timedelta(minutes=30)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [("auto", True), ("ddp", True), ("fsdp2", True), ("ddp_spawn", False)]
+)
+def test_only_some_strategies_train_in_this_process(trainer: Build, strategy: str, expected: bool) -> None:
+    assert lightning_compat.trains_in_this_process(trainer(strategy=strategy, devices=2)) == expected
 
 
 def test_the_launcher_kills_all_processes_when_one_fails() -> None:

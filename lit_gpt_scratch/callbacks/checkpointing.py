@@ -3,6 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     can_stop_early,
     is_accumulating,
+    collective_timeout,
     is_validating_between_steps,
     set_logging_step,
 )
@@ -118,7 +120,10 @@ class HostReducer:
     An instance must be created on all ranks at the same point, after the process group has been initialized.
     """
 
-    def __init__(self) -> None:
+    Args:
+        timeout: Time to wait for the other ranks.
+
+    def __init__(self, timeout: timedelta) -> None:
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # With NCCL, the host would wait for the device at every step.
         self._group = dist.new_group(backend="gloo") if distributed else None
@@ -236,7 +241,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove partial files left by a killed run, and start the validation run that it did not finish, if any."""
-        self._reducer = HostReducer()
+        self._reducer = HostReducer(collective_timeout(trainer))
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
         self._saved_at = time.monotonic()
@@ -387,7 +392,7 @@ class StopBetweenSteps(BetweenSteps, ABC):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Create the reducer with which all ranks agree to stop; must be called on every rank."""
-        self._reducer, self._first_step = HostReducer(), -1
+        self._reducer, self._first_step = HostReducer(collective_timeout(trainer)), -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step at which this process starts training."""

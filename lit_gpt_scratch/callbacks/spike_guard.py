@@ -14,7 +14,11 @@ from lit_gpt_scratch.callbacks.checkpointing import HostReducer, RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_text
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
-from lit_gpt_scratch.lightning_compat import is_validating_between_steps, restore_weights_and_optimizers
+from lit_gpt_scratch.lightning_compat import (
+    collective_timeout,
+    is_validating_between_steps,
+    restore_weights_and_optimizers,
+)
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -79,7 +83,7 @@ class SpikeGuard(RunDirCallback):
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
-        self._ranks = HostReducer()
+        self._ranks = HostReducer(collective_timeout(trainer))
         self._reads_at_once = self.mode == "act" or pl_module.device.type == "cpu"
         # A gradient scaler causes overflows to find the largest scale, and skips those steps itself.
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.callbacks.checkpointing import HostReducer
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics
-from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
+from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION, collective_timeout
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
 from lit_gpt_scratch.profiling.peak_flops import peak_flops
@@ -92,7 +92,7 @@ class Throughput(Callback):
         self._step_seconds, self._step_started = [], None
         self._is_warm, self._step = False, trainer.global_step
         self._timer = StepTimer(pl_module.device)
-        self._reducer = HostReducer()
+        self._reducer = HostReducer(collective_timeout(trainer))
         self._loader_timer = DataLoaderTimer(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
         trainer.profiler = self._loader_timer  # type: ignore[attr-defined]  # the trainer sets it late
         net = getattr(pl_module, "net", None)

@@ -45,13 +45,14 @@ from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.help import HelpPage
 from lit_gpt_scratch.cli.resume import ResumedRun
-from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS, BaseDataModule
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
+from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
 from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import kill_child_processes
+from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_processes, trains_in_this_process
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -280,11 +281,13 @@ class FitCLI(LightningCLI):
                     if self.config.ckpt_path == "auto":
                         folder.require_only_run()
                 checkpoint = self.resumed.checkpoint if self.resumed else None
-                self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
-                if self.trainer.global_step == 0:
-                    raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
-                if getattr(self.datamodule, "test_dataset", None) and not writes_nothing and not self.stopping.signum:
-                    self.trainer.test(self.model, self.datamodule, verbose=False)
+                with self._monitor_ranks(claimed):
+                    self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
+                    if self.trainer.global_step == 0:
+                        raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
+                    has_tests = getattr(self.datamodule, "test_dataset", None)
+                    if has_tests and not writes_nothing and not self.stopping.signum:
+                        self.trainer.test(self.model, self.datamodule, verbose=False)
         except BaseException:  # including signals: other ranks would wait for this one
             kill_child_processes(self.trainer)
             raise
@@ -293,6 +296,19 @@ class FitCLI(LightningCLI):
                 claimed.delete()
         if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)
+
+    def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
+        """Build the monitor of the other ranks, which may have to end the process without Python's cleanup."""
+        trainer = self.trainer
+
+        def clean_up() -> None:
+            kill_child_processes(trainer)
+            if claimed and not claimed.last_saved_at():
+                claimed.delete()
+
+        ranks = trainer.world_size if trains_in_this_process(trainer) else 1
+        timeout = collective_timeout(trainer)
+        return RankMonitor(trainer.global_rank, ranks, trainer.num_nodes, timeout, STOP_SIGNALS, clean_up)
 
     def _load_initial_model(self) -> None:
         """Read the pretrained model once, for both model and data; a resumed run uses its checkpoint instead."""

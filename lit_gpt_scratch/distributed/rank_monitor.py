@@ -1,0 +1,209 @@
+"""Detection of ranks that do not respond, and termination of a process that waits for them.
+
+A collective operation waits in C++ code until all ranks take part in it or a timeout of half an hour expires. In the
+meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM.
+"""
+
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Final
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lit_gpt_scratch.errors import UserError, exception_chain
+
+log = logging.getLogger(__name__)
+
+INTERVAL: Final = 0.5
+"""Interval in seconds at which each rank shows that it responds."""
+UNRESPONSIVE_SECONDS: Final = 8.0
+"""Time in seconds after which a rank counts as unresponsive."""
+GRACE_SECONDS: Final = 3.0
+"""Time in seconds that a process that waits for the other ranks to connect has to exit by itself after a signal."""
+STUCK_SECONDS: Final = 120.0
+"""Time in seconds without CPU use after which a process that has received a signal is considered hung.
+
+Writing a large checkpoint to a slow disk also takes long, and uses little CPU time.
+"""
+IDLE_SHARE: Final = 0.02
+"""Fraction of a CPU core below which a process counts as idle."""
+CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
+"""Time in seconds after which waiting for other ranks to connect is reported; True for several machines."""
+LOST_RANK: Final = r"(?i)gloo|nccl|connection (closed|reset|refused)|timed? ?out|clients joined|TCPStore"
+"""Pattern of the messages of errors that occur if a rank ends or does not respond."""
+
+
+class RankMonitor:
+    """Context manager with a thread that reports unresponsive ranks, and ends the process if it waits for them.
+
+    The process ends after a signal if it still waits for other ranks to connect, if a rank is unresponsive, or if
+    nothing has happened for ``STUCK_SECONDS``. Otherwise, the callbacks end it.
+
+    Args:
+        rank: Rank of this process.
+        ranks: Number of ranks; with a single rank, the monitor does nothing.
+        nodes: Number of machines.
+        timeout: Timeout of collective operations and of connecting.
+        signals: Signals that end the process.
+        on_abort: Function that is called before the process ends, to end its child processes and to remove files.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        nodes: int,
+        timeout: timedelta,
+        signals: Sequence[int],
+        on_abort: Callable[[], None],
+    ) -> None:
+        self.rank, self.ranks, self.nodes, self.timeout = rank, ranks, nodes, timeout
+        self._signals, self._on_abort = signals, on_abort
+        self._signum = 0
+        self._signaled_at = self._busy_at = 0.0
+        self._started = time.monotonic()
+        self._connecting_reported = False
+        self._reported: set[int] = set()
+        self._store: TCPStore | None = None
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        """For each rank, the last value that it stored, and the time at which the value was first seen."""
+        self._beats = 0
+        self._store_lost = self._failing = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+
+    def __enter__(self) -> "RankMonitor":
+        if self.ranks > 1:
+            if threading.current_thread() is threading.main_thread():
+                self._wakeup = socket.socketpair()
+                self._wakeup[1].setblocking(False)
+                self._fd_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.ranks == 1:
+            return
+        chain = exception_chain(error) if isinstance(error, RuntimeError) else ()
+        lost = next((str(cause) for cause in chain if re.search(LOST_RANK, str(cause))), None)
+        if lost:
+            self._failing = True
+            time.sleep(4 * INTERVAL)  # a rank that responds stores several values in this time
+        self._stopped.set()
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._fd_before)
+        self._thread.join()
+        for end in self._wakeup or ():
+            end.close()
+        if lost:
+            raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
+
+    def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
+        """Return the other ranks that have not responded for a time in seconds."""
+        now = time.monotonic()
+        if self._store_lost:
+            return [0]
+        return [rank for rank, (_, at) in sorted(self._seen.items()) if now - at > seconds and rank != self.rank]
+
+    def _describe_loss(self, message: str, ranks: list[int]) -> str:
+        if not dist.is_initialized():
+            return f"{self._missing_processes()} did not connect within {self.timeout}"
+        which = f"{_name_ranks(ranks)} ended or does not respond" if ranks else "another rank failed"
+        reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
+        return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last"
+
+    def _missing_processes(self) -> str:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        hint = "; run the same command on each machine with its NODE_RANK" if self.nodes > 1 else ""
+        machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        return f"some of the {self.ranks} processes{machines} (rendezvous at {address}{hint})"
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            if self._wakeup is None:
+                self._stopped.wait(INTERVAL)
+            elif select.select([self._wakeup[0]], [], [], INTERVAL)[0]:
+                self._receive(self._wakeup[0].recv(64))
+            if dist.is_initialized():
+                self._beat()
+                self._watch_ranks()
+            else:
+                self._watch_connecting()
+
+    def _receive(self, signums: bytes) -> None:
+        stops = [signum for signum in signums if signum in self._signals]
+        if stops and not self._signum:
+            self._signum = stops[0]
+            self._signaled_at = self._busy_at = time.monotonic()
+            self._cpu_seconds = time.process_time()
+
+    def _beat(self) -> None:
+        """Store a new value for this rank, and read the values of all ranks if they are needed."""
+        if self._store_lost:
+            return
+        try:
+            if self._store is None:
+                self._store = TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=UNRESPONSIVE_SECONDS),
+                )
+            self._beats += 1
+            self._store.set(f"lit_gpt_scratch/{self.rank}", str(self._beats))
+            keys = [f"lit_gpt_scratch/{rank}" for rank in range(self.ranks)]
+            if (self.rank == 0 or self._signum or self._failing) and self._store.check(keys):
+                now = time.monotonic()
+                for rank, value in enumerate(self._store.multi_get(keys)):
+                    if self._seen.get(rank, (b"", 0.0))[0] != value:
+                        self._seen[rank] = value, now
+        except RuntimeError:  # rank 0, which holds the store, has ended or does not respond
+            self._store_lost = True
+
+    def _watch_connecting(self) -> None:
+        now = time.monotonic()
+        if self._signum and now - self._signaled_at > GRACE_SECONDS:
+            self._abort(f"while it waited for {self._missing_processes()}")
+        if not self._connecting_reported and now - self._started > CONNECT_SECONDS[self.nodes > 1]:
+            self._connecting_reported = True
+            log.warning("waiting up to %s for %s", self.timeout, self._missing_processes())
+
+    def _watch_ranks(self) -> None:
+        now = time.monotonic()
+        ranks = self.unresponsive_ranks()
+        new = set(ranks) - self._reported
+        if new and self.rank == min(set(range(self.ranks)) - set(ranks)):
+            log.warning("%s does not respond; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
+        self._reported |= new
+        if not self._signum:
+            return
+        if ranks and now - self._signaled_at > GRACE_SECONDS:
+            self._abort(f"while it waited for {_name_ranks(ranks)}")
+        cpu_seconds = time.process_time()
+        if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL:
+            self._busy_at = now
+        self._cpu_seconds = cpu_seconds
+        if now - self._busy_at > STUCK_SECONDS:
+            self._abort(f"after it had done nothing for {STUCK_SECONDS:.0f} s; a rank hangs")
+
+    def _abort(self, circumstances: str) -> None:
+        name = signal.Signals(self._signum).name
+        log.warning("rank %d stopped by %s %s; resume from the last checkpoint", self.rank, name, circumstances)
+        self._on_abort()
+        os._exit(128 + self._signum)  # the main thread cannot exit
+
+
+def _name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,132 @@
+"""A rank that is missing, stopped or hung is named, and a signal ends the processes that wait for it within seconds."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from lit_gpt_scratch.checkpoint.resume_stress_test import list_group_processes
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+@contextmanager
+def fit(folder: Path, *flags: str, **environment: str) -> "Iterator[subprocess.Popen[str]]":
+    """Start ``fit``; its processes are killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    try:
+        yield process
+    finally:
+        for pid in list_group_processes(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def read_until(process: "subprocess.Popen[str]", word: str) -> str:
+    """Read standard error up to the first line that contains a word."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if word in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def wait_for(run: RunFolder, process: "subprocess.Popen[str]") -> None:
+    while not run.last.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_missing_machine_is_reported_and_a_signal_ends_the_wait(
+    small: list[str], tmp_path: Path, signum: signal.Signals
+) -> None:
+    flags = [*small, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+    with fit(tmp_path / "runs", *flags, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) as process:
+        read_until(process, "waiting up to 0:30:00 for some of the 2 processes on 2 machines")
+        sent = time.monotonic()
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - sent < 10
+        assert process.returncode == 128 + signum
+        assert "Traceback" not in stderr
+        assert f"stopped by {signum.name} while" in stderr
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+@pytest.mark.slow
+def test_missing_machine_ends_the_run_after_the_timeout(small: list[str], tmp_path: Path) -> None:
+    strategy = ["--trainer.strategy=DDPStrategy", "--trainer.strategy.timeout=0:00:15"]
+    flags = [*small, "--trainer.num_nodes=2", "--trainer.devices=1", *strategy]
+    with fit(tmp_path / "runs", *flags, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) as process:
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith("error: some of the 2 processes on 2 machines")
+    assert "did not connect within 0:00:15" in stderr
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_signal_ends_a_run_with_a_stopped_rank(small: list[str], tmp_path: Path, strategy: str, stopped: int) -> None:
+    """The signal goes to the rank that still runs, and a stopped rank 0 does not leave the other rank behind."""
+    run = RunFolder(tmp_path / "pretrain" / "version_0")
+    flags = [*small, "--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.max_steps=1000000"]
+    with fit(tmp_path, *flags, "--checkpoint.every_n_steps=10") as process:
+        wait_for(run, process)
+        ranks = [process.pid, *(pid for pid in list_group_processes(process.pid) if pid != process.pid)]
+        assert len(ranks) == 2
+        os.kill(ranks[stopped], signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(ranks[1 - stopped], signal.SIGTERM)
+        sent = time.monotonic()
+        stderr = read_until(process, "stopped by SIGTERM while it waited")
+        assert f"while it waited for rank {stopped};" in stderr
+        if stopped == 1:
+            assert process.wait(20) == 128 + signal.SIGTERM
+            assert ranks[1] not in list_group_processes(process.pid)
+        assert time.monotonic() - sent < 25
+
+
+@pytest.mark.slow
+def test_stopped_rank_is_named_when_the_timeout_expires(small: list[str], tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "pretrain" / "version_0")
+    strategy = ["--trainer.devices=2", "--trainer.strategy=DDPStrategy", "--trainer.strategy.timeout=0:00:20"]
+    flags = [*small, *strategy, "--trainer.max_steps=1000000", "--checkpoint.every_n_steps=10"]
+    with fit(tmp_path, *flags) as process:
+        wait_for(run, process)
+        [other] = [pid for pid in list_group_processes(process.pid) if pid != process.pid]
+        os.kill(other, signal.SIGSTOP)
+        stopped = time.monotonic()
+        stderr = read_until(process, "error: ")
+        assert time.monotonic() - stopped < 60
+        assert process.wait(20) == 2
+    assert "rank 1 does not respond; waiting up to 0:00:20" in stderr
+    assert "rank 0: rank 1 ended or does not respond (" in stderr
+    assert "Traceback" not in stderr
