@@ -13,13 +13,14 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     can_stop_early,
-    is_accumulating,
     collective_timeout,
+    is_accumulating,
     is_validating_between_steps,
     set_logging_step,
 )
@@ -118,15 +119,15 @@ class HostReducer:
     """All-reduce of integers across all ranks on the host (with Gloo), which does not synchronize the accelerator.
 
     An instance must be created on all ranks at the same point, after the process group has been initialized.
-    """
 
     Args:
         timeout: Time to wait for the other ranks.
+    """
 
     def __init__(self, timeout: timedelta) -> None:
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # With NCCL, the host would wait for the device at every step.
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
 
     def max(self, value: int) -> int:
         """Return the maximum of ``value`` across all ranks; must be called on every rank."""
@@ -330,12 +331,23 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def save_last(self, trainer: L.Trainer) -> None:
         """Save ``last.ckpt`` and flush the loggers; must be called on every rank."""
         if self.folder:
+            self._require_folder(trainer, self.folder)
             self._saved, self._saved_at = trainer.global_step, time.monotonic()
             self._stopped = self._stops_early(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    logger.experiment.flush()  # buffered for minutes; a killed run would lose these events
+                    with tolerate_write_errors("the TensorBoard events"):
+                        logger.experiment.flush()  # buffered for minutes; a killed run would lose these events
             trainer.save_checkpoint(self.folder.last)
+
+    @staticmethod
+    def _require_folder(trainer: L.Trainer, folder: RunFolder) -> None:
+        """Check that the run folder still exists; saving would create it again, without its other files."""
+        if trainer.is_global_zero and not folder.path.is_dir():
+            raise UserError(
+                f"{folder.path} was deleted or moved during the run, so step {trainer.global_step} cannot be saved; "
+                "restore the folder and resume the run, or start a new one"
+            )
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
         """Return whether a callback stopped the run before it reached a limit on steps, epochs or time.
@@ -357,6 +369,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         dropped = self.best.keys() - kept.keys()
         self.best = kept
         if name in kept:
+            self._require_folder(trainer, folder)
             trainer.save_checkpoint(folder.checkpoints / name)
         for old in dropped:  # only after the new checkpoint is complete
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)

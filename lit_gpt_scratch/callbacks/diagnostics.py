@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.checkpointing import BetweenSteps, RunDirCallback
+from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
@@ -94,7 +95,9 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self._report(trainer, last=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Report new diagnoses before the exception ends the run."""
+        """Report new diagnoses before the exception ends the run, unless the run folder was deleted."""
+        if self.folder and not self.folder.path.is_dir():
+            return
         self.engine.evaluate()
         self._report(trainer)
 
@@ -113,7 +116,8 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         if found:
             log_text(trainer, DIAGNOSES_NAME, format_table(found), found[-1].step)
         if self.folder:
-            write_diagnoses(found, self.folder.path / FILE_NAME)
+            with tolerate_write_errors(FILE_NAME):
+                write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
         """Log the properties of the run that are new or have changed since earlier sessions, e.g. the step count."""

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.checkpointing import PeriodicCallback
+from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.parallelize import gather_heads
@@ -384,7 +385,8 @@ class ActivationPlots:
         for board in tensorboard_writers(trainer):
             shutil.rmtree(Path(board.log_dir, "projector"), ignore_errors=True)  # written by an earlier session
             labels = [printable_token(self.data.tokenizer, id_) for id_ in range(len(table))]
-            board.add_embedding(table.float().cpu(), labels, tag="tokens", global_step="projector")
+            with tolerate_write_errors("the embedding for the projector"):
+                board.add_embedding(table.float().cpu(), labels, tag="tokens", global_step="projector")
 
 
 def select_layers(n: int) -> list[int]:

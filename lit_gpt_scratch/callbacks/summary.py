@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.callbacks.progress import format_metrics
 from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
@@ -210,7 +211,13 @@ class RunSummary(RunDirCallback):
         self._started, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.is_global_zero and self.folder and isinstance(data, BaseDataModule):
-            data.tokenizer.save(self.folder.path / "tokenizer.json")
+            path = self.folder.path / "tokenizer.json"
+            try:
+                data.tokenizer.save(path)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {path}: {error.strerror}; check the permissions and the free disk space"
+                ) from error
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and print the summary, unless this session ran no steps and a summary already exists."""
@@ -233,7 +240,7 @@ class RunSummary(RunDirCallback):
             "parameters": sum(p.numel() for p in learned.parameters()),
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }
-        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write(summary, self.folder)
         samples = _find_callback(trainer, Samples)
         self._print(summary, samples.latest if samples else "", self.folder, trainer)
 
@@ -245,8 +252,13 @@ class RunSummary(RunDirCallback):
         measured = {name: value if math.isfinite(value) else None for name, value in found.items()}
         path = self.folder.path / "summary.json"
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        self.folder.write_text("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
+        self._write({**before, **measured}, self.folder)
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
+
+    @staticmethod
+    def _write(summary: Mapping[str, Any], folder: RunFolder) -> None:
+        with tolerate_write_errors("summary.json"):
+            folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, float]:
         """Return the duration of the run so far in seconds, from which a resumed run continues to count."""

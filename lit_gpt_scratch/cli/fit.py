@@ -12,10 +12,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, RunDirCallback
 from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
+from lit_gpt_scratch.callbacks.event_logger import RunLogger, tolerate_logger_errors
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
@@ -176,8 +176,8 @@ class FitCLI(LightningCLI):
         if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
             before = ["--config", str(self.resumed.folder.config)]
             self.config_before = parser.parse_args(before)
-            resolve_defaults(self.config_before)
             restore_defaults_0_1(self.config_before, read_config(before[1]))
+            resolve_defaults(self.config_before)
         apply_preset(parser, early.get("preset"))
         init_from = early.get("model.init_from")
         self.initial_model: InitialModel | None = None
@@ -277,9 +277,9 @@ class FitCLI(LightningCLI):
                 if folder is None and self.trainer.is_global_zero and not writes_nothing:
                     folder = claimed = RunFolder.create(Path(self.config.runs), self.config.experiment)
                     ownership.enter_context(folder.lock())
-                self._set_run_folder(folder, first_step)
                     if self.config.ckpt_path == "auto":
                         folder.require_only_run()
+                self._set_run_folder(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 with self._monitor_ranks(claimed):
                     self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
@@ -346,13 +346,10 @@ class FitCLI(LightningCLI):
             if folder and self.trainer.is_global_zero:
                 folder.order_events()
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
-            self.trainer.logger = TensorBoardLogger(
-                path.parent.parent,
-                path.parent.name,
-                path.name,
-                default_hp_metric=False,
-                purge_step=first_step,  # steps that a killed run logged after its last checkpoint are logged again
-            )
+            # Steps that a killed run logged after its last checkpoint are logged again.
+            self.trainer.logger = RunLogger(path, first_step)
+        for logger in self.trainer.loggers:
+            tolerate_logger_errors(logger)
 
 
 def main(args: ArgsType = None) -> None:

@@ -4,11 +4,14 @@ The environment of a process is that of ``torchrun``. A new interpreter would im
 used where signals and kills are tested.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.end_to_end.conftest import SHORT_SAMPLES, Outcome
 
@@ -49,17 +52,52 @@ def fit(runs: Path, *flags: str) -> Outcome:
     return Outcome(code, out, err)
 
 
-def _run(flags: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def run(
+    command: Sequence[str], folder: Path, *flags: str, limits: Mapping[int, int] = MappingProxyType({}), **env: str
+) -> Outcome:
+    """Run a command in a new process.
+
+    Args:
+        command: Name of the command, and further arguments of its ``main``.
+        folder: Folder for the output.
+        flags: Flags of the command.
+        limits: Soft limits of the process, keyed by resource, as for ``resource.setrlimit``.
+        env: Environment variables to change.
+    """
+    out, err = (folder / f".{stream}.txt" for stream in ("out", "err"))
+    arguments = list(flags), {**os.environ, **env}, out, err, tuple(command), dict(limits)
+    process = FORKS.Process(target=_run, args=arguments)
+    process.start()
+    process.join(LIMIT)
+    code = 128 if process.exitcode is None else process.exitcode
+    process.kill()
+    process.join()
+    return Outcome(code, out.read_text(), err.read_text())
+
+
+def _run(
+    flags: list[str],
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+    command: tuple[str, ...] = ("fit",),
+    limits: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     import torch
 
     from lit_gpt_scratch.callbacks import default_callbacks
     from lit_gpt_scratch.cli import entrypoint
-    from lit_gpt_scratch.cli import fit as fit_command
 
+    module = importlib.import_module(f"lit_gpt_scratch.cli.{command[0]}")
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # it also returns a callback
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    entrypoint.run(lambda: fit_command.main(flags))
+    if limits:
+        import resource
+
+        for number, soft in limits.items():
+            resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
+    entrypoint.run(lambda: module.main(flags, *command[1:]))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.tasks import Classification
+from tests.end_to_end import forked
 from tests.end_to_end.conftest import STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
@@ -107,6 +110,25 @@ def test_another_optimizer_is_rejected_even_with_force(command: Command, small: 
     rejected = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
     assert rejected.code == 2
     assert "AdamW: the states of different optimizers are incompatible" in rejected.err
+
+
+def test_a_default_that_changed_between_versions_is_reported(
+    command: Command, small: list[str], trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 0.1 stored no learning rate; a run of this version stores the one it used, and keeps it."""
+    trained(*small)
+    monkeypatch.setattr(Muon, "default_arguments", classmethod(lambda cls, _: {"lr": 0.05, "weight_decay": 0.0}))
+    config, again = RUN / "config.yaml", ["fit", "--ckpt_path=last", "--trainer.max_steps=14"]
+    resolved = config.read_text()
+    assert "lr: 0.02\n" in resolved
+    config.write_text(resolved.replace("lr: 0.02\n", "lr: null\n"))
+    rejected = command(*again)
+    assert rejected.code == 2
+    assert "model.optimizer.lr changed from 0.02 to 0.05" in rejected.err
+    config.write_text(resolved)
+    resumed = command(*again)
+    assert resumed.code == 0, resumed.err
+    assert "lr: 0.02\n" in config.read_text()
 
 
 def test_auto_starts_a_run_and_then_resumes_it(command: Command, small: list[str]) -> None:
@@ -409,3 +431,20 @@ def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], l
     # Validations at the same step give the same metrics.
     for name in everywhere & {n for n in shown[0] if n.startswith(("views/", "weights/", "activations/"))}:
         assert dict(shown[0][name])[11] == dict(shown[1][name])[11]
+
+
+@pytest.mark.slow
+def test_one_of_four_automatic_runs_trains(small: list[str], tmp_path: Path) -> None:
+    """A new run is started once, and a run with a checkpoint is resumed once; the others are refused in one line."""
+    runs = tmp_path / "runs"
+    for steps in (300, 600):
+        flags = [*small, "--ckpt_path=auto", f"--trainer.max_steps={steps}", f"--runs={runs}"]
+        folders = [tmp_path / f"{steps} {n}" for n in range(4)]
+        for folder in folders:
+            folder.mkdir()
+        with ThreadPoolExecutor(4) as threads:
+            outcomes = list(threads.map(lambda folder, flags=flags: forked.run(["fit"], folder, *flags), folders))
+        assert sorted(outcome.code for outcome in outcomes) == [0, 2, 2, 2]
+        assert all("Traceback" not in outcome.err for outcome in outcomes)
+        assert [path.name for path in (runs / "pretrain").iterdir()] == ["version_0"]
+        assert json.loads((runs / "pretrain" / "version_0" / "summary.json").read_text())["step"] == steps
