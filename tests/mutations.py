@@ -28,8 +28,8 @@ def nested_json(depth: int = DEPTH) -> str:
 REPLACEMENTS: tuple[Callable[[], Any], ...] = (
     lambda: None,
     lambda: True,
-    lambda: [],
-    lambda: {},
+    list,
+    dict,
     lambda: "",
     lambda: "x",
     lambda: "\ud800",

@@ -10,8 +10,10 @@ from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, LoadedModel, load_c
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import compute_digest, export_safetensors, load_safetensors
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state_dict, merge_lora, remove_lora
+from lit_gpt_scratch.interop.hf_weights import validate_tensors
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.expected_weights import expected_weights
+from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
 
 HEAD_WEIGHT = "head.weight"
 ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
@@ -82,13 +84,23 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
             f"{adapter} belongs to another base model: it was trained on different weights; "
             "as the checkpoint, pass the model that the adapter was trained on"
         )
-    net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
-    copy_weights(base, net)
-    add_lora(net, LoRA(**metadata.lora))
-    expected = {*lora_state_dict(net), *([HEAD_WEIGHT] if metadata.new_head else [])}
-    if wrong := loaded["state_dict"].keys() ^ expected:
+    gpt, lora = metadata.build_configs(adapter)
+    assert lora is not None
+    weights, trained = loaded["state_dict"], base.net.state_dict()
+    try:  # before memory is allocated, since the sizes in the metadata may be wrong
+        expected = expected_weights(trained, gpt, base.net.vocab_size, metadata.block_size, metadata.head, lora)
+    except UserError as error:
+        raise UserError(f"{adapter} does not match its base model: {error}; export the adapter again") from error
+    adapted = {
+        name for name in expected if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == HEAD_WEIGHT)
+    }
+    if wrong := weights.keys() ^ adapted:
         raise UserError(f"{adapter} has missing or unexpected weights: {min(wrong)}; export the adapter again")
-    net.load_state_dict(loaded["state_dict"], strict=False)
+    validate_tensors({**trained, **weights}, expected, str(adapter))
+    net = GPT(gpt, base.net.vocab_size, metadata.block_size, metadata.head)
+    copy_weights(base, net)
+    add_lora(net, lora)
+    net.load_state_dict(weights, strict=False)
     merge_lora(net)
     remove_lora(net)
     merged = replace(metadata, tokenizer=base.metadata.tokenizer, lora=None, base=None)

@@ -7,6 +7,7 @@ in the archive comment, which other programs ignore.
 import hashlib
 import os
 import struct
+import zipfile
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -116,6 +117,24 @@ def verify_checksum(path: Path) -> bool:
     return True
 
 
+def require_plain_archive(path: Path) -> None:
+    """Check that a checkpoint requires no more memory than the file is large, as is the case for ``torch.save``.
+
+    Compressed or overlapping records could expand to any size.
+
+    Raises:
+        UserError: The file is not an archive of uncompressed records.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is not a checkpoint, or is damaged: {error}; use another file") from error
+    compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if compressed or sum(record.file_size for record in records) > path.stat().st_size:
+        raise UserError(f"{path} is not a checkpoint: its records are compressed or overlap; use another file")
+
+
 def _compute_checksum(file: BinaryIO, size: int) -> str:
     """Compute the SHA-256, in hexadecimal, of the archive as it was before the comment was appended."""
     digest = hashlib.sha256()
@@ -162,6 +181,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         verify_checksum(Path(path))
+        require_plain_archive(Path(path))
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return loaded
 

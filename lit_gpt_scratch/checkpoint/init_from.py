@@ -54,7 +54,7 @@ class InitialModel:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return Tokenizer.from_json(self.metadata.tokenizer, self.metadata.start_of_text)
+        return self.metadata.load_tokenizer(self.path)
 
     def build(self, trusted: str | None = None) -> LoadedModel:
         """Build the network.

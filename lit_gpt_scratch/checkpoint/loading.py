@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
+from lit_gpt_scratch.checkpoint.checkpoint_io import require_plain_archive, verify_checksum
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, load_safetensors
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
-from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.interop.hf_weights import validate_tensors
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.expected_weights import expected_weights
+from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -62,12 +66,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not verify_checksum(path):
         log.warning("%s has no checksum, because another program wrote it; damage cannot be detected", path)
     try:
+        require_plain_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything
         raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
         raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
+    _validate_state_dict(loaded["state_dict"], path)
     return loaded
+
+
+def _validate_state_dict(state: Any, path: Path) -> None:
+    """Check that a state dict contains dense tensors, which require about as much memory as the file has bytes.
+
+    Raises:
+        UserError: The state dict contains something else.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} is damaged: its state_dict does not map names to tensors; use another file")
+    for name, weight in state.items():
+        if not isinstance(weight, Tensor) or not _is_dense(weight):
+            raise UserError(f"{path} is damaged: {describe(name)} is not a dense tensor; use another file")
+    stored = {storage.data_ptr(): storage.nbytes() for storage in (w.untyped_storage() for w in state.values())}
+    if sum(weight.nbytes for weight in state.values()) > 2 * sum(stored.values()):  # tied weights are stored once
+        raise UserError(f"{path} is damaged: many of its tensors share the same data; use another file")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()  # a stride of 0 would repeat the data
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
@@ -107,21 +135,25 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = No
         for name, weight in checkpoint["state_dict"].items()
         if name.startswith(STATE_PREFIX)
     }
-    try:
-        net = GPT(GPTConfig(**metadata.gpt), metadata.vocab_size, metadata.block_size, metadata.head)
-        if metadata.lora is not None:
-            add_lora(net, LoRA(**metadata.lora))
-        net.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
+    gpt, lora = metadata.build_configs(path)
+    try:  # before memory is allocated, since the sizes in the metadata may be wrong
+        expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
+    except UserError as error:
         raise UserError(
-            f"{path} contains a model that this version of lit_gpt_scratch cannot build ({error}); "
-            "use the version that wrote it"
+            f"{path} contains a model that cannot be built: {error}; use a file that is not damaged, with the version "
+            "of lit_gpt_scratch that wrote it"
         ) from error
-    if metadata.lora is not None:
+    validate_tensors(weights, expected, str(path))
+    tokenizer = metadata.load_tokenizer(path)
+    net = GPT(gpt, metadata.vocab_size, metadata.block_size, metadata.head)
+    if lora is not None:
+        add_lora(net, lora)
+    net.load_state_dict(weights)
+    if lora is not None:
         merge_lora(net)
         remove_lora(net)
-    tokenizer = Tokenizer.from_json(metadata.tokenizer, metadata.start_of_text)
-    return LoadedModel(net.eval(), tokenizer, metadata, checkpoint.get("global_step", 0))
+    step = checkpoint.get("global_step", 0)
+    return LoadedModel(net.eval(), tokenizer, metadata, step if isinstance(step, int) else 0)
 
 
 def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:

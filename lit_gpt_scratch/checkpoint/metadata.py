@@ -2,11 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.output_heads import ClassificationHead, OutputHead, ScalarHead, TokenHead
+from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
+from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
+from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 METADATA_KEY: Final = "lit_gpt_scratch"
 
@@ -67,17 +71,76 @@ class CheckpointMetadata:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "CheckpointMetadata":
-        """Read the metadata of a loaded checkpoint.
+        """Read the metadata of a loaded checkpoint, and validate its types. No class that it names is imported.
 
         Raises:
-            UserError: The checkpoint was written by another program.
+            UserError: The metadata is damaged, or was written by another program or by a newer version.
+        """
+        if METADATA_KEY not in checkpoint:
+            raise UserError("the checkpoint was not written by lit_gpt_scratch; use a checkpoint written by fit")
+        try:
+            metadata = validate(checkpoint[METADATA_KEY], cls, "metadata")
+            validate_fields(metadata.gpt, GPTConfig, "metadata.gpt")
+            if metadata.lora is not None:
+                validate_fields(metadata.lora, LoRA, "metadata.lora")
+            metadata._require_valid()
+        except UnknownFieldError as error:
+            raise UserError(
+                f"the checkpoint was written by a newer version of lit_gpt_scratch ({error}); update lit_gpt_scratch"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"the checkpoint is damaged ({error}); use a checkpoint written by fit") from error
+        return metadata
+
+    def build_configs(self, path: Path) -> tuple[GPTConfig, LoRA | None]:
+        """Build the configs of the network and of its adapters, if it has any.
+
+        Args:
+            path: Path of the checkpoint, for error messages.
+
+        Raises:
+            UserError: A setting is out of range.
         """
         try:
-            return cls(**checkpoint[METADATA_KEY])
-        except (KeyError, TypeError) as error:
+            return GPTConfig(**self.gpt), None if self.lora is None else LoRA(**self.lora)
+        except UserError as error:
+            raise UserError(f"{path} contains an invalid config: {error}") from error
+
+    def load_tokenizer(self, path: Path) -> Tokenizer:
+        """Load the tokenizer.
+
+        Args:
+            path: Path of the checkpoint, for error messages.
+
+        Raises:
+            UserError: The tokenizer is invalid, or has more tokens than the network.
+        """
+        try:
+            tokenizer = Tokenizer.from_json(self.tokenizer, self.start_of_text)
+        except UserError as error:
+            raise UserError(f"the tokenizer in {path} cannot be used: {error}") from error
+        if tokenizer.vocab_size > self.vocab_size:
             raise UserError(
-                "the checkpoint was not written by lit_gpt_scratch; use a checkpoint written by fit"
-            ) from error
+                f"{path} is damaged: its tokenizer has {tokenizer.vocab_size} tokens, but its vocab_size is "
+                f"{self.vocab_size}; use another file"
+            )
+        return tokenizer
+
+    def _require_valid(self) -> None:
+        """Check the values that have a range.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        for name, size in (("vocab_size", self.vocab_size), ("block_size", self.block_size)):
+            if size < 1:
+                raise ValueError(f"metadata.{name} is {size}; it must be positive")
+        if self.start_of_text is not None and not 0 <= self.start_of_text < self.vocab_size:
+            raise ValueError(f"metadata.start_of_text is {self.start_of_text}; it must be below {self.vocab_size}")
+        if self.classes == []:
+            raise ValueError("metadata.classes is empty")
+        if self.pooling not in (None, *POOLINGS):
+            raise ValueError(f"metadata.pooling must be one of {', '.join(POOLINGS)}")
 
 
 def require_same_model(

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import parse_json
 
 SAFETENSORS_SUFFIX: Final = ".safetensors"
 
@@ -69,7 +70,10 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     if header.get("sha256") != compute_digest(metadata, weights):
         raise UserError(f"{path} is damaged: its checksum does not match; export the model again")
     state = {prefix + name: weight for name, weight in weights.items()}
-    return {METADATA_KEY: json.loads(metadata), "state_dict": state}
+    try:
+        return {METADATA_KEY: parse_json(metadata, dict[str, Any], len(metadata)), "state_dict": state}
+    except ValueError as error:
+        raise UserError(f"the metadata of {path} is damaged ({error}); export the model again") from error
 
 
 def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:

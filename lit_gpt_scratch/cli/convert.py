@@ -123,22 +123,15 @@ def _open_model(path: Path) -> "PortableModel":
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
-    from lit_gpt_scratch.model import GPTConfig
-    from lit_gpt_scratch.text.tokenizer import Tokenizer
 
     checkpoint = _merge_adapters(load_checkpoint(path), path)
     contents, state = CheckpointMetadata.from_checkpoint(checkpoint), checkpoint["state_dict"]
-    try:
-        gpt = GPTConfig(**contents.gpt)
-    except TypeError as error:
-        raise UserError(
-            f"{path} has an architecture that this version cannot build ({error}); use the version that saved it"
-        ) from error
+    gpt, _ = contents.build_configs(path)
     if contents.non_lm_task is not None:
         raise UserError(f"the model in {path} {contents.non_lm_task}; only language models can be converted")
     weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
     shape = ModelShape(gpt, contents.vocab_size, contents.block_size)
-    return PortableModel(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
+    return PortableModel(shape, weights, contents.load_tokenizer(path))
 
 
 def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
-from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, expected_tensors, read_tensors, validate_tensors
+from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, read_tensors, validate_tensors
 from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
+from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.model.weight_init import INIT_STD
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
 from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 
@@ -75,7 +77,11 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
     if shape.gpt.tied_embeddings:
         _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
-    validate_tensors(found, family.to_hf_weights(shape.gpt, expected_tensors(shape)), str(folder))
+    try:
+        expected = family.to_hf_weights(shape.gpt, expected_weights(found, *shape))
+    except UserError as error:
+        raise UserError(f"{config.path} does not match the tensors in {folder}: {error}; download it again") from error
+    validate_tensors(found, expected, str(folder))
     return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
@@ -99,7 +105,7 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     family = _choose_family(shape)
-    validate_tensors(weights, expected_tensors(shape), "the checkpoint")
+    validate_tensors(weights, expected_weights(weights, *shape), "the checkpoint")
     if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
         weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
     hf_weights = family.to_hf_weights(shape.gpt, weights)
@@ -192,12 +198,12 @@ def _read_config(folder: Path) -> HFConfigReader:
             f"no folder at {folder}; download a model from the Hub first: hf download NAME --local-dir FOLDER"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, dict[str, Any])
     except FileNotFoundError as error:
         raise UserError(f"no {CONFIG_FILE} in {folder}; use a folder written by save_pretrained") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON, or cannot be read ({error}); download it again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a valid config, or cannot be read ({error}); download it again") from error
+    if not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} has no model_type; it must be one of {', '.join(sorted(FAMILIES))}")
     return HFConfigReader(path, values)
 

@@ -1,6 +1,6 @@
 """Read and validate the fields of a Hugging Face ``config.json``."""
 
-import math
+import sys
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -59,7 +59,7 @@ class HFConfigReader:
         """
         value = self.values.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self._raise_invalid(name, "a number")
         return float(value)
 
@@ -101,6 +101,6 @@ class HFConfigReader:
 
 def _shorten(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return " and ".join(dict.fromkeys(value)) or "empty"  # e.g. the distinct layer types of layer_types
+        value = " and ".join(dict.fromkeys(value)) or "empty"  # e.g. the distinct layer types of layer_types
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,18 +1,15 @@
 """Read the safetensors files in a Hugging Face folder, and check tensor names and shapes."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.model_family import ModelShape
-from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.schema import read_json, validate
 
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -48,11 +45,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     path = folder / INDEX_FILE
     try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        content = read_json(path, dict[str, Any])
+        file_of = validate(content.get("weight_map"), dict[str, str], "weight_map")
         files = sorted(set(file_of.values()))
         if any(Path(name).name != name for name in files):  # reject paths outside the folder
             raise ValueError("it refers to files in other folders")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a valid index file of a sharded checkpoint ({error}); download it again"
         ) from error
@@ -77,14 +75,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a safetensors file, or is damaged; download it again") from error
 
 
-def expected_tensors(shape: ModelShape) -> dict[str, Tensor]:
-    """Return a network's state dict on the meta device, i.e. names, shapes and dtypes without allocated memory."""
-    with torch.device("meta"):
-        return GPT(*shape).state_dict()
-
-
 def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Check that tensors have the expected names and shapes.
+    """Check that tensors have the expected names, shapes and kinds of dtype.
 
     Args:
         found: Tensors by name.
@@ -99,12 +91,16 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
+    not_float = [
+        name for name in expected if name in found and expected[name].is_floating_point() > _is_plain_float(found[name])
+    ]
     differences = [
         f"{problem}: {_list_some(names)}"
         for problem, names in (
             ("missing", [name for name in expected if name not in found]),
             ("unexpected", [name for name in found if name not in expected]),
             ("wrong shape", wrong_shape),
+            ("not floating-point", not_float),
         )
         if names
     ]

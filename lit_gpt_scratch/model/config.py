@@ -9,6 +9,7 @@ from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS
+from lit_gpt_scratch.schema import describe
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
 if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (also in --help) come from the registries
@@ -26,6 +27,9 @@ else:
     ScalingName = Literal[ROTARY_SCALINGS]
 
 MAY_BE_ZERO = ("dropout",)
+MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16}
+"""Maximum values of settings that determine how many objects are built; all other integers are below ``MAX_SIZE``."""
+MAX_SIZE = 2**31
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ class GPTConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and field.name not in MAY_BE_ZERO
             if number and not 0 < value < math.inf:
                 raise UserError(f"model.gpt.{field.name} is {value}; it must be positive")
+            if number and isinstance(value, int) and value > (largest := MAX_SIZES.get(field.name, MAX_SIZE)):
+                raise UserError(f"model.gpt.{field.name} is {describe(value)}; it must be at most {largest}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.gpt.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.head_dim is None and self.n_embd % self.n_head:

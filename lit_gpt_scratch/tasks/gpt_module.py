@@ -251,7 +251,7 @@ class GPTModule(L.LightningModule):
         if self._gpt is not None:
             return self._gpt
         initial = self._initial_model()
-        gpt = GPTConfig() if initial is None else GPTConfig(**initial.metadata.gpt)
+        gpt = GPTConfig() if initial is None else initial.metadata.build_configs(initial.path)[0]
         return gpt if self.allows_dropout else replace(gpt, dropout=0.0)
 
     def _initial_model(self) -> InitialModel | None:

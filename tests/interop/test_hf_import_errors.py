@@ -150,9 +150,9 @@ def test_missing_or_damaged_files(published: Published, tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert "contains pytorch_model.bin, which can run code" in error_message(folder)
     (folder / "config.json").write_text("{", encoding="utf-8")
-    assert "config.json is not JSON" in error_message(folder)
+    assert "config.json is not a valid config" in error_message(folder)
     (folder / "config.json").write_text("[]", encoding="utf-8")
-    assert "config.json has no model_type" in error_message(folder)
+    assert "config.json is not a valid config" in error_message(folder)
 
 
 def test_missing_shards_and_paths_outside_the_folder(published: Published) -> None:

@@ -1,0 +1,193 @@
+"""Validate files from outside: bounded JSON parsing, and plain data checked against the type hints of a class.
+
+The errors are ``ValueError``s of one line without the name of the file; the caller adds the file and what to do.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+MAX_JSON_BYTES: Final = 2**24
+"""Default maximum size of a JSON file. Parsed, it may take some twenty times as much memory."""
+MAX_DEPTH: Final = 64
+"""Maximum nesting depth of a JSON file; functions that copy, compare or write values are recursive."""
+MAX_INT: Final = 2**63 - 1
+"""Maximum absolute value of an integer; larger values do not fit into a tensor or an array."""
+MAX_SHOWN: Final = 40
+"""Maximum number of characters of a value in an error message."""
+TYPE_NAMES: Final[dict[Any, str]] = {
+    int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list",
+    dict: "an object", NoneType: "null",
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+class UnknownFieldError(ValueError):
+    """Error for a field that this version does not know; a newer version may have written the file."""
+
+
+def read_json(path: Path, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
+    """Read a JSON file and validate its content.
+
+    Args:
+        path: Path of the file.
+        hint: Expected type of the content; see ``validate``.
+        max_bytes: Maximum size of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is too large, is not JSON, is nested too deeply, or does not match ``hint``.
+    """
+    with path.open("rb") as file:
+        return parse_json(file.read(max_bytes + 1), hint, max_bytes)
+
+
+def parse_json(text: str | bytes, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
+    """Parse JSON and validate the content; see ``read_json``."""
+    if len(text) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from error
+    _require_depth(value)
+    return validate(value, hint)
+
+
+def validate(value: Any, hint: type[T], name: str = "the content") -> T:
+    """Check plain data against a type hint.
+
+    Args:
+        value: Numbers, strings, None, and lists and mappings of these.
+        hint: A class, or a union, ``Literal``, ``list``, ``tuple`` or ``dict`` of them. A mapping matches a dataclass
+            if it has its fields. An integer is also a number; a bool is neither.
+        name: Name of the value for error messages, with dots for nested fields.
+
+    Returns:
+        The value, with mappings converted to dataclasses and lists to tuples where ``hint`` says so.
+
+    Raises:
+        UnknownFieldError: A mapping has a field that its dataclass does not have.
+        ValueError: A value does not match, or a field is missing.
+    """
+    result: T = _convert(value, hint, name)
+    return result
+
+
+def validate_fields(values: Any, cls: type, name: str) -> dict[str, Any]:
+    """Validate a mapping as the fields of a dataclass, without building an instance; see ``validate``.
+
+    Returns:
+        The fields in ``values``; fields that have a default may be missing.
+    """
+    if not isinstance(values, Mapping):
+        raise _wrong_type(values, dict, name)
+    hints = _field_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UnknownFieldError(f"{name} has the unknown field {describe(key)}")
+    for field in fields(cls):
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{name} has no field {field.name}")
+    return {key: _convert(value, hints[key], f"{name}.{key}") for key, value in values.items()}
+
+
+def describe(value: Any) -> str:
+    """Describe a value from a file in an error message, in few characters whatever its size."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= MAX_SHOWN else f"{value[: MAX_SHOWN - 3]}...")
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        return "an integer of more than 64 bits"
+    return json.dumps(value) if _is_scalar(value) else TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    if not _matches(value, hint):
+        raise _wrong_type(value, hint, name)
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return _convert(value, next(part for part in arguments if _matches(value, part)), name)
+    if is_dataclass(origin):
+        return hint(**validate_fields(value, hint, name))
+    if origin is list and arguments:
+        return [_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and arguments:
+        return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict and arguments:
+        for key in value:
+            _convert(key, arguments[0], f"a key of {name}")
+        return {key: _convert(item, arguments[1], f"{name}.{_short(key)}") for key, item in value.items()}
+    return value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Return whether a value has the outermost type of a hint."""
+    origin = get_origin(hint) or hint
+    if origin in (Any, object):
+        return True
+    if origin in (Union, UnionType):
+        return any(_matches(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return _is_scalar(value) and any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if origin in (int, float):
+        is_integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INT
+        return is_integer or (origin is float and isinstance(value, float))
+    if origin is str:
+        return isinstance(value, str) and _is_unicode(value)
+    return isinstance(value, list | tuple if origin is tuple else Mapping if is_dataclass(origin) else origin)
+
+
+def _wrong_type(value: Any, hint: Any, name: str) -> ValueError:
+    return ValueError(f"{name} is {describe(value)}; it must be {_describe_type(hint)}")
+
+
+def _describe_type(hint: Any) -> str:
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_describe_type, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    return "an object" if is_dataclass(origin) else TYPE_NAMES.get(origin, f"a {origin.__name__}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a string can be encoded; JSON may contain halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _short(key: Any) -> str:
+    return key if isinstance(key, str) and key.isidentifier() and len(key) <= MAX_SHOWN else describe(key)
+
+
+@cache
+def _field_hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _require_depth(value: Any) -> None:
+    """Check the nesting depth of a parsed value, without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for container in level
+            if isinstance(container, dict | list)
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
