@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from typing_extensions import is_typeddict
+
 MAX_JSON_BYTES: Final = 2**24
 """Default maximum size of a JSON file. Parsed, it may take some twenty times as much memory."""
 MAX_DEPTH: Final = 64
@@ -52,7 +54,7 @@ def parse_json(text: str | bytes, hint: type[T], max_bytes: int = MAX_JSON_BYTES
     if len(text) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError as error:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from error
     _require_depth(value)
@@ -65,7 +67,8 @@ def validate(value: Any, hint: type[T], name: str = "the content") -> T:
     Args:
         value: Numbers, strings, None, and lists and mappings of these.
         hint: A class, or a union, ``Literal``, ``list``, ``tuple`` or ``dict`` of them. A mapping matches a dataclass
-            if it has its fields. An integer is also a number; a bool is neither.
+            if it has its fields and no others, and a ``TypedDict`` if it has its required keys. An integer is also a
+            number; a bool is neither.
         name: Name of the value for error messages, with dots for nested fields.
 
     Returns:
@@ -106,6 +109,14 @@ def describe(value: Any) -> str:
     return json.dumps(value) if _is_scalar(value) else TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; parsers do not agree on which value of a repeated key counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return found
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     if not _matches(value, hint):
         raise _wrong_type(value, hint, name)
@@ -114,6 +125,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return _convert(value, next(part for part in arguments if _matches(value, part)), name)
     if is_dataclass(origin):
         return hint(**validate_fields(value, hint, name))
+    if is_typeddict(origin):
+        hints = get_type_hints(origin)
+        if missing := sorted(origin.__required_keys__ - value.keys()):
+            raise ValueError(f"{name} has no field {missing[0]}")
+        return {key: _convert(item, hints.get(key, Any), f"{name}.{_short(key)}") for key, item in value.items()}
     if origin is list and arguments:
         return [_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and arguments:
@@ -139,7 +155,9 @@ def _matches(value: Any, hint: Any) -> bool:
         return is_integer or (origin is float and isinstance(value, float))
     if origin is str:
         return isinstance(value, str) and _is_unicode(value)
-    return isinstance(value, list | tuple if origin is tuple else Mapping if is_dataclass(origin) else origin)
+    if is_dataclass(origin) or is_typeddict(origin):
+        return isinstance(value, Mapping)
+    return isinstance(value, list | tuple if origin is tuple else origin)
 
 
 def _wrong_type(value: Any, hint: Any, name: str) -> ValueError:
@@ -152,7 +170,9 @@ def _describe_type(hint: Any) -> str:
         return " or ".join(map(_describe_type, arguments))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    return "an object" if is_dataclass(origin) else TYPE_NAMES.get(origin, f"a {origin.__name__}")
+    return (
+        "an object" if is_dataclass(origin) or is_typeddict(origin) else TYPE_NAMES.get(origin, f"a {origin.__name__}")
+    )
 
 
 def _is_unicode(text: str) -> bool:

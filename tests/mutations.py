@@ -123,4 +123,6 @@ def _grow(value: Any, rng: random.Random) -> Any:
         return rng.choice((value * 3, value[:-1], value.upper(), value[::-1]))
     if isinstance(value, list):
         return value * rng.choice((2, 1000 if len(value) < 10 else 2))
+    if not isinstance(value, dict):  # a tensor
+        return [value]
     return value | {f"{key}2": entry for key, entry in list(value.items())[:3]}

@@ -1,6 +1,7 @@
 """Callbacks that save checkpoints and stop runs between optimizer steps, and base classes for other callbacks."""
 
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import NotRequired, TypedDict
 
 from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     can_stop_early,
@@ -165,6 +168,15 @@ def time_is_up(trainer: L.Trainer) -> bool:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
     return any(seconds is not None and seconds <= 0 for seconds in left)
+
+
+class CheckpointingState(TypedDict):
+    """State of ``Checkpointing`` in a checkpoint; checkpoints of 0.1 contain only ``best``."""
+
+    best: dict[str, float]
+    validation_due: NotRequired[bool]
+    tests: NotRequired[bool]
+    stopped: NotRequired[bool]
 
 
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
@@ -385,8 +397,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the record of the best models, and whether a validation run is still due."""
-        self.best = dict(state_dict["best"])
-        self._validation_due = state_dict.get("validation_due", False)
+        state = validate_callback_state(state_dict, CheckpointingState, self.state_key)
+        # Files that are no longer among the best are deleted, so they must be in the folder of checkpoints.
+        self.best = {name: loss for name, loss in state["best"].items() if re.fullmatch(r"step=\d+\.ckpt", name)}
+        self._validation_due = state.get("validation_due", False)
 
 
 class StopBetweenSteps(BetweenSteps, ABC):

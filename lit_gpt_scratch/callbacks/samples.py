@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
@@ -139,7 +140,7 @@ class RewardEval(Callback):
 
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
         """Restore the true reward of the initial model."""
-        self.start = state_dict["start"]
+        self.start = validate_callback_state(state_dict, dict[str, float | None], self.state_key).get("start")
 
     def _evaluate(self, trainer: L.Trainer, task: L.LightningModule, split: RecordSplit, name: str) -> None:
         if (data := _data_with_reply_check(trainer, task)) is None:

@@ -9,11 +9,13 @@ from typing import Any, Final, Literal, get_args
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lit_gpt_scratch.callbacks.checkpointing import HostReducer, RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_text
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
+from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector, SpikeDetectorState
 from lit_gpt_scratch.lightning_compat import (
     collective_timeout,
     is_validating_between_steps,
@@ -32,6 +34,15 @@ MAX_SKIPPED_IN_A_ROW: Final = 200
 """Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
 """Step classifications in order of severity; all ranks use the most severe classification of any rank."""
+
+
+class SpikeGuardState(TypedDict):
+    """State of ``SpikeGuard`` in a checkpoint."""
+
+    watch: SpikeDetectorState
+    refused: int
+    good: int | None
+    rewinds: int
 
 
 class SpikeGuard(RunDirCallback):
@@ -246,9 +257,9 @@ class SpikeGuard(RunDirCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the detector's state, the numbers of skips and rewinds, and the step of the last good checkpoint."""
-        self.detector.load_state_dict(state_dict["watch"])
-        self.n_skipped, self.good = state_dict["refused"], state_dict["good"]
-        self._rewinds = state_dict["rewinds"]
+        state = validate_callback_state(state_dict, SpikeGuardState, self.state_key)
+        self.detector.load_state_dict(dict(state["watch"]))
+        self.n_skipped, self.good, self._rewinds = state["refused"], state["good"], state["rewinds"]
 
 
 EXCERPT_LENGTH = 160

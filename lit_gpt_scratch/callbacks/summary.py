@@ -22,10 +22,12 @@ from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
 from lit_gpt_scratch.lightning_compat import global_seed
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -251,7 +253,10 @@ class RunSummary(RunDirCallback):
         found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         measured = {name: value if math.isfinite(value) else None for name, value in found.items()}
         path = self.folder.path / "summary.json"
-        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        try:
+            before = read_json(path, dict[str, Any])
+        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is damaged
+            before = {}
         self._write({**before, **measured}, self.folder)
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
 
@@ -266,7 +271,7 @@ class RunSummary(RunDirCallback):
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Restore the total duration of earlier sessions."""
-        self.seconds_before = state_dict["seconds"]
+        self.seconds_before = validate_callback_state(state_dict, dict[str, float], self.state_key).get("seconds", 0.0)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self._started

@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.callbacks.checkpointing import HostReducer
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION, collective_timeout
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
@@ -227,7 +228,7 @@ class Throughput(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of training tokens."""
-        self.tokens = state_dict["tokens"]
+        self.tokens = validate_callback_state(state_dict, dict[str, int], self.state_key).get("tokens", 0)
 
 
 def time_shares(seconds: dict[str, float]) -> dict[str, float]:

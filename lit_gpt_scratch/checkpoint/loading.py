@@ -12,6 +12,7 @@ from lit_gpt_scratch.checkpoint.checkpoint_io import require_plain_archive, veri
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, load_safetensors
+from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
@@ -73,6 +74,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
         raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
     _validate_state_dict(loaded["state_dict"], path)
+    if "loops" in loaded:
+        try:
+            validate_training_state(loaded)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return loaded
 
 

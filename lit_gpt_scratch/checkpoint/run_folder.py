@@ -1,6 +1,5 @@
 """Manage run folders, ``<runs>/<experiment>/version_N``, and find their checkpoints."""
 
-import json
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_checksum
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json, validate
 
 log = logging.getLogger(__name__)
 
@@ -165,13 +165,13 @@ class RunFolder:
     def read_sessions(self) -> list[dict[str, Any]]:
         """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first."""
         try:
-            found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
+            content = read_json(self.path / "provenance.json", dict[str, Any])
+            return validate(content.get("sessions"), list[dict[str, Any]], "sessions")
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             log.warning("%s cannot be read; the record of earlier sessions is lost", self.path / "provenance.json")
             return []
-        return found
 
     def remove_unfinished(self) -> None:
         """Remove partial files left by killed processes. The folder must be locked."""

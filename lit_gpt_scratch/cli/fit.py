@@ -55,6 +55,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_processes, trains_in_this_process
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
@@ -235,6 +236,9 @@ class FitCLI(LightningCLI):
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
+            device = trainer.strategy.root_device
+            if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared
+                require_model_fits_memory(self.model.gpt, 1, 1, device, trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # keep a user's plugin
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else AtomicCheckpointIO()

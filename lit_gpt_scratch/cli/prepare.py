@@ -1,6 +1,5 @@
 """``prepare``: clean and tokenize text before a run, or compare tokenizers."""
 
-import json
 import logging
 import signal
 import sys
@@ -19,7 +18,8 @@ from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning_report import format_step_table
+from lit_gpt_scratch.schema import read_json
+from lit_gpt_scratch.text.cleaning_report import StoredAudit, format_step_table
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
@@ -102,8 +102,11 @@ def _prepare(data: PackedText, n_shown: int) -> None:
     for store in data.stores:
         report_file = store.folder / "audit.json"
         if report_file.exists():  # copies of a store may lack it
-            audit = json.loads(report_file.read_text(encoding="utf-8"))
-            print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
+            try:
+                audit = read_json(report_file, StoredAudit)
+                print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
+            except ValueError as error:
+                log.warning("%s is damaged and is not shown (%s)", report_file, error)
         for side, stream in (("training", store.train), ("validation", store.validation)):
             print(
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "

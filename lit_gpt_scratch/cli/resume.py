@@ -1,6 +1,5 @@
 """Resume a run: find its checkpoint, check for remaining steps, and detect changes to the flags and environment."""
 
-import json
 import logging
 import os
 import re
@@ -8,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
+from typing_extensions import TypedDict
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, CheckpointingState
 from lit_gpt_scratch.callbacks.summary import RunMetadata
 from lit_gpt_scratch.checkpoint.config_diff import diff_configs
 from lit_gpt_scratch.checkpoint.environment import collect_environment
@@ -22,11 +22,38 @@ from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, count_finished_epochs, normalize_progress
 from lit_gpt_scratch.checkpoint.resume_stress_test import FINISHED_MESSAGE
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state, validate_like
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json
 
 log = logging.getLogger(__name__)
 
 Changes = dict[str, tuple[Any, Any]]
+T = TypeVar("T")
+Facts = dict[str, str | int | float | bool | None]
+
+
+class SessionFacts(TypedDict, total=False):
+    """State of ``RunMetadata`` in a checkpoint, and part of an entry of ``provenance.json``."""
+
+    code: Facts
+    versions: Facts
+    hardware: Facts
+    seed: int
+    data: str
+
+
+class TrainSeconds(TypedDict):
+    """Elapsed seconds of a ``Timer``."""
+
+    train: float
+
+
+class TimerState(TypedDict):
+    """State of Lightning's ``Timer`` in a checkpoint."""
+
+    time_elapsed: TrainSeconds
+
 
 OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that do not affect training."""
@@ -101,15 +128,21 @@ class ResumedRun:
                 f"{self.checkpoint} contains only weights, so its run cannot be resumed; "
                 "start a new run from it with --model.init_from"
             )
-        self.origin = next(iter(_states(checkpoint, RunMetadata.state_key)), {})
+        self.origin = dict(next(iter(_states(checkpoint, RunMetadata.state_key, SessionFacts)), {}))
         self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            saved = checkpoint["callbacks"].get(callback.state_key)
+            if saved is not None and type(callback).__module__.startswith("lightning."):
+                validate_like(saved, callback.state_dict(), f"callbacks.{type(callback).__name__}")
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         normalize_progress(loop)
-        if any(state.get("validation_due") for state in _states(checkpoint, Checkpointing.state_key)):
+        saving = _states(checkpoint, Checkpointing.state_key, CheckpointingState)
+        if any(state.get("validation_due") for state in saving):
             return step
         epochs = count_finished_epochs(loop)
-        seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
+        timers = _states(checkpoint, "Timer", TimerState)
+        seconds = max((state["time_elapsed"]["train"] for state in timers), default=0.0)
         more = None
         if 0 < trainer.max_steps <= step:
             more = f"completed all {step} steps", f"--trainer.max_steps {2 * step}"
@@ -120,7 +153,7 @@ class ResumedRun:
                 f"reached its time limit after {seconds:.0f} s",
                 "a longer --trainer.max_time, which limits the total time of all sessions",
             )
-        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.state_key)):
+        elif not force and any(state.get("stopped") for state in saving):
             more = f"been stopped early by a callback, at step {step}", "--force"
         if more and self._untested(checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
@@ -132,10 +165,13 @@ class ResumedRun:
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
         """Return whether the run has test data, but no test results yet."""
-        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
+        saving = _states(checkpoint, Checkpointing.state_key, CheckpointingState)
+        if self.folder is None or not any(state.get("tests") for state in saving):
             return False
-        summary = self.folder.path / "summary.json"
-        measured = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+        try:
+            measured = read_json(self.folder.path / "summary.json", dict[str, Any])
+        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is damaged
+            measured = {}
         return not any(name.startswith("test/") for name in measured)
 
     def compare(
@@ -153,6 +189,7 @@ class ResumedRun:
             UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer class changed.
         """
         sessions = self.folder.read_sessions() if self.folder else []
+        sessions = [dict(validate_callback_state(session, SessionFacts, "provenance")) for session in sessions[-1:]]
         flags = diff_configs(config_before, config)
         self.changed = {name: values for name, values in flags.items() if not re.fullmatch(OUTPUT_FLAGS, name)}
         matters = [
@@ -221,8 +258,11 @@ def _counts_batches(config: Mapping[str, Any]) -> bool:
     return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
 
-def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
-    return [state for key, state in checkpoint["callbacks"].items() if re.match(rf"{callback}\b", key)]
+def _states(checkpoint: dict[str, Any], callback: str, hint: type[T]) -> list[T]:
+    states = checkpoint["callbacks"].items()
+    return [
+        validate_callback_state(state, hint, callback) for key, state in states if re.match(rf"{callback}\b", str(key))
+    ]
 
 
 def _seconds(trainer: Trainer) -> float:

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.token_store import hash_json
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
 from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream, require_file_size
 
@@ -373,8 +375,12 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
     @cached_property
     def cost(self) -> PackingCost:
         """Packing cost of the plan, which was stored when the plan was computed."""
-        stored: dict[str, int] = json.loads((self.folder / "cost.json").read_text(encoding="utf-8"))
-        return PackingCost(**{_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()})
+        path = self.folder / "cost.json"
+        try:
+            stored = read_json(path, dict[str, int])
+            return validate({_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()}, PackingCost)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.folder}") from error
 
     @property
     def _pieces(self) -> Integers:

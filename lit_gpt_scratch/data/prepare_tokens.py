@@ -10,12 +10,13 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.token_store import MANIFEST_FILE, STORE_FORMAT, TokenStore, hash_json
+from lit_gpt_scratch.data.token_store import STORE_FORMAT, TokenStore, hash_json
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import validate
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically, fill_folder_atomically
 from lit_gpt_scratch.text.cleaning_report import add_token_counts, format_report
 from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, CorpusSpec, SplitName, upgrade_stored_cleaning
-from lit_gpt_scratch.text.token_shards import ShardedTokenStream
+from lit_gpt_scratch.text.token_shards import MANIFEST_FILE, REBUILD_HINT, ShardedTokenStream
 from lit_gpt_scratch.text.tokenize_corpus import BATCH_CHARACTERS, progress_bar, remove_shard_markers, tokenize_corpus
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KINDS
@@ -130,8 +131,15 @@ class TokenPreparation:
     def _validate_settings(self, store: Path, given: Tokenizer | None) -> None:
         """Reject a store with different settings; log a warning if its source text has changed or is missing."""
         manifest = TokenStore.read_manifest(store)
-        stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
-        stored = stored | {"cleaning": upgrade_stored_cleaning(stored.get("cleaning", []))}
+        try:
+            stored = validate(manifest.get("recipe", {}), dict[str, Any], "recipe")
+            cleaning = validate(stored.get("cleaning", []), list[str], "recipe.cleaning")
+        except ValueError as error:
+            raise UserError(f"{store / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
+        stored, current = (
+            stored | {"cleaning": upgrade_stored_cleaning(cleaning)},
+            json.loads(json.dumps(self._settings(given))),
+        )
         for name in current:
             if stored.get(name) != current[name]:
                 raise UserError(

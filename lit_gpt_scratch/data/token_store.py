@@ -14,16 +14,23 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.corpus import SPLITS
-from lit_gpt_scratch.text.token_shards import SHARD_PARTS, ShardedTokenStream, ShardPart, TokenShard, sha256_file
+from lit_gpt_scratch.text.token_shards import (
+    MANIFEST_FILE,
+    REBUILD_HINT,
+    SHARD_PARTS,
+    ShardedTokenStream,
+    ShardPart,
+    TokenShard,
+    sha256_file,
+)
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 STORE_FORMAT: Final = 3
-MANIFEST_FILE: Final = "store.json"
 VERIFIED_FILE: Final = "checked.json"
 """JSON file that maps each file name to its size, mtime and ctime at the time its SHA-256 was last verified."""
-REBUILD_HINT: Final = "delete the folder and prepare the corpus again"
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,21 @@ class TokenStore:
         manifest = cls.read_manifest(folder)
         try:
             streams = [
-                ShardedTokenStream(tuple(TokenShard(folder=str(folder), **shard) for shard in manifest[side]))
+                ShardedTokenStream(
+                    tuple(
+                        TokenShard.from_metadata(folder, shard, f"{side}[{i}]")
+                        for i, shard in enumerate(validate(manifest.get(side), list[Any], side))
+                    )
+                )
                 for side in SPLITS
             ]
-            tokenizer = manifest["fingerprints"]["tokenizer"]
-            return cls(folder, manifest["fingerprint"], tokenizer, manifest["vocab_size"], *streams)
-        except (KeyError, TypeError) as error:
+            fingerprints = validate(manifest.get("fingerprints"), dict[str, str], "fingerprints")
+            tokenizer = validate(fingerprints.get("tokenizer"), str, "fingerprints.tokenizer")
+            fingerprint = validate(manifest.get("fingerprint"), str, "fingerprint")
+            vocab_size = validate(manifest.get("vocab_size"), int, "vocab_size")
+        except ValueError as error:
             raise UserError(f"{folder / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
+        return cls(folder, fingerprint, tokenizer, vocab_size, *streams)
 
     @staticmethod
     def read_manifest(folder: Path) -> dict[str, Any]:
@@ -91,9 +106,9 @@ class TokenStore:
         if not (folder / MANIFEST_FILE).exists():
             raise UserError(f"{folder} is not a token store; pass a folder created by prepare --data.store")
         try:
-            manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-            version, sha256 = int(manifest["format"]), manifest.pop("sha256", None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            manifest = read_json(folder / MANIFEST_FILE, dict[str, Any])
+            version, sha256 = validate(manifest.get("format"), int, "format"), manifest.pop("sha256", None)
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a token store ({error}); {REBUILD_HINT}") from error
         if version > STORE_FORMAT:
             raise UserError(
@@ -121,7 +136,13 @@ class TokenStore:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer that produced the tokens."""
-        return Tokenizer.load(self.folder / TOKENIZER_FILE)
+        tokenizer = Tokenizer.load(self.folder / TOKENIZER_FILE)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"{self.folder / MANIFEST_FILE} is damaged: vocab_size is {self.vocab_size}, but {TOKENIZER_FILE} has "
+                f"{tokenizer.vocab_size} tokens; {REBUILD_HINT}"
+            )
+        return tokenizer
 
     @property
     def shards(self) -> tuple[TokenShard, ...]:
@@ -143,6 +164,8 @@ class TokenStore:
         changed = [(shard, part) for shard, part in files if signatures[n := shard.file(part)] != verified.get(n)]
         if changed:
             _compare_hashes(changed)
+            for shard in {shard.name: shard for shard, _ in changed}.values():
+                shard.validate_content()
             self._save_verified(signatures)
         for shard in self.shards:
             largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
@@ -204,8 +227,7 @@ def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
 
 def _read_verified(folder: Path) -> dict[str, list[int]]:
     try:
-        signatures: dict[str, list[int]] = json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
-        return signatures
+        return read_json(folder / VERIFIED_FILE, dict[str, list[int]])
     except (OSError, ValueError):
         return {}
 

@@ -12,6 +12,8 @@ import statistics
 from collections import deque
 from typing import Any, Final, Literal
 
+from typing_extensions import NotRequired, TypedDict
+
 StepKind = Literal["non_finite", "spike"]
 
 WINDOW: Final = 64
@@ -32,6 +34,15 @@ PATIENCE: Final = 8
 """Number of consecutive outliers that indicate a new loss level instead of unusual batches."""
 MAD_TO_STD: Final = 1.4826
 """Ratio of standard deviation to median absolute deviation (MAD) for a normal distribution."""
+
+
+class SpikeDetectorState(TypedDict):
+    """State of a ``SpikeDetector``; older checkpoints lack ``stood_out``."""
+
+    losses: list[float]
+    norms: list[float]
+    in_a_row: int
+    stood_out: NotRequired[bool]
 
 
 class SpikeDetector:

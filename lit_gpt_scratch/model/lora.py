@@ -9,11 +9,13 @@ loaded and tied embeddings remain tied. Each adapter adds two parameters to its 
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
+import regex
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -21,6 +23,11 @@ from typing_extensions import override
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
+
+PATTERN_SECONDS: Final = 2
+"""Limit on the time for matching a pattern, which may come from a file, with the names of all layers."""
+MIN_TIMEOUT: Final = 1e-6
+"""Timeout for a name once the limit has been reached; ``regex`` does not accept 0."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class LoRA:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
             raise UserError(
                 f"lora.pattern is {self.pattern}, which is not a valid regular expression ({error}); correct it"
             ) from error
@@ -164,11 +171,17 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     if any(True for _ in _lora_layers(net)):
         raise UserError("the network already has LoRA adapters; call remove_lora first")
     linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
-    chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
+    matching = _find_matching(settings.pattern, [name for name, _ in linears])
+    chosen = [(name, layer) for name, layer in linears if name in matching]
     if not chosen:
         examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # names from the first block only
         there = f"choose among {', '.join(list(examples)[:10])}" if examples else "the network has no linear layers"
         raise UserError(f"lora.pattern is {settings.pattern}, which does not match any linear layer; {there}")
+    largest = max(max(layer.in_features, layer.out_features) for _, layer in chosen)
+    if settings.rank > largest:
+        raise UserError(
+            f"lora.rank is {settings.rank}, but no adapted layer has more than {largest} features; lower the rank"
+        )
     net.requires_grad_(False)
     adapted = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
     for name, layer in chosen:
@@ -255,6 +268,22 @@ def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
             )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)
+
+
+def _find_matching(pattern: str, names: list[str]) -> set[str]:
+    """Return the names that contain a match.
+
+    Raises:
+        UserError: Matching takes too long, because the pattern backtracks.
+    """
+    deadline = time.monotonic() + PATTERN_SECONDS
+    compiled = regex.compile(pattern)
+    try:
+        return {n for n in names if compiled.search(n, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT))}
+    except TimeoutError as error:
+        raise UserError(
+            f"lora.pattern is {pattern[:100]}, which takes over {PATTERN_SECONDS} s to match; simplify it"
+        ) from error
 
 
 def _lora_layers(net: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -58,13 +58,14 @@ def require_model_fits_memory(
     """
     try:
         with torch.device("meta"):  # no memory is allocated
-            one, two = (
-                sum(p.numel() for p in GPT(replace(config, n_layer=n), vocab_size, block_size).parameters())
-                for n in (1, 2)
-            )
-    except (RuntimeError, TypeError) as error:  # a tensor of this size cannot be created
+            nets = [GPT(replace(config, n_layer=n), vocab_size, block_size) for n in (1, 2)]
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # a tensor of this size cannot be created
         raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
-    needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
+    one, two = (sum(p.numel() for p in net.parameters()) for net in nets)
+    tables = sum(buffer.nbytes for buffer in nets[0].buffers())
+    needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one)) + tables * processes  # each process has the tables
     if device.type == "cuda":
         memory: int | None = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -1,6 +1,5 @@
 """Construction of sweep reports from a study, or from the folders of manually started runs."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,7 +153,7 @@ def _finished_runs(path: Path) -> list[Path]:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     try:
         return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"--compare: cannot read {folder / 'config.yaml'}") from error
 
 
@@ -162,8 +161,8 @@ def _read_finished_run(folder: Path, seed: int, metric: str) -> RunResult:
     try:
         run = read_run_result(folder, seed, metric)
         names = logged_metrics(folder)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--compare: cannot read {folder / 'summary.json'}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare: cannot read {folder / 'summary.json'}: {error}") from error
     if metric not in names:
         raise UserError(
             f"--metric: {folder} does not log {metric}{suggest_closest(metric, names)}; it logs {', '.join(names)}"

@@ -1,7 +1,7 @@
 """Results of runs and trials, which are read from run folders, stored in the study and shown in TensorBoard."""
 
-import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from typing_extensions import TypedDict
 
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.sweeps.statistics import Estimate, estimate_mean
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
@@ -134,11 +136,16 @@ def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) ->
 
 
 def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> RunResult:
-    """Read the result of a run from its folder; the state is ``failed`` if the metric is not finite."""
+    """Read the result of a run from its folder; the state is ``failed`` if the metric is not finite.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: ``summary.json`` is damaged.
+    """
     metrics = {}
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        metrics = {name: float(v) for name, v in summary.items() if isinstance(v, int | float)}
+        summary = read_json(folder / "summary.json", dict[str, Any])
+        metrics = {name: float(v) for name, v in summary.items() if _is_number(v)}
         if metric in summary and summary[metric] is None:
             state, reason = "failed", f"{metric} is not finite at the end of the run"
     points = list(read_curve(folder, metric))
@@ -181,8 +188,8 @@ def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
 
 def logged_metrics(folder: Path) -> list[str]:
     """Return the names of the metrics in a run's ``summary.json``."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
+    summary = read_json(folder / "summary.json", dict[str, Any])
+    return [name for name, value in summary.items() if value is None or _is_number(value)]
 
 
 def latest_run_folder(experiment: Path) -> Path | None:
@@ -226,17 +233,43 @@ def _as_number(setting: str | float) -> str | float:
         return setting
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+class RecordedDiagnosis(TypedDict):
+    """Entry of ``doctor.json``."""
+
+    symptom: str
+    cause: str
+    flag: str
+
+
+class RecordedSession(TypedDict, total=False):
+    """Parts of an entry of ``provenance.json`` that are shown in the report."""
+
+    versions: dict[str, str | int | float | bool | None]
+    hardware: dict[str, str | int | float | bool | None]
+    code: dict[str, str | int | float | bool | None]
+
+
+class RecordedSessions(TypedDict):
+    """Content of ``provenance.json``."""
+
+    sessions: list[RecordedSession]
+
+
 def _read_diagnoses(folder: Path) -> list[dict[str, str]]:
     try:
-        diagnoses = json.loads((folder / "doctor.json").read_text(encoding="utf-8"))
+        diagnoses = read_json(folder / "doctor.json", list[RecordedDiagnosis])
     except (OSError, ValueError):
         return []
-    return [{key: diagnosis[key] for key in ("symptom", "cause", "flag")} for diagnosis in diagnoses]
+    return [{"symptom": each["symptom"], "cause": each["cause"], "flag": each["flag"]} for each in diagnoses]
 
 
 def _read_last_session(folder: Path) -> dict[str, Any]:
     try:
-        session = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["sessions"][-1]
-    except (OSError, ValueError, LookupError):
+        sessions = read_json(folder / "provenance.json", RecordedSessions)["sessions"]
+    except (OSError, ValueError):
         return {}
-    return {key: session[key] for key in ("versions", "hardware", "code") if key in session}
+    return {key: value for key, value in (sessions or [{}])[-1].items() if key in RecordedSession.__annotations__}

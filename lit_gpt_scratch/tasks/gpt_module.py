@@ -27,6 +27,7 @@ from lit_gpt_scratch.checkpoint.metadata import (
     require_same_model,
     require_same_tokenizer,
 )
+from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
@@ -40,6 +41,7 @@ from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
 from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
+from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 
 log = logging.getLogger(__name__)
@@ -348,6 +350,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer and the learning-rate scheduler, which is stepped after every optimizer step."""
         optimizer = self.optimizer.build(self.trained_module)
+        optimizer.register_load_state_dict_pre_hook(validate_optimizer_state)
         self.configured_groups = [dict(group) for group in optimizer.param_groups]
         """Parameter groups as configured, independent of the optimizer state in a checkpoint."""
         self.ema.attach(optimizer, lambda: self.trainer.global_step)
@@ -539,6 +542,7 @@ class GPTModule(L.LightningModule):
             UserError: The model in the checkpoint has a different shape or tokenizer.
         """
         if "loops" in checkpoint:
+            validate_training_state(checkpoint)
             progress = checkpoint["loops"]["fit_loop"]
             normalize_progress(progress)
             if BATCH_LAYOUT_KEY in checkpoint:

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final
+
+from typing_extensions import NotRequired, TypedDict
 
 from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
 from lit_gpt_scratch.text.document import RejectedDocument
@@ -158,7 +160,27 @@ def _hash_id(id_: str) -> int:
     return int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
-def format_step_table(audit: dict[str, Any]) -> str:
+class StoredStep(TypedDict):
+    """Entry of ``steps`` in ``audit.json``; see ``StepCounts``."""
+
+    name: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+    tokens_in: NotRequired[int]
+    tokens_out: NotRequired[int]
+    rejected: dict[str, int]
+
+
+class StoredAudit(TypedDict):
+    """Part of ``audit.json`` that is printed."""
+
+    steps: list[StoredStep]
+    tokens: str
+
+
+def format_step_table(audit: Mapping[str, Any]) -> str:
     """Format the steps of an audit as a Markdown table."""
     rows = [["step", "documents in", "out", "bytes in", "out", "tokens in", "out", "rejected"]]
     for step in audit["steps"]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text import hub
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
 from lit_gpt_scratch.text.cleaning import CleaningStep, DecontaminationStep, Length, validate_steps
@@ -37,6 +38,8 @@ SplitName = Literal["train", "validation"]
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation")
 CORPUS_FORMAT: Final = 2
 CLEANED_FILE: Final = "cleaned.parquet"
+MAX_SAMPLE_BYTES: Final = 2**28
+"""Maximum size of ``sample.json``, which contains a few versions of a few megabytes of text."""
 SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
     "ef71f33303efd7d9": Leakage,
@@ -68,10 +71,11 @@ class CleanedCorpus:
             UserError: The folder does not contain a usable corpus.
         """
         try:
-            metadata = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-            audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-            return cls(folder, metadata["fingerprint"], metadata["n_bytes"], audit)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            metadata = read_json(folder / "corpus.json", dict[str, Any])
+            audit = read_json(folder / "audit.json", dict[str, Any])
+            fingerprint = validate(metadata.get("fingerprint"), str, "fingerprint")
+            return cls(folder, fingerprint, validate(metadata.get("n_bytes"), int, "n_bytes"), audit)
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
@@ -88,8 +92,7 @@ class CleanedCorpus:
     @property
     def sample(self) -> list[list[str]]:
         """Sampled texts used to estimate token counts; see ``CleaningReport.sample``."""
-        sample: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
-        return sample
+        return read_json(self.folder / "sample.json", list[list[str]], MAX_SAMPLE_BYTES)
 
 
 @dataclass(frozen=True)

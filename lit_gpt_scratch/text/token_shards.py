@@ -7,6 +7,7 @@ uint64, contains the position of this end-of-text token and the number of bytes 
 
 import hashlib
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import validate
 from lit_gpt_scratch.text.atomic_files import atomic_file
 
 TokenIds = NDArray[np.unsignedinteger[Any]]
@@ -44,6 +46,12 @@ def require_file_size(path: str, size: int) -> None:
                 f"{path} has {found:,} bytes instead of {size:,}: it was changed while it was in use; prepare the "
                 "text again, and resume the run"
             )
+
+
+MANIFEST_FILE: Final = "store.json"
+REBUILD_HINT: Final = "delete the folder and prepare the corpus again"
+NPY_ERRORS: Final = (OSError, ValueError, TypeError, ArithmeticError, SyntaxError, MemoryError, RecursionError)
+"""Exceptions of numpy for a damaged file; it evaluates the header as a Python literal."""
 
 
 class PicklableMemmaps:
@@ -77,6 +85,28 @@ class TokenShard(PicklableMemmaps):
     largest: int
     sizes: dict[ShardPart, int]
     sha256: dict[ShardPart, str]
+
+    @classmethod
+    def from_metadata(cls, folder: Path, metadata: Any, name: str) -> "TokenShard":
+        """Build a shard from its ``metadata`` in a JSON file.
+
+        Args:
+            folder: Folder that contains the files.
+            metadata: The shard's ``metadata``, as parsed.
+            name: Name of the metadata in the JSON file, for error messages.
+
+        Raises:
+            ValueError: The metadata is invalid.
+        """
+        values = validate(metadata, dict[str, Any], name)
+        shard = validate({"folder": str(folder), **values}, cls, name)
+        if not re.fullmatch(r"[\w-]+", shard.name):
+            raise ValueError(f"{name}.name is not the name of a file in the folder")
+        if min(shard.n_tokens, shard.n_bytes, shard.n_documents, shard.largest) < 0:
+            raise ValueError(f"{name} has a negative number")
+        if not shard.sizes.keys() == shard.sha256.keys() == set(SHARD_PARTS):
+            raise ValueError(f"{name} does not describe the files {' and '.join(SHARD_PARTS)}")
+        return shard
 
     @classmethod
     def write(cls, folder: Path, name: str, tokens: TokenIds, documents: NDArray[np.uint64]) -> "TokenShard":
@@ -117,11 +147,43 @@ class TokenShard(PicklableMemmaps):
 
     @cached_property
     def _tokens(self) -> TokenIds:
-        return np.asarray(np.load(self.path("tokens"), mmap_mode="r"))
+        found: TokenIds = self._map("tokens", (self.n_tokens,), (np.uint16, np.uint32))
+        return found
 
     @cached_property
     def _documents(self) -> NDArray[np.uint64]:
-        return np.asarray(np.load(self.path("documents"), mmap_mode="r"))
+        found: NDArray[np.uint64] = self._map("documents", (self.n_documents, 2), (np.uint64,))
+        return found
+
+    def _map(self, part: ShardPart, shape: tuple[int, ...], dtypes: tuple[type[np.unsignedinteger[Any]], ...]) -> Any:
+        """Memory-map a file.
+
+        Raises:
+            UserError: The file is not an array with this shape and one of these dtypes.
+        """
+        try:
+            found = np.asarray(np.lib.format.open_memmap(self.path(part), mode="r"))
+        except NPY_ERRORS as error:
+            problem = f"is not an array ({' '.join(str(error).split())[:100]})"
+        else:
+            if found.shape == shape and found.dtype in dtypes and found.flags.c_contiguous:
+                return found
+            problem = f"contains {found.dtype} {found.shape}, but {MANIFEST_FILE} says {shape}"
+        raise UserError(f"{self.path(part)} {problem}; {REBUILD_HINT}")
+
+    def validate_content(self) -> None:
+        """Check the contents of both files against the attributes; this reads the files completely.
+
+        Raises:
+            UserError: The positions of the documents, the number of bytes or the largest token id is wrong.
+        """
+        starts, sizes = self.documents[:, 0], self.documents[:, 1]
+        # As Python integers or in order: sums and differences of unsigned integers wrap around.
+        ordered = bool((starts[1:] > starts[:-1]).all()) and (not len(starts) or int(starts[-1]) < self.n_tokens)
+        if not ordered or (len(starts) and starts[0] != 0) or sum(sizes.tolist()) != self.n_bytes:
+            raise UserError(f"{self.path('documents')} does not describe the tokens of its shard; {REBUILD_HINT}")
+        if self.n_tokens and int(self.tokens.max()) != self.largest:
+            raise UserError(f"{self.path('tokens')} contains other token ids than {MANIFEST_FILE} says; {REBUILD_HINT}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, SplitName
 from lit_gpt_scratch.text.parquet_io import read_parquet_documents, row_group_sizes
@@ -108,9 +109,11 @@ def _make_jobs(corpus: CleanedCorpus, split: SplitName, folder: Path, threads: i
 def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) -> TokenShard:
     """Return the existing shard if it is complete and its checksums match; otherwise write it."""
     if job.marker.exists():
-        shard = TokenShard(folder=str(job.folder), **json.loads(job.marker.read_text(encoding="utf-8")))
-        with suppress(OSError, ValueError):  # a file is missing or empty
-            if all(sha256_file(shard.path(part)) == shard.sha256[part] for part in SHARD_PARTS):
+        with suppress(OSError, ValueError):  # a file is missing, empty or damaged
+            shard = TokenShard.from_metadata(job.folder, read_json(job.marker, dict[str, Any]), job.marker.name)
+            if shard.name == job.name and all(
+                sha256_file(shard.path(part)) == shard.sha256[part] for part in SHARD_PARTS
+            ):
                 return shard
     tokenizer = _load_tokenizer(job.folder / TOKENIZER_FILE)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")

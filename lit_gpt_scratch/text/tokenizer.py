@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.text_bytes import share_bytes
 from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_tokenizer
+from lit_gpt_scratch.text.tokenizer_validation import validate_tokenizer_json
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """Names of the end-of-text token in various tokenizer families, in order of preference."""
@@ -28,6 +30,8 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXTS: Final = (" A  b\r\n\tÇé…ﬁ 東京 🎉", "e\u0301 , b's \n")
 """Test strings, of which encoding and decoding change at least one if the tokenizer normalizes text, adds or removes
 white space, or has no byte fallback."""
+MAX_ID_RATIO: Final = 16
+"""Maximum ratio of the largest token id to the number of tokens; lists have an entry for each id."""
 
 
 class Tokenizer:
@@ -54,6 +58,9 @@ class Tokenizer:
             raise UserError(
                 f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its file, or train a new tokenizer"
             )
+        ids = backend.get_vocab().values()
+        if max(ids) > MAX_ID_RATIO * len(ids):
+            raise UserError(f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}; renumber them")
         # Special tokens in documents are encoded as ordinary text, so that "<|endoftext|>" does not end a document.
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -105,11 +112,14 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
-        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include ``start_of_text``."""
-        try:
+        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include ``start_of_text``.
+
+        Raises:
+            UserError: The content is not a tokenizer, or could hang or crash this process.
+        """
+        validate_tokenizer_json(text)
+        with _library_errors("the content is not a valid tokenizer"):
             backend = Backend.from_str(text)
-        except Exception as error:  # ``tokenizers`` raises plain Exception
-            raise UserError(f"the content is not a valid tokenizer: {error}") from error
         return cls(backend, start_of_text)
 
     def to_json(self) -> str:
@@ -124,7 +134,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a string, without an end-of-text token."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with _library_errors("the tokenizer cannot encode the text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_many(
@@ -138,7 +149,8 @@ class Tokenizer:
                 ids; the check takes about a second.
             threads: Number of threads of the fast encoder; if None, the default of ``ThreadPoolExecutor``.
         """
-        return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
+        with _library_errors("the tokenizer cannot encode the text"):
+            yield from fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
 
     @cached_property
     def _fast_encoding(self) -> tiktoken.Encoding | None:
@@ -243,7 +255,9 @@ class Tokenizer:
 
     def _special_tokens_in_text(self) -> list[str]:
         """Return the names of special tokens, except the unknown token, that are the result of encoding a text."""
-        special = {id_: entry.content for id_, entry in self._backend.get_added_tokens_decoder().items() if entry.special}
+        special = {
+            id_: entry.content for id_, entry in self._backend.get_added_tokens_decoder().items() if entry.special
+        }
         found = {
             id_: name
             for id_, name in special.items()
@@ -279,14 +293,21 @@ def _decoded_byte_counter(backend: Backend) -> Callable[[str], int]:
     return count_decoded
 
 
+@contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """Convert the errors of ``tokenizers``, which are plain Exceptions and panics, to ``UserError``."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{problem}: {error}") from error
+
+
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:
     """Load GPT-2's tokenizer from its vocabulary and merges files."""
-    try:
+    with _library_errors(f"{vocabulary.name} and {merges.name} are not GPT-2's vocabulary and merges"):
         backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # ``tokenizers`` raises plain Exception
-        raise UserError(
-            f"{vocabulary.name} and {merges.name} are not GPT-2's vocabulary and merges: {error}"
-        ) from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TEXT])

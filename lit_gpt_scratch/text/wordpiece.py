@@ -108,9 +108,7 @@ class _PairCounts:
     def _count_pairs(self, pieces: Int64Array, word: Int64Array, changed: NDArray[np.bool_], sign: int) -> None:
         """Add or subtract the pairs that contain a changed piece; all arrays are (n,)."""
         at = np.flatnonzero((changed[:-1] | changed[1:]) & (word[:-1] == word[1:]))
-        keys, first, pair = np.unique(
-            pieces[at] * MAX_PIECES + pieces[at + 1], return_index=True, return_inverse=True
-        )
+        keys, first, pair = np.unique(pieces[at] * MAX_PIECES + pieces[at + 1], return_index=True, return_inverse=True)
         by_pair = np.split(word[at][np.argsort(pair, kind="stable")], np.cumsum(np.bincount(pair))[:-1])
         ids = np.zeros(len(keys), np.int64)
         for index in np.argsort(first).tolist():  # new pairs are numbered by their first occurrence

@@ -195,7 +195,11 @@ def test_validation_of_one_document_matches_evaluate(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bits_per_byte_is_by_the_bytes_of_the_text(
-    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path, form: str
+    trainer: Build,
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    tmp_path: Path,
+    form: str,
 ) -> None:
     """The validation metric, ``evaluate`` and a computation by hand agree, also if the tokenizer loses text."""
     build_tokenizer(form).save(tmp_path / "tokenizer.json")

@@ -34,7 +34,16 @@ def random_text(rng: random.Random) -> str:
 def test_ids_are_the_same(backend: Backend, texts: list[str]) -> None:
     proven, rng = fast_encoder.build_tiktoken_encoding(backend), random.Random(0)
     assert proven is not None
-    odd = ["", "a" * 3000, " " * 3000, "ab" * 700 + " c", "<|endoftext|> <|user|>", "\r\n \n\t", "don't 12,5 x", "^\x1c" * 900]
+    odd = [
+        "",
+        "a" * 3000,
+        " " * 3000,
+        "ab" * 700 + " c",
+        "<|endoftext|> <|user|>",
+        "\r\n \n\t",
+        "don't 12,5 x",
+        "^\x1c" * 900,
+    ]
     corpus = [*texts, *(random_text(rng) for _ in range(10_000)), *odd]
     ours, theirs = (fast_encoder.encode_batch(backend, encoding, corpus) for encoding in (proven, None))
     assert all(a.tolist() == b.tolist() for a, b in zip(ours, theirs, strict=True))

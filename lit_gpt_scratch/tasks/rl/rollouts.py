@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, PADDING_MULTIPLE, BatchLayout
+from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.losses.rl import kl_k1
 from lit_gpt_scratch.model import GPT
+
+
+class SavedRollouts(TypedDict):
+    """State of ``Rollouts`` in a checkpoint."""
+
+    phase: int
+    coefficient: float
+    figures: dict[str, float]
+    rows: dict[str, Tensor]
 
 
 @dataclass
@@ -41,8 +52,9 @@ class Rollouts:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Rollouts":
         """Create rollouts from the output of ``state_dict``."""
-        rows = {name: row.to(device) for name, row in state["rows"].items()}
-        return cls(state["phase"], state["coefficient"], state["figures"], rows)
+        saved = validate_callback_state(state, SavedRollouts, "rollouts")
+        rows = {name: row.to(device) for name, row in saved["rows"].items()}
+        return cls(saved["phase"], saved["coefficient"], saved["figures"], rows)
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
         """Return the rows at ``indices``, (B,), as (B, T) and (B,) tensors trimmed to the longest row."""

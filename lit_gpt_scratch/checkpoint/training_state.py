@@ -1,0 +1,176 @@
+"""Types of the training state in a checkpoint, which is validated before a run is resumed from it."""
+
+from collections.abc import Iterator
+from typing import Any, Final, TypeVar
+
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import NotRequired, TypedDict
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import describe, validate
+
+T = TypeVar("T")
+
+
+class ReadyCounts(TypedDict):
+    """Counts of optimizer or scheduler steps."""
+
+    ready: int
+    completed: int
+
+
+class ProcessedCounts(TypedDict):
+    """Counts of batches or epochs."""
+
+    ready: int
+    started: int
+    processed: int
+    completed: int
+
+
+class StepProgress(TypedDict):
+    """Steps in the current epoch, and in the whole run."""
+
+    current: ReadyCounts
+    total: ReadyCounts
+
+
+class LoopProgress(TypedDict):
+    """Batches or epochs in the current loop, and in the whole run."""
+
+    current: ProcessedCounts
+    total: ProcessedCounts
+
+
+class BatchLoopProgress(LoopProgress):
+    """Progress of a loop over batches."""
+
+    is_last_batch: bool
+
+
+class OptimizerProgress(TypedDict):
+    """Progress of Lightning's automatic optimization."""
+
+    optimizer: dict[str, StepProgress]
+
+
+class SavedOptimizer(TypedDict):
+    """State dict of an optimizer."""
+
+    state: dict[Any, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class SavedSchedule(TypedDict):
+    """State dict of a ``LambdaLR``."""
+
+    base_lrs: list[float]
+    last_epoch: int
+    _step_count: int
+    _last_lr: list[float]
+    lr_lambdas: list[Any]
+
+
+class SavedLayout(TypedDict):
+    """Fields of a ``BatchLayout``."""
+
+    batch_size: int
+    replicas: int
+    accumulate: int
+
+
+FitLoopState = TypedDict(
+    "FitLoopState",
+    {
+        "epoch_progress": LoopProgress,
+        "epoch_loop.state_dict": dict[str, Any],
+        "epoch_loop.batch_progress": BatchLoopProgress,
+        "epoch_loop.scheduler_progress": StepProgress,
+        "epoch_loop.automatic_optimization.optim_progress": OptimizerProgress,
+        "epoch_loop.val_loop.batch_progress": BatchLoopProgress,
+    },
+)
+
+
+class LoopStates(TypedDict):
+    """Progress of the loops of a Trainer."""
+
+    fit_loop: FitLoopState
+
+
+class TrainingState(TypedDict):
+    """Content of a Trainer's checkpoint, in addition to the weights."""
+
+    epoch: int
+    global_step: int
+    loops: LoopStates
+    callbacks: dict[str, Any]
+    optimizer_states: list[SavedOptimizer]
+    lr_schedulers: list[SavedSchedule]
+    layout: NotRequired[SavedLayout]
+
+
+DAMAGED: Final = "resume from another checkpoint"
+
+
+def validate_training_state(checkpoint: dict[str, Any]) -> None:
+    """Check the types of the training state in a Trainer's checkpoint.
+
+    The states of callbacks are not checked; each callback checks its own with ``validate_callback_state``.
+
+    Raises:
+        UserError: A part is missing or has another type, or a count is negative.
+    """
+    try:
+        state = validate(checkpoint, TrainingState, "checkpoint")
+        if any(count < 0 for count in (state["epoch"], state["global_step"], *_find_counts(state["loops"]))):
+            raise ValueError("it contains a negative count")
+        layout: dict[str, Any] = {**state.get("layout", {})}
+        if layout and (layout.keys() != SavedLayout.__annotations__.keys() or min(layout.values()) < 1):
+            raise ValueError("checkpoint.layout is not a batch layout")
+        for schedule in state["lr_schedulers"]:
+            if replaced := [name for name in schedule if hasattr(LambdaLR, name)]:
+                raise ValueError(f"checkpoint.lr_schedulers contains the method {replaced[0]}")
+    except ValueError as error:
+        raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error
+
+
+def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
+    """Return the state of a callback after checking its type; see ``schema.validate``.
+
+    Raises:
+        UserError: The state has another type.
+    """
+    try:
+        return validate(state, hint, f"callbacks.{name}")
+    except ValueError as error:
+        raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error
+
+
+def validate_like(saved: Any, fresh: Any, name: str) -> None:
+    """Check that the saved state of an object has the keys and the types of numbers of its current state.
+
+    Args:
+        saved: State in a checkpoint.
+        fresh: State of the same kind of object.
+        name: Name of the state for the error message.
+
+    Raises:
+        UserError: A key is missing, or a number has another type.
+    """
+    if isinstance(fresh, dict):
+        if not isinstance(saved, dict) or not fresh.keys() <= saved.keys():
+            raise UserError(f"the training state is damaged ({name} does not have its keys); {DAMAGED}")
+        for key in fresh:
+            validate_like(saved[key], fresh[key], f"{name}.{key}")
+    elif isinstance(fresh, bool | int | float) and not isinstance(saved, bool | int | float):
+        raise UserError(f"the training state is damaged ({name} is {describe(saved)}); {DAMAGED}")
+
+
+def _find_counts(loops: Any) -> Iterator[int]:
+    """Yield all integers in nested mappings."""
+    for value in loops.values():
+        if isinstance(value, dict):
+            yield from _find_counts(value)
+        elif isinstance(value, int):
+            yield value

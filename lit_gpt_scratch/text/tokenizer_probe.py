@@ -1,0 +1,114 @@
+"""Script that tries a tokenizer from another source: ``python tokenizer_probe.py SECONDS BYTES < tokenizer.json``.
+
+A tokenizer file may contain regular expressions that take exponential time, replacements that multiply the text, and
+values for which the Rust library panics or aborts. Only this process is affected, which limits its time and memory. It
+prints a line that says what is wrong, or nothing if the tokenizer can be used. It imports nothing from the package, so
+that it starts in a tenth of a second.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+RUN_LENGTH: Final = 2**13
+"""Number of repetitions in a sample. Backtracking in time cubic in the length of the text exceeds the limit."""
+MAX_UNITS: Final = 30
+"""Maximum number of characters, and of words, from the patterns that are tried."""
+MAX_WORD: Final = 32
+"""Maximum length of such a word."""
+MAX_GROWTH: Final = 20
+"""Maximum ratio of the length of a text after normalizing, or after decoding, to its length before."""
+CHARACTERS: Final = "aA0 \n\t.,_-'é東\u0301"
+"""One character of each class that patterns distinguish."""
+N_DECODED: Final = 1000
+"""Number of tokens that are decoded one by one."""
+
+
+def main() -> None:
+    """Read a tokenizer from standard input, and print a line if it cannot be used.
+
+    The arguments of the script are the limits on the CPU time and the address space of the process.
+    """
+    from tokenizers import Tokenizer
+
+    content = sys.stdin.buffer.read().decode()
+    _limit_resources(*map(int, sys.argv[1:]))
+    try:
+        tokenizer = Tokenizer.from_str(content)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        problem = _try_samples(tokenizer, json.loads(content))
+        tokenizer.encode("", add_special_tokens=True)
+    except BaseException as error:  # a panic in Rust is not an Exception
+        problem = " ".join(str(error).split())[:200]
+    if problem:
+        print(problem)
+
+
+def _try_samples(tokenizer: Any, spec: Any) -> str:
+    for sample in make_samples(spec):
+        if tokenizer.normalizer is not None:
+            normalized = tokenizer.normalizer.normalize_str(sample)
+            if len(normalized) > MAX_GROWTH * (len(sample) + MAX_GROWTH):
+                return f"its normalizer turns {len(sample):,} characters into {len(normalized):,}"
+        try:
+            encoded = tokenizer.encode(sample, add_special_tokens=False)
+        except Exception:  # the text has unknown characters, and the vocabulary has no unknown token
+            continue
+        length = sum(map(len, encoded.tokens))
+        if len(decoded := tokenizer.decode(encoded.ids)) > MAX_GROWTH * (length + MAX_GROWTH):
+            return f"its decoder turns {length:,} characters into {len(decoded):,}"
+    for token, token_id in list(tokenizer.get_vocab().items())[:N_DECODED]:
+        if len(tokenizer.decode([token_id])) > MAX_GROWTH * (len(token) + MAX_GROWTH):
+            return "its decoder multiplies the text"
+    return ""
+
+
+def make_samples(spec: Any) -> Iterator[str]:
+    """Yield texts for which the patterns in a tokenizer file may backtrack, and its replacements multiply the text.
+
+    These are long runs of a character, or of a word in a pattern. They end with characters that few patterns expect,
+    followed by all characters in the patterns, because a search fails at once if a required character is missing.
+    """
+    patterns = list(dict.fromkeys(_find_patterns(spec)))
+    literals = list(dict.fromkeys("".join(patterns)))
+    words = [
+        word for pattern in patterns for word in (pattern, *re.findall(r"\w{2,}", pattern)) if len(word) < MAX_WORD
+    ]
+    end = "\0\n" + "".join(literals)
+    for unit in dict.fromkeys([*CHARACTERS, "ab", "a1", "a ", *literals[:MAX_UNITS], *words[:MAX_UNITS]]):
+        if unit:
+            yield unit * (RUN_LENGTH // len(unit) + 1) + end
+
+
+def _find_patterns(spec: Any) -> Iterator[str]:
+    """Yield the strings and regular expressions in the ``pattern`` fields of the components of a tokenizer file."""
+    if isinstance(spec, dict):
+        for key, value in spec.items():
+            if key in ("String", "Regex", "pattern") and isinstance(value, str):
+                yield value
+            elif key not in ("vocab", "merges"):
+                yield from _find_patterns(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _find_patterns(value)
+
+
+def _limit_resources(seconds: int, memory: int) -> None:
+    """Limit CPU time and memory, where the platform supports it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    for limit, value in ((resource.RLIMIT_CPU, int(used) + seconds), (resource.RLIMIT_AS, memory)):
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Check that a ``tokenizer.json`` from another source can be used without hanging, exhausting memory or a panic."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import parse_json, validate
+
+PROBE: Final = Path(__file__).with_name("tokenizer_probe.py")
+PROBE_SECONDS: Final = 2
+"""Limit on the CPU time of the probe in seconds."""
+PROBE_MEMORY: Final = 3 * 2**29
+"""Limit on the address space of the probe in bytes; a tokenizer of 256,000 tokens requires a third of it."""
+PROBE_TIMEOUT: Final = 60
+"""Limit on the run time of the probe in seconds, which is longer than its CPU time if the machine is busy."""
+MAX_BYTES: Final = 2**27
+"""Maximum size of a ``tokenizer.json``."""
+MAX_REPLACEMENT: Final = 100
+"""Maximum number of characters of a string that replaces another, or is inserted, in a normalizer or decoder."""
+MAX_COMPONENTS: Final = 8
+"""Maximum number of components in a tokenizer that is used without a probe."""
+LINEAR_PATTERN: Final = r"(\.|\\[sSdDwW]|\[(\\[sSdDwW]|[^\[\]\\])*\])(\{\d+(,\d+)?\}|[+*?])?"
+"""Pattern of a regular expression that consists of one repeated character class and therefore takes linear time."""
+PLAIN_COMPONENTS: Final = {
+    "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "BertNormalizer", "Prepend"},
+    "pre_tokenizer": {
+        "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Punctuation", "Digits",
+    },
+    "post_processor": {"ByteLevel"},
+    "decoder": {"ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Fuse", "ByteFallback"},
+}  # fmt: skip
+"""Types of components that take linear time whatever their settings, and do not multiply the text."""
+PLAIN_MODELS: Final = ("BPE", "WordPiece", "WordLevel", "Unigram")
+
+_valid: set[str] = set()
+"""SHA-256 digests of the tokenizers that this process has validated."""
+
+
+def validate_tokenizer_json(text: str) -> None:
+    """Check the content of a ``tokenizer.json`` before ``tokenizers`` loads it in this process.
+
+    A tokenizer made of components that cannot do harm, like those that this package trains, is accepted at once. Any
+    other is tried in another process, with limits on time and memory. Trying finds patterns that take exponential or
+    cubic time on a run of characters; patterns that take quadratic time are accepted.
+
+    Raises:
+        UserError: The content is not a tokenizer, or cannot be used.
+    """
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    if digest in _valid:
+        return
+    try:
+        spec = parse_json(text, dict[str, Any], MAX_BYTES)
+        model = validate(spec.get("model"), dict[str, Any], "model")
+    except ValueError as error:
+        raise UserError(f"the content is not a valid tokenizer: {error}") from error
+    components = [(kind, part) for kind in PLAIN_COMPONENTS for part in _list_components(spec.get(kind))]
+    for _, part in components:
+        for name in ("content", "prepend"):
+            if isinstance(inserted := part.get(name), str) and len(inserted) > MAX_REPLACEMENT:
+                raise UserError(f"the content is not a valid tokenizer: it inserts {len(inserted):,} characters")
+    plain = len(components) <= MAX_COMPONENTS and all(_is_plain(kind, part) for kind, part in components)
+    if not plain or not _is_plain_model(model) or spec.get("padding") or spec.get("truncation"):
+        _probe(text)
+    _valid.add(digest)
+
+
+def _probe(text: str) -> None:
+    """Try a tokenizer in another process.
+
+    Raises:
+        UserError: The tokenizer cannot be used, or the process exceeded its limits.
+    """
+    # Rust prints a panic, with its stack, to standard error.
+    command = [sys.executable, str(PROBE), str(PROBE_SECONDS), str(PROBE_MEMORY)]
+    try:
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PROBE_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        raise UserError(
+            "encoding and decoding short texts with the tokenizer takes too much time or memory, because of a pattern "
+            "that backtracks or a replacement that multiplies the text; use another tokenizer"
+        )
+    if problem := done.stdout.decode(errors="replace").strip():
+        raise UserError(f"the content is not a valid tokenizer: {problem}")
+
+
+def _list_components(component: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a component, which may be a sequence of components; anything that is not one is skipped."""
+    if isinstance(component, dict) and component.get("type") == "Sequence":
+        for parts in component.values():
+            for part in parts if isinstance(parts, list) else ():
+                yield from _list_components(part)
+    elif component is not None:
+        yield component if isinstance(component, dict) else {}
+
+
+def _is_plain(kind: str, part: dict[str, Any]) -> bool:
+    """Return whether a component takes linear time, and does not multiply the text."""
+    if part.get("type") in ("Split", "Replace"):
+        pattern, content = part.get("pattern"), part.get("content", "")
+        if isinstance(pattern, dict) and isinstance(content, str):
+            string, regex = pattern.get("String"), pattern.get("Regex")
+            if isinstance(string, str):
+                return bool(string) and len(content) <= len(string)
+            return isinstance(regex, str) and not content and bool(re.fullmatch(LINEAR_PATTERN, regex))
+    return isinstance(part.get("type"), str) and part["type"] in PLAIN_COMPONENTS[kind]
+
+
+def _is_plain_model(model: dict[str, Any]) -> bool:
+    unknown, vocabulary = model.get("unk_token"), model.get("vocab")
+    has_unknown = unknown is None or (
+        isinstance(unknown, str) and isinstance(vocabulary, dict) and unknown in vocabulary
+    )
+    return model.get("type") in PLAIN_MODELS and has_unknown and not model.get("dropout")

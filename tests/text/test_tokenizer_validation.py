@@ -1,0 +1,200 @@
+"""Hostile tokenizer files: one error, in seconds, without a message of the Rust library."""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import tokenizer_validation
+from lit_gpt_scratch.text.tokenizer import GPT2_FILES, Tokenizer
+from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
+from tests.conftest import sentences
+from tests.mutations import DEPTH, mutate_bytes, mutate_json, nested_json
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+TEMPLATE = {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [],
+    "special_tokens": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Tokenizer]:
+    return {kind: Tokenizer.train([sentences(seed) for seed in range(3)], 600, kind) for kind in TOKENIZER_KINDS}
+
+
+def changed(tokenizer: Tokenizer, **parts: Any) -> str:
+    return json.dumps(json.loads(tokenizer.to_json()) | parts)
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(kind: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(parts)}
+
+
+def replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": split("(a+)+$")},
+        {"pre_tokenizer": split("(a|a)*b")},
+        {"pre_tokenizer": split(r"(.*)*x")},
+        {"pre_tokenizer": split(r"(\w+\s?)*;")},
+        {"pre_tokenizer": split(r"\s*\s*\s*\s*q")},
+        {"pre_tokenizer": split(r"(foo|foofoo)*bar")},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z]+)*[0-9]"}, "content": ""}},
+        {"normalizer": replace(" ", "x" * 1_000_000)},
+        {"normalizer": sequence("normalizers", *[replace("a", "aa")] * 40)},
+        {"normalizer": sequence("normalizers", *[replace("zq", "zqzqzq")] * 12)},
+        {"normalizer": sequence("normalizers", *[{"type": "ByteLevel"}] * 30)},
+        {"decoder": sequence("decoders", *[replace("a", "aa")] * 40)},
+        {"decoder": replace("a", "x" * 1_000_000)},
+        # These panic in the library.
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"post_processor": TEMPLATE},
+        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 10**9}},
+    ],
+)  # fmt: skip
+def test_hostile_tokenizer_is_refused(
+    trained: dict[str, Tokenizer],
+    parts: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer_validation, "PROBE_SECONDS", 1)
+    began = time.process_time()
+    with pytest.raises(UserError) as refused:
+        Tokenizer.from_json(changed(trained["bpe"], **parts))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
+    assert "panicked" not in capfd.readouterr().err
+    assert time.process_time() - began < 5
+
+
+def test_token_ids_far_beyond_the_vocabulary_are_refused(trained: dict[str, Tokenizer]) -> None:
+    """Lists have an entry for each id: four billion entries would take 32 GB."""
+    spec = json.loads(trained["bpe"].to_json())
+    spec["model"]["vocab"]["zz"] = 2**32 - 1
+    with pytest.raises(UserError, match="but ids up to 4,294,967,295"):
+        Tokenizer.from_json(json.dumps(spec))
+
+
+def test_repeated_keys_cannot_hide_a_component(trained: dict[str, Tokenizer]) -> None:
+    """Python keeps the last of two equal keys, while ``tokenizers`` keeps a component that a later null follows."""
+    hidden = json.dumps({"pre_tokenizer": split("(a+)+$")})[1:-1]
+    with pytest.raises(UserError, match="same key twice"):
+        Tokenizer.from_json(f"{{{hidden}, {changed(trained['bpe'], pre_tokenizer=None)[1:]}")
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZER_KINDS))
+def test_own_tokenizers_need_no_probe(
+    trained: dict[str, Tokenizer], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_validation, "_probe", lambda text: pytest.fail("started a process"))
+    monkeypatch.setattr(tokenizer_validation, "_valid", set())
+    loaded = Tokenizer.from_json(trained[kind].to_json())
+    assert loaded.encode(sentences(7)) == trained[kind].encode(sentences(7))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False),
+        ])),
+        lambda b: setattr(b, "normalizer", normalizers.Sequence([
+            normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFKC(),
+        ])),
+        lambda b: setattr(b, "decoder", decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+        ])),
+        lambda b: setattr(b, "normalizer", normalizers.Replace(Regex(" {2,}"), "▁")),
+    ],
+    ids=["llama 3", "llama 2", "llama 2 decoder", "collapsed spaces"],
+)  # fmt: skip
+def test_components_of_published_tokenizers_are_accepted(
+    trained: dict[str, Tokenizer], change: Callable[[Backend], None]
+) -> None:
+    backend = Backend.from_str(trained["bpe"].to_json())
+    change(backend)
+    assert Tokenizer.from_json(backend.to_str()).vocab_size == trained["bpe"].vocab_size
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_a_user_error(trained: dict[str, Tokenizer]) -> None:
+    spec = json.loads(trained["char"].to_json())
+    spec["model"]["unk_token"] = "absent"
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    for encode in (tokenizer.encode, lambda text: list(tokenizer.encode_many([text]))):
+        with pytest.raises(UserError, match="cannot encode the text"):
+            encode("東")
+
+
+def try_to_load(text: str) -> None:
+    """Load a damaged tokenizer, and use it if it can be loaded; anything but a UserError fails."""
+    began = time.monotonic()
+    with suppress(UserError):
+        tokenizer = Tokenizer.from_json(text)
+        tokenizer.decode(tokenizer.encode(sentences(0, 3)))
+        tokenizer.token_bytes()
+    assert time.monotonic() - began < 30
+
+
+def fuzz(trained: dict[str, Tokenizer], seeds: range) -> None:
+    # Half of the mutations are of a tokenizer with many settings and a small vocabulary.
+    small = json.loads(Tokenizer.train(["a b"], 300, "byte").to_json())
+    small |= {
+        "normalizer": sequence("normalizers", replace("x", "y"), {"type": "Strip", "strip_left": True,
+                                                                  "strip_right": False}),
+        "decoder": sequence("decoders", replace("y", "x"), {"type": "ByteLevel", "add_prefix_space": True,
+                                                            "trim_offsets": True, "use_regex": True}),
+    }  # fmt: skip
+    for seed in seeds:
+        rng = random.Random(seed)
+        spec = small if seed % 2 else json.loads(trained[rng.choice(sorted(trained))].to_json())
+        if seed % 10 < 8:
+            try_to_load(json.dumps(mutate_json(spec, rng)))
+        else:
+            try_to_load(mutate_bytes(json.dumps(spec).encode(), rng).decode(errors="replace"))
+
+
+def test_damaged_tokenizers(trained: dict[str, Tokenizer]) -> None:
+    fuzz(trained, range(50))
+    try_to_load(nested_json())
+    try_to_load('{"model": ' * DEPTH)
+
+
+@pytest.mark.slow
+def test_many_damaged_tokenizers(trained: dict[str, Tokenizer]) -> None:
+    fuzz(trained, range(50, 550))
+
+
+@pytest.mark.parametrize("name", GPT2_FILES[1])
+def test_damaged_gpt2_files(tmp_path: Path, name: str) -> None:
+    vocabulary = {character: id_ for id_, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    files = {"vocab.json": json.dumps(vocabulary | {"ab": 256}).encode(), "merges.txt": b"#version: 0.2\na b\n"}
+    for seed in range(30):
+        rng = random.Random(seed)
+        content = mutate_bytes(files[name], rng)
+        if name == "vocab.json" and seed % 2:
+            content = json.dumps(mutate_json(json.loads(files[name]), rng)).encode()
+        for file, written in (files | {name: content}).items():
+            (tmp_path / file).write_bytes(written)
+        with suppress(UserError):
+            Tokenizer.load(tmp_path).encode("ab")
