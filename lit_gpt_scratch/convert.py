@@ -3,6 +3,4 @@
 from lit_gpt_scratch.cli import entrypoint
 
 if __name__ == "__main__":
-    from lit_gpt_scratch.cli.convert import main
-
-    entrypoint.run(main)
+    entrypoint.run_command("convert")

@@ -1,4 +1,4 @@
-"""Exception for user errors, and descriptions of failures of the environment, such as a full disk."""
+"""Exception for user errors, and descriptions of invalid YAML and of failures of the environment, such as a full disk."""
 
 import errno
 import os
@@ -67,3 +67,9 @@ def describe_environment_error(error: BaseException) -> str | None:
         if killed := re.search(KILLED_WORKER, str(cause)):
             return f"a {killed[0]}, possibly for lack of memory; lower --data.num_workers"
     return None
+
+
+def describe_yaml_error(error: Exception) -> str:
+    """Return the line and the reason of a YAML error, but not the text of the line: the file may not be a config."""
+    mark = getattr(error, "problem_mark", None)
+    return str(error).partition("\n")[0] if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', '')}"

@@ -23,6 +23,8 @@ from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
 from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, replay_events
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.escaping import markdown_code
+from lit_gpt_scratch.text.markdown_table import format_compact_table
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +141,8 @@ def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
 
 def format_table(found: list[Diagnosis]) -> str:
     """Format diagnoses as a Markdown table."""
-    rows = [f"| {d.step} | {d.symptom} | {d.cause} | `{d.flag}` |".replace("\n", " ") for d in found]
-    return "\n".join(["| step | symptom | likely cause | try |", "| --- | --- | --- | --- |", *rows])
+    rows = [(str(d.step), " ".join(d.symptom.split()), d.cause, markdown_code(d.flag)) for d in found]
+    return format_compact_table([("step", "symptom", "likely cause", "try"), *rows])
 
 
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:

@@ -34,6 +34,7 @@ from lit_gpt_scratch.model.output_heads import ClassificationHead, ScalarHead, T
 from lit_gpt_scratch.optim.dtensor import to_local
 from lit_gpt_scratch.optim.gradient_clipping import total_grad_norm
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.escaping import Markdown, markdown_code
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -362,7 +363,7 @@ class ActivationPlots:
             for place, (share, id_) in enumerate(zip(best.values[0].tolist(), best.indices[0].tolist(), strict=True)):
                 mark = "✓ " if targets and targets[place] == id_ else ""
                 name = markdown_code(self._output_name(net, id_))
-                cells.append(f"{mark}{name} {share:.0%}" if share == share else "NaN")
+                cells.append(Markdown(f"{mark}{name} {share:.0%}") if share == share else "NaN")
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
         table = format_markdown_table(rows, "<" * len(rows[0]))
         return f"Most probable output after each token if the network ended at that layer; ✓ if correct.\n\n{table}"
@@ -398,11 +399,6 @@ def printable_token(tokenizer: Tokenizer, id_: int) -> str:
     """Decode a token to one line of text; spaces become dots, and unprintable characters are escaped as in Python."""
     shown = ("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([id_]))
     return "".join(shown) or "(nothing)"
-
-
-def markdown_code(text: str) -> str:
-    """Format text as Markdown inline code that is safe inside a table."""
-    return f"`{text.replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def add_histogram(board: SummaryWriter, name: str, tensors: Sequence[Tensor], step: int) -> None:

@@ -14,6 +14,7 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.text.escaping import markdown_code_block
 
 PASSAGE_LENGTH: Final = 32
 """Number of labels per passage."""
@@ -141,8 +142,8 @@ class LossBreakdown(Callback):
         parts = [f"The {PASSAGE_LENGTH}-token passages with the highest loss, marked by ⟦ ⟧, after their context."]
         for loss, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
-            lines = f"{read}⟦{data.tokenizer.decode(after)}⟧".splitlines()
-            parts.append(f"**{loss:.2f} nats per token**\n\n" + "\n".join(f"    {line}" for line in lines))
+            passage = markdown_code_block(f"{read}⟦{data.tokenizer.decode(after)}⟧")
+            parts.append(f"**{loss:.2f} nats per token**\n\n{passage}")
         return "\n\n".join(parts)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from lit_gpt_scratch.text.escaping import escape_line
+
 Pixels = NDArray[np.uint8]
 """RGB image as a (height, width, 3) uint8 array."""
 BLUE, WHITE, BLACK, GREY = (31, 119, 180), (255, 255, 255), (30, 30, 30), (200, 200, 200)
@@ -53,6 +55,7 @@ def heat_map(
         cell: Width and height of a cell in pixels.
     """
     font = ImageFont.load_default()
+    rows, columns = ([escape_line(name) for name in names] for names in (rows, columns))  # pillow measures only lines
     axis_width = 2 * MARGIN if row_axis else 0
     left = axis_width + MARGIN + round(max(font.getlength(name) for name in rows)) + 6
     top = (2 * MARGIN if title else 0) + (2 * MARGIN if column_axis else 0) + 3 * MARGIN

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
-from lit_gpt_scratch.callbacks.introspection import PARAMETER_PARTS, markdown_code, printable_token
+from lit_gpt_scratch.callbacks.introspection import PARAMETER_PARTS, printable_token
 from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration, pluralize
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
@@ -31,6 +31,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import (
     training_flops_per_token,
 )
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.escaping import markdown_code
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 log = logging.getLogger(__name__)
@@ -309,8 +310,8 @@ def chart_layout(trainer: L.Trainer) -> dict[str, dict[str, list[Any]]]:
 def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, RunPlan) and callback.lines:
-            rows = [[name, text.replace("|", "¦")] for name, text in callback.lines if name != "folder"]
-            yield "plan", format_markdown_table([["item", "value"], *rows], "<<")
+            rows = [line for line in callback.lines if line[0] != "folder"]
+            yield "plan", format_markdown_table([("item", "value"), *rows], "<<")
     if isinstance(data, BaseDataModule):
         if reports := data.cleaning_reports:
             yield "audit", "\n\n".join(reports)

@@ -17,6 +17,7 @@ from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model.output_heads import TokenHead
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.escaping import markdown_code_block
 
 
 class Samples(Callback):
@@ -71,7 +72,7 @@ class Samples(Callback):
         for board in tensorboard_writers(trainer):
             for row, pair in enumerate(zip(sampled, greedy, strict=True)):
                 both = zip((how_sampled, "greedy"), pair, strict=True)
-                text = "\n\n".join(f"**{how}**\n\n{_as_code_block(sample)}" for how, sample in both)
+                text = "\n\n".join(f"**{how}**\n\n{markdown_code_block(sample)}" for how, sample in both)
                 name = "sample" if len(sampled) == 1 else f"sample/{row + 1}"
                 board.add_text(name, text, trainer.global_step - 1)  # step at which Lightning logs validation metrics
 
@@ -92,11 +93,6 @@ def _generate_texts(
     for row, piece in stream_text(task.net, data.tokenizer, prompts, tokens, sampling, range(len(prompts))):
         texts[row] += piece
     return texts
-
-
-def _as_code_block(text: str) -> str:
-    """Format text as a Markdown code block by indenting each line by four spaces."""
-    return "\n".join("    " + line for line in text.splitlines())
 
 
 class RewardEval(Callback):

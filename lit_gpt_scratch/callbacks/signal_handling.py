@@ -1,4 +1,4 @@
-"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM and SIGUSR1."""
+"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ from typing import NoReturn
 import lightning as L
 
 from lit_gpt_scratch.callbacks.checkpointing import StopBetweenSteps
-from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
+from lit_gpt_scratch.distributed.stop_signals import install_stop_handler
 from lit_gpt_scratch.lightning_compat import disable_signal_handlers
 
 log = logging.getLogger(__name__)
@@ -22,14 +22,14 @@ _received: list[int] = []
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context manager that raises ``SystemExit(128 + signal number)`` on SIGINT, SIGTERM or SIGUSR1.
+    """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal.
 
-    Unlike the default action of SIGTERM and SIGUSR1, this lets cleanup code run.
+    Unlike the default action of all stop signals but SIGINT, this lets cleanup code run.
     """
     before = {}
     _received.clear()
     if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
-        before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
+        before = install_stop_handler(_exit)
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ class SignalHandling(StopBetweenSteps):
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             disable_signal_handlers(trainer)
-            self._before = {signum: signal.signal(signum, self._record_signal) for signum in STOP_SIGNALS}
+            self._before = install_stop_handler(self._record_signal)
             if _received:  # before training, and swallowed
                 _exit(_received[0])
 

@@ -23,6 +23,7 @@ from lit_gpt_scratch.lightning_compat import (
 )
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.escaping import escape_markdown, markdown_code
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +343,6 @@ def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: 
     for loss, number, place, one in windows[:N_HARDEST_ROWS]:
         ids = one["input_ids"][0][: int(one["lengths"][0]) if "lengths" in one else None]
         text = " ".join(data.tokenizer.decode(ids.tolist()).split())
-        lines.append(
-            f"- loss {loss:.2f}, {data.describe_row(trainer.current_epoch, number, place)}: `{text[:EXCERPT_LENGTH]}`"
-        )
+        described = escape_markdown(data.describe_row(trainer.current_epoch, number, place))
+        lines.append(f"- loss {loss:.2f}, {described}: {markdown_code(text[:EXCERPT_LENGTH])}")
     return "\n".join(lines)

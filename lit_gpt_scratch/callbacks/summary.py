@@ -285,7 +285,7 @@ class RunSummary(RunDirCallback):
             others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, others)
         if sample:
-            log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.splitlines()))
+            log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")))
         further = f"max_steps {2 * summary['step']}"
         if trainer.max_steps == -1 and trainer.max_epochs and trainer.max_epochs > 0:
             further = f"max_epochs {2 * trainer.max_epochs}"

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from lit_gpt_scratch.text.redaction import redact_command
+
 PACKAGE: Final = Path(__file__).parent.parent
 LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics", "jsonargparse")
 
@@ -19,7 +21,7 @@ def collect_environment() -> dict[str, Any]:
     """Return the current time and the command, code version, library versions and hardware of this process."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
         "code": {
             "sources": _hash_sources(),
             "commit": _run_git("rev-parse", "HEAD"),

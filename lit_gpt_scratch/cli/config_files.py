@@ -14,7 +14,7 @@ import lit_gpt_scratch
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.cli.config_defaults import unset_defaults
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
-from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.errors import UserError, describe_yaml_error
 
 EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
 """Folder of the shipped experiments, which exists in a clone of the repository but not in an installed package."""
@@ -30,9 +30,25 @@ class FitParser(LightningArgumentParser):
         their class to ``None``, so that a flag that selects another class also selects the defaults of that class.
         Arguments that are not changed by a flag are resolved to the same defaults again.
         """
+        _require_mapping(content, path)
         config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
         unset_defaults(config)
         return config
+
+
+def _require_mapping(content: str, path: Any) -> None:
+    """Check that the content of a config file is a YAML mapping; the parser's own errors would quote all of it.
+
+    Raises:
+        UserError: The file is not a config.
+    """
+    where = f"--config {path}" if path else "--config"
+    try:
+        loaded = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {describe_yaml_error(error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{where} is not a config, which is a YAML mapping of flags to values")
 
 
 def find_config(name: str) -> str:

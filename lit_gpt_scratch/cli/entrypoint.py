@@ -4,17 +4,20 @@ This module imports no heavy modules, so that commands without a trainer start q
 """
 
 import argparse
-import io
 import logging
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lit_gpt_scratch.cli.output_streams import EscapingFormatter, output_streams
 from lit_gpt_scratch.errors import UserError, describe_environment_error, exception_chain
+from lit_gpt_scratch.text.escaping import escape_line
+from lit_gpt_scratch.text.redaction import redact
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.checkpoint.loading import LoadedModel
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 """Dtypes that inference supports, keyed by Lightning's precision name."""
+MAX_ERROR_LENGTH = 2000
+"""Maximum number of characters of an error message; the middle of a longer one, such as a quoted value, is omitted."""
+
+
+def run_command(name: str) -> None:
+    """Run a command with the arguments in ``sys.argv``; it is imported only after the output streams are replaced."""
+    run(lambda: import_module(f"lit_gpt_scratch.cli.{name}").main())
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,32 +41,41 @@ def run(main: Callable[[], None]) -> None:
 
     A failure of the environment, such as a full disk, is reported in the same way.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may lack characters that a model generates
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    handler = logging.StreamHandler()  # to standard error
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("lit_gpt_scratch")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    with output_streams():
+        handler = logging.StreamHandler()  # to standard error
+        handler.setFormatter(EscapingFormatter("%(message)s"))
+        logger = logging.getLogger("lit_gpt_scratch")
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        try:
+            with logging_redirect_tqdm([logger]):  # print log lines above progress bars
+                _run_and_flush(main)
+        except Exception as error:
+            mistake = next((cause for cause in exception_chain(error) if isinstance(cause, UserError)), None)
+            description = describe_environment_error(error) if mistake is None else str(mistake)
+            if description is None:
+                raise
+            _exit_with_error(description)
+        finally:
+            logger.removeHandler(handler)
+
+
+def _run_and_flush(main: Callable[[], None]) -> None:
+    """Run ``main``, and flush standard output, where buffered text may still fail to be written."""
     try:
-        with logging_redirect_tqdm([logger]):  # print log lines above progress bars
-            main()
-    except BrokenPipeError:  # the reader closed standard output, as in `generate | head -1`
-        sys.stderr.close()
-        sys.exit(1)
-    except Exception as error:
-        mistake = next((cause for cause in exception_chain(error) if isinstance(cause, UserError)), None)
-        description = describe_environment_error(error) if mistake is None else str(mistake)
-        if description is None:
-            raise
-        _exit_with_error(description)
-    finally:
-        logger.removeHandler(handler)
+        main()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _exit_with_error(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    line = escape_line(redact(" ".join(message.split())))
+    if len(line) > MAX_ERROR_LENGTH:
+        line = f"{line[: MAX_ERROR_LENGTH // 2]} ... {line[-MAX_ERROR_LENGTH // 2 :]}"
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
     sys.exit(2)
 
 

@@ -1,7 +1,6 @@
 """``evaluate``: evaluate a trained model on text, a task or a benchmark."""
 
 import argparse
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from lit_gpt_scratch.evaluation.registry import EVAL_TASKS, EvalRequest, evaluat
 from lit_gpt_scratch.evaluation.results_table import format_results, save_results
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
+from lit_gpt_scratch.text.escaping import dump_json
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -115,8 +115,8 @@ def _evaluate(given: Namespace, task: str) -> None:
         task, model, tokenizer, EvalRequest(**vars(asked) | {"classes": classes, "pooling": pooling})
     ).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
-    _print_results(given, bare, answer)
     _store_results(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
+    _print_results(given, bare, answer)
 
 
 def _benchmark(given: Namespace) -> None:
@@ -133,12 +133,13 @@ def _benchmark(given: Namespace) -> None:
         )
     found = lm_eval_adapter.run_lm_eval(model, tokenizer, names, **options)
     answers = {name: summary_to_dict(scores) for name, scores in found.items()}
-    if given.json:
-        print(json.dumps(answers))
     for name, answer in answers.items():
-        if not given.json:
-            print(f"{name}\n{format_results(answer)}\n")
         _store_results(given, name, {"benchmark": name, **{key: str(value) for key, value in options.items()}}, answer)
+    if given.json:
+        print(dump_json(answers))
+        return
+    for name, answer in answers.items():
+        print(f"{name}\n{format_results(answer)}\n")
 
 
 def _classify(given: Namespace) -> None:
@@ -149,7 +150,7 @@ def _classify(given: Namespace) -> None:
         chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
         if given.json:
             result = {"text": text, "class": next(iter(chances)), "probabilities": chances}
-            print(json.dumps(result, ensure_ascii=False))
+            print(dump_json(result))
         else:
             lines = [["class", "probability"], *([name, f"{chance:.4f}"] for name, chance in chances.items())]
             print(f"{text}\n{format_markdown_table(lines, '<>')}\n")
@@ -173,7 +174,7 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
 
 
 def _print_results(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:
-    print(json.dumps(bare, ensure_ascii=False) if given.json else format_results(answer))
+    print(dump_json(bare) if given.json else format_results(answer))
 
 
 def _store_results(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:

@@ -44,11 +44,13 @@ from lit_gpt_scratch.cli.config_files import (
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.help import HelpPage
+from lit_gpt_scratch.cli.output_streams import training_output
 from lit_gpt_scratch.cli.resume import ResumedRun
-from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS, BaseDataModule
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
+from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
@@ -362,4 +364,5 @@ def main(args: ArgsType = None) -> None:
     with exit_on_signal():
         cli = FitCLI(args)
         configure_process(processes=cli.trainer.num_devices)
-        cli.fit()
+        with training_output():
+            cli.fit()

@@ -1,21 +1,24 @@
 """``generate``: continue prompts, chat, or collect preferences with a trained model."""
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lit_gpt_scratch.cli.chat import build_chat_prompts, chat_session, read_stdin_lines
 from lit_gpt_scratch.cli.collect_preferences import collect_preferences
 from lit_gpt_scratch.cli.entrypoint import CommandParser, load_language_model, validate_utf8
+from lit_gpt_scratch.cli.output_streams import write_generated
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
+from lit_gpt_scratch.text.escaping import dump_json
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the ``generate`` command, which writes only prompts and generated text to standard output."""
+    """Run the ``generate`` command, which writes only prompts and generated text to standard output.
+
+    In a file or a pipe, the text is exact. On a terminal and with ``--json``, control characters are escaped.
+    """
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
@@ -99,25 +102,21 @@ def main(args: Sequence[str] | None = None) -> None:
         for piece in chat_session(
             model, tokenizer, given.system, read_stdin_lines(), given.max_new_tokens, sampling, given.seed
         ):
-            sys.stdout.write(piece or "\n")
-            sys.stdout.flush()
+            write_generated(piece or "\n")
         return
     asked = build_chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
     pieces = stream_text(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
     if given.json:
         for row, text in _collect_texts(pieces, len(prompts)):
-            print(
-                json.dumps({"prompt": prompts[row], "text": text, "seed": seeds[row]}, ensure_ascii=False), flush=True
-            )
+            print(dump_json({"prompt": prompts[row], "text": text, "seed": seeds[row]}), flush=True)
     elif len(prompts) > 1:
         for row, text in _collect_texts(pieces, len(prompts)):
-            print("\n" * (row > 0) + ("" if given.chat else prompts[row]) + text, flush=True)
+            write_generated("\n" * (row > 0) + ("" if given.chat else prompts[row]) + text + "\n")
     else:
-        sys.stdout.write("" if given.chat else prompts[0])
+        write_generated("" if given.chat else prompts[0])
         for _, piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            write_generated(piece)
+        write_generated("\n")
 
 
 def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.help import HelpPage
+from lit_gpt_scratch.cli.output_streams import write_exact
 from lit_gpt_scratch.cli.show_packing import render_windows, supports_colors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, compute_packing_cost
@@ -20,6 +21,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.cleaning_report import StoredAudit, format_step_table
+from lit_gpt_scratch.text.escaping import Markdown
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
@@ -119,7 +121,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
     if n_shown:
         data.setup("show")
         for paragraph in render_windows(data, n_shown, supports_colors()):
-            print(f"\n{paragraph}")
+            write_exact(f"\n{paragraph}\n")
 
 
 def _compare_packing(data: PackedText) -> list[list[str]]:
@@ -129,7 +131,7 @@ def _compare_packing(data: PackedText) -> list[list[str]]:
         total = sum(
             (compute_packing_cost(store.train, data.block_size, policy) for store in data.stores), PackingCost()
         )
-        rows.append([f"{'*' if policy == data.packing else ' '} {policy}", *total.table_row])
+        rows.append([Markdown(f"{'*' if policy == data.packing else ' '} {policy}"), *total.table_row])
     return rows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.text.escaping import escape_terminal
 
 COLORS: Final = (36, 33, 35, 32, 34)
 """ANSI codes for cyan, yellow, magenta, green and blue; consecutive documents cycle through them."""
@@ -31,7 +32,7 @@ def supports_colors() -> bool:
 
 
 def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
-    """Render the first training windows in training order, as paragraphs of text.
+    """Render the first training windows in training order, as paragraphs of text with control characters escaped.
 
     Args:
         data: Data module after ``setup``.
@@ -73,7 +74,7 @@ def _render_text(
             yield _style("·", colors, DIM)
         else:
             unlabelled = labels[begin] == IGNORE_INDEX
-            text = data.tokenizer.decode(span).replace("\n", "↵\n")
+            text = escape_terminal(data.tokenizer.decode(span)).replace("\n", "↵\n")
             style = [COLORS[int(documents[begin]) % len(COLORS)]]
             style += [INVERSE] * (span[0] == data.tokenizer.end_of_text) + [STRUCK] * unlabelled
             yield ("\n" if begin and documents[begin] != documents[begin - 1] else "") + (

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lit_gpt_scratch.cli.entrypoint import CommandParser
+from lit_gpt_scratch.distributed.stop_signals import install_stop_handler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REQUIRED_MODULES = ("optuna", "sklearn", "scipy", "matplotlib", "jinja2", "psycopg")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
@@ -96,7 +96,7 @@ def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
         received.append(signum)
         runner.stopping.set()
 
-    previous_handlers = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
+    previous_handlers = install_stop_handler(stop)
     try:
         with storage_errors(arguments.storage):
             if not study.is_finished:

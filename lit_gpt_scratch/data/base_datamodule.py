@@ -21,6 +21,7 @@ from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.packing import PackingPolicy
 from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.text.token_shards import TokenIds
@@ -326,11 +327,6 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
             raise UserError(f"data.{name} is {value}; it must be positive and less than {MAX_SIZE:,}")
 
 
-STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Signals that stop a run: SIGINT (Ctrl-C), SIGTERM (termination request) and SIGUSR1 (SLURM's warning before the time
-limit, if requested with ``sbatch --signal=USR1@60``)."""
-
-
 OPEN_FILES: Final = 32
 """Number of files that a run may open in addition to those of its loader workers."""
 OPEN_FILES_PER_WORKER: Final = 16
@@ -357,8 +353,8 @@ def reserve_open_files(workers: int) -> None:
         return
     if hard != unlimited and hard < needed:
         raise UserError(
-            f"data.num_workers is {workers}, which requires about {needed} open files, but the limit is {hard}; raise it "
-            "with ulimit -n, or lower data.num_workers"
+            f"data.num_workers is {workers}, which requires about {needed} open files, but the limit is {hard}; raise "
+            "it with ulimit -n, or lower data.num_workers"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

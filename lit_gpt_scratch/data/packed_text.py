@@ -1,9 +1,11 @@
 """Data module for pretraining, which packs text into windows of tokens."""
 
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
+from lit_gpt_scratch.text.cleaning_report import format_report
 from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can name it
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
@@ -246,9 +249,15 @@ class PackedText(BaseDataModule):
 
     @property
     def cleaning_reports(self) -> list[str]:
-        """Content of the ``audit.md`` file of each token store; stores without this file are skipped."""
-        paths = [store.folder / "audit.md" for store in self.stores]
-        return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+        """Cleaning report of each token store that has an ``audit.json``.
+
+        The report is formatted again, because a copied store may contain any ``audit.md``.
+        """
+        found = []
+        for path in (store.folder / "audit.json" for store in self.stores):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or not written by us
+                found.append(format_report(json.loads(path.read_text(encoding="utf-8"))))
+        return found
 
     def validation_warnings(self) -> Iterator[str]:
         """Yield a warning if the validation text is short."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, TrialResult
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, paired_differences
+from lit_gpt_scratch.text.escaping import escape_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +127,7 @@ def plot_differences_over(
         if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10:
             axes.set_xscale("log")
         axes.set_ylim(limits)
-        axes.set_xlabel(dimension)
+        axes.set_xlabel(_plain(dimension))
         axes.set_ylabel(f"difference in {metric_label(metric, direction)}".replace(" [", "\n["))
         axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
         _add_legend(figure, axes)
@@ -181,7 +182,7 @@ def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over
         if over == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         count = "" if len(shown) == len(drawable) else f", best {len(shown)} of {len(drawable)} trials"
-        axes.set_title(f"{metric} over {over}{count}", loc="left")
+        axes.set_title(f"{_plain(metric)} over {over}{count}", loc="left")
         axes.legend(fontsize="small", frameon=False)
         return _save(f"curves_over_{over}", figure, f"{metric} over {over}, one line per run.")
 
@@ -192,7 +193,7 @@ def plot_importance(shares: Mapping[str, float]) -> Plot:
         figure, axes = _new_figure(height=1.4 + 0.36 * len(shares))
         names = list(shares)[::-1]
         axes.barh(range(len(names)), [shares[name] for name in names], color="C0")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [_plain(name) for name in names])
         axes.set_xlim(0, 1)
         axes.set_xlabel("fraction of the variance between trials (fANOVA)")
         axes.set_title("Importance of each dimension", loc="left")
@@ -234,7 +235,7 @@ def metric_label(metric: str, direction: str) -> str:
     """Return an axis label with the metric, its unit, and whether lower or higher values are better."""
     unit = UNITS.get(metric.rpartition("/")[2])
     better = "lower is better" if direction == "minimize" else "higher is better"
-    return f"{metric}{f' [{unit}]' if unit else ''}, {better}"
+    return f"{_plain(metric)}{f' [{unit}]' if unit else ''}, {better}"
 
 
 def _extent(
@@ -309,8 +310,12 @@ def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
 
 
 def _shorten(label: str) -> str:
-    short = label if len(label) <= 48 else f"{label[:45]}..."
-    return short.replace("$", r"\$")  # otherwise matplotlib parses it as math
+    return _plain(label if len(label) <= 48 else f"{label[:45]}...")
+
+
+def _plain(text: str) -> str:
+    """Escape control characters, which are invalid in SVG, and ``$``, because matplotlib would parse it as math."""
+    return escape_line(text).replace("$", r"\$")
 
 
 def _save(name: str, figure: "Figure", caption: str) -> Plot:

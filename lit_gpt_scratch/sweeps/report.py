@@ -3,13 +3,14 @@
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
+from markupsafe import Markup
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.fit_command import format_command
@@ -23,6 +24,9 @@ from lit_gpt_scratch.sweeps.plots import (
 )
 from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
+from lit_gpt_scratch.text.escaping import Markdown, escape_markdown, escape_terminal, markdown_code_block
+from lit_gpt_scratch.text.markdown_table import format_compact_table
+from lit_gpt_scratch.text.redaction import redact
 
 MIN_SHOWN_P: Final = 0.0001
 """Smallest p-value that is reported as a number; smaller ones are reported as "< 0.0001"."""
@@ -90,16 +94,16 @@ class SweepReport:
         for trial, run in runs:
             settings = [trial.assignment[name] for name in dimensions]
             values = [run.metrics.get(name, "") for name in metrics]
-            table.writerow([trial.number, *settings, run.seed, run.state, *values, run.reason, run.folder])
+            table.writerow([trial.number, *settings, run.seed, run.state, *values, redact(run.reason), run.folder])
         return content.getvalue()
 
     def markdown(self) -> str:
         """Return the report as Markdown, which links to plot files in the same folder."""
-        return _render("report.md.jinja", self._context)
+        return _render("report.md.jinja", self._context, _escape_markdown)
 
     def html(self) -> str:
         """Return the report as a single HTML page without scripts or external resources."""
-        return _render("report.html.jinja", self._context)
+        return _render("report.html.jinja", self._context, _escape_controls)
 
     @cached_property
     def ranked(self) -> list[TrialResult]:
@@ -143,8 +147,7 @@ class SweepReport:
             "title": self.title,
             "question": self.question,
             "findings": self._describe_findings(),
-            "comparison_head": self._comparison_head(),
-            "comparison_rows": [self._comparison_row(trial) for trial in self.ranked],
+            "comparison": [self._comparison_head(), *(self._comparison_row(trial) for trial in self.ranked)],
             "method": self._describe_method(),
             "diagnostics": list(summarize_diagnostics(self.trials)),
             "setup": list(self.setup.items()),
@@ -262,6 +265,15 @@ def _symptom_name(diagnosis: Mapping[str, str]) -> str:
     return diagnosis["symptom"].partition(":")[0]
 
 
+def _escape_markdown(value: str) -> str:
+    return value if isinstance(value, Markdown) else escape_markdown(redact(value))
+
+
+def _escape_controls(value: Any) -> Any:
+    """Hide passwords in text, and escape its control characters; jinja2 escapes HTML, except in ``Markup``."""
+    return value if isinstance(value, Markup) else escape_terminal(redact(str(value)))
+
+
 def _format_p(p: float | None) -> str:
     if p is None:
         return ""
@@ -283,13 +295,18 @@ def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str,
         yield name.replace("_", " "), "; ".join(values) + differs
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
+def _render(template: str, context: Mapping[str, Any], finalize: Callable[[Any], Any]) -> str:
+    """Render a template; ``finalize`` is applied to each value, so that no value can be inserted unescaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=finalize,
     )
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    environment.filters |= {
+        "table": lambda rows: Markdown(format_compact_table([[redact(cell) for cell in row] for row in rows])),
+        "code_block": lambda text, language: markdown_code_block(redact(text), language),
+    }
     return environment.get_template(template).render(context).rstrip("\n") + "\n"

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import signal
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.fit_command import FIT_MODULE, ResolvedBaseline, build_arguments, experiment_name
 from lit_gpt_scratch.sweeps.run_process import RunProcess
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1
 """Interval in seconds at which the process of a run is polled."""
 PRUNING_SECONDS = 1.0
 """Interval in seconds at which the event files of a run that may be pruned are read."""
-INTERRUPTED_CODES = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+INTERRUPTED_CODES = [128 + signum for signum in STOP_SIGNALS]
 """Exit codes of runs stopped by a signal from outside the sweep; SLURM, for example, signals all processes of a job."""
 
 

@@ -1,8 +1,10 @@
 """Optuna storage of a study: a journal or SQLite file on a local or shared disk, or a PostgreSQL database."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import optuna
 import sqlalchemy
@@ -14,9 +16,15 @@ from optuna.storages.journal._file import BaseJournalFileLock  # private, but th
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks
+from lit_gpt_scratch.text.redaction import HIDDEN
 
 JOURNAL = "study.journal"
+URL_SYNTAX = (
+    "use postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special characters in the password percent-encoded"
+)
 POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+PUBLIC_OPTIONS = {"host", "hostaddr", "port", "dbname", "sslmode", "connect_timeout", "application_name"}
+"""Options in the query of a PostgreSQL URL whose values may be printed; all others may be secret."""
 
 
 def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
@@ -32,6 +40,7 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
         UserError: The storage is not reachable or writable, or the URL scheme of ``location`` is not supported.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _reject_misspelled_url(location or "")
     scheme, separator, rest = (location or str(folder / JOURNAL)).partition("://")
     with storage_errors(location):
         if not separator:
@@ -43,14 +52,13 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
             with file_locks.exclusive():  # only one process may create the tables
                 return RDBStorage(f"sqlite://{rest}", engine_kwargs={"connect_args": {"timeout": 60}}), file_locks
         if scheme in POSTGRES_SCHEMES:
-            url = f"postgresql+psycopg://{rest}"
+            url = _parse_postgres_url(rest).render_as_string(hide_password=False)
             postgres_locks = PostgresLocks(url, study)
             with postgres_locks.exclusive():
                 options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
                 return RDBStorage(url, engine_kwargs=options), postgres_locks
-    raise UserError(
-        f"--storage is {scheme}://...; it must be a file path, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-    )
+    shown = f"{scheme}://..." if re.fullmatch(r"[\w+.-]+", scheme) else "invalid"
+    raise UserError(f"--storage is {shown}; it must be a file path, sqlite:///FILE or postgresql://USER@HOST/DATABASE")
 
 
 @contextmanager
@@ -65,7 +73,10 @@ def storage_errors(location: str | None) -> Iterator[None]:
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # ImportError: driver missing
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         message = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__]
-        raise UserError(f"--storage: cannot reach {_hide_password(location or '')}: {message[0]}") from error
+        described, secrets = _describe_location(location or "")
+        for secret in secrets:
+            message[0] = message[0].replace(secret, HIDDEN)
+        raise UserError(f"--storage: cannot reach {described}: {message[0]}") from error
 
 
 def repair_journal(journal: Path) -> None:
@@ -93,10 +104,43 @@ def _file_locks(path: Path) -> FileLocks:
     return FileLocks(path.with_name(f"{path.name}.claims"))  # as in version 0.1, whose processes may share it
 
 
-def _hide_password(url: str) -> str:
-    with suppress(sqlalchemy.exc.ArgumentError):
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    return url.partition("://")[0]
+def _reject_misspelled_url(location: str) -> None:
+    """Reject a location that looks like a database URL or a connection string, but would be used as a file name.
+
+    Raises:
+        UserError: The message does not quote the location, which may contain a password.
+    """
+    if "://" not in location and re.match(r"postgres|[\w+]+:[^/\\].*@|.*\bpassword\s*=", location, re.DOTALL):
+        raise UserError(f"--storage is neither a file path nor a URL; {URL_SYNTAX}")
+
+
+def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
+    """Parse the part of a PostgreSQL URL after its scheme.
+
+    Raises:
+        UserError: The URL is invalid. The message does not quote it, because a special character in the password may
+            have moved a part of the password to any other component.
+    """
+    try:
+        url = sqlalchemy.engine.make_url(f"postgresql+psycopg://{rest}")
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: the port is not a number
+        raise UserError(f"--storage is not a valid URL; {URL_SYNTAX}") from None
+    if "@" in f"{url.host}{url.database}":
+        raise UserError(f"--storage is not a valid URL, because it contains several @; {URL_SYNTAX}")
+    return url
+
+
+def _describe_location(location: str) -> tuple[str, list[str]]:
+    """Return a location without secrets, and the secrets in it: longest first, as they may contain one another."""
+    scheme, _, rest = location.partition("://")
+    if scheme not in POSTGRES_SCHEMES:
+        return location.partition("?")[0], []
+    url = _parse_postgres_url(rest)
+    options = [value for name, value in url.normalized_query.items() if name not in PUBLIC_OPTIONS]
+    secrets = {str(url.password or ""), *(text for values in options for text in values)}
+    written = {quoted for text in secrets for quoted in (text, quote(text), quote_plus(text), repr(text)[1:-1])}
+    shown = url.set(drivername=scheme, query={}).render_as_string(hide_password=True)
+    return shown, sorted(written - {""}, key=len, reverse=True)
 
 
 class _JournalLock(BaseJournalFileLock):

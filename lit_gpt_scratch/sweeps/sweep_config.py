@@ -13,7 +13,7 @@ from typing import Any, Final
 import optuna
 import yaml
 
-from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.errors import UserError, describe_yaml_error
 from lit_gpt_scratch.sweeps.search_space import (
     FitFlags,
     NumericRange,
@@ -198,7 +198,7 @@ def load_sweep(path: Path) -> SweepConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {describe_yaml_error(error)}") from error
     try:
         return _parse_sweep(path.stem, _leading_comment(text), given)
     except UserError as error:
@@ -222,7 +222,9 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
     known = [f.name for f in fields(SweepConfig) if f.name not in ("name", "question")]
     for key in given:
         if key not in known:
-            raise UserError(f"unknown key {key}{suggest_closest(str(key), known)}; valid keys are {', '.join(known)}")
+            raise UserError(
+                f"unknown key {str(key)[:80]}{suggest_closest(str(key), known)}; valid keys are {', '.join(known)}"
+            )
     types: dict[str, tuple[type, ...]] = {
         "base": (list, str), "fixed": (dict,), "vary": (dict,), "seeds": (list,), "budget": (dict,), "trials": (int,),
         "baseline": (dict,), "metric": (str,), "pruning": (str, dict),
@@ -230,7 +232,9 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
     for key, accepted in types.items():
         if given.get(key) is not None and not isinstance(given[key], accepted):
             type_names = {list: "a list", dict: "a mapping", str: "a string", int: "an integer"}
-            raise UserError(f"{key} is {given[key]}; it must be {' or '.join(type_names[each] for each in accepted)}")
+            raise UserError(
+                f"{key} is {str(given[key])[:80]}; it must be {' or '.join(type_names[each] for each in accepted)}"
+            )
     values = {key: value for key, value in given.items() if value is not None}
     if "base" in values:
         values["base"] = tuple(

@@ -11,6 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
 from lit_gpt_scratch.text.document import RejectedDocument
+from lit_gpt_scratch.text.escaping import escape_markdown, markdown_code
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 MAX_EXAMPLES: Final = 3
@@ -204,11 +205,11 @@ def format_report(audit: dict[str, Any]) -> str:
     ]
     for step in audit["steps"]:
         for reason, examples in step["examples"].items():
-            lines += ["", f"## {step['name']}: {reason} ({step['rejected'][reason]:,})", ""]
-            lines += [f"- `{example['id']}`: {_quote(example['text'])}" for example in examples]
+            heading = escape_markdown(f"{step['name']}: {reason}")
+            lines += ["", f"## {heading} ({step['rejected'][reason]:,})", ""]
+            lines += [f"- {markdown_code(example['id'])}: {_quote(example['text'])}" for example in examples]
     return "\n".join(lines) + "\n"
 
 
 def _quote(text: str) -> str:
-    shown = " ".join(text.split()).replace("`", "'")
-    return f"`{shown}`" if shown else "(not shown)"
+    return markdown_code(" ".join(text.split())) or "(not shown)"

@@ -24,7 +24,6 @@ from lit_gpt_scratch.callbacks.introspection import (
     GradientStats,
     LayerStats,
     activation_metrics,
-    markdown_code,
     masked_mean,
     part_name,
     printable_token,
@@ -45,6 +44,7 @@ from lit_gpt_scratch.model.activation_hooks import CapturedActivations, capture_
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.escaping import markdown_code
 
 Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
@@ -298,7 +298,7 @@ def test_plots_and_texts_are_logged_and_the_projector_has_the_embedding(
     [*_, histogram] = events.Histograms("weights/head")
     assert histogram.histogram_value.num == sum(histogram.histogram_value.bucket) == model.net.head.weight.numel()
     sample = events.Tensors("sample/2/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert sample.count("    a dog") == 2
+    assert sample.count("```\na dog") == 2
 
     [tensors] = Path(logger.log_dir, "projector").rglob("tensors.tsv")
     assert np.loadtxt(tensors) == pytest.approx(model.net.embedding.weight.detach().numpy(), rel=1e-5)

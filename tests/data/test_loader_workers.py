@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS, reserve_open_files
+from lit_gpt_scratch.data.base_datamodule import reserve_open_files
+from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
 
 LOADER = """

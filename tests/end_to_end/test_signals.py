@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the current step, with a checkpoint and the usual exit code."""
+"""Ctrl-C, SIGTERM, SIGHUP of a closed terminal and SLURM's SIGUSR1 end a run after the current step, with a checkpoint and the usual exit code."""
 
 import contextlib
 import os
@@ -67,7 +67,12 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
 
 @pytest.mark.parametrize(
     ("signum", "more", "twice"),
-    [(signal.SIGINT, [], True), (signal.SIGTERM, TWO, False), (signal.SIGUSR1, ["--data.num_workers=2"], True)],
+    [
+        (signal.SIGINT, [], True),
+        (signal.SIGTERM, TWO, False),
+        (signal.SIGUSR1, ["--data.num_workers=2"], True),
+        (signal.SIGHUP, [], False),
+    ],  # fmt: skip
 )
 def test_signal_ends_the_run_with_a_checkpoint(
     small: list[str], tmp_path: Path, signum: signal.Signals, more: list[str], twice: bool

@@ -4,17 +4,22 @@ import csv
 import io
 import re
 import xml.etree.ElementTree as ET
-from html import escape
+from dataclasses import replace
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tensorboard.plugin_util import markdown_to_safe_html
 
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.sweeps.plots import plot_curves, plot_differences, plot_differences_over, robust_limits
 from lit_gpt_scratch.sweeps.report import SweepReport
 from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, TrialResult
+from lit_gpt_scratch.text.escaping import escape_line
+from tests.hostile import HOSTILE
+from tests.text.test_escaping import is_control
 
 METRIC = "val/bits_per_byte"
 SESSION = {"versions": {"torch": "2.13.0"}, "hardware": {"system": "Linux", "threads": 2}, "code": {"commit": "abc"}}
@@ -184,8 +189,44 @@ def test_one_seed_and_no_finished_trial() -> None:
 @pytest.mark.parametrize("cell", ["a|b", "<b>", "-1.5", "1 & 2"])
 def test_cells_are_escaped(cell: str) -> None:
     escaped = report(trial(0, cell, [1.0, 1.1]))
-    assert f"| {cell.replace('|', chr(92) + '|')} |" in escaped.markdown()
+    shown = {"a|b": r"a\|b", "<b>": "&#60;b>"}.get(cell, cell)
+    assert f"| {shown} |" in escaped.markdown()
     assert re.findall(r"<td>(.*?)</td>", escaped.html())[0] == escape(cell)
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "surrogate"])  # YAML and JSON files have none
+def test_hostile_text_is_displayed(name: str) -> None:
+    """From sweep files, configs and logs: in the table, in paragraphs, headings, code blocks and plots."""
+    text = HOSTILE[name]
+    trials = [trial(0, "a", [1.50, 1.52, 1.54]), trial(1, text, [1.60, 1.63, 1.63])]
+    failed = trial(2, f"{text}2", [9.0], state="failed", reason=text)
+    failed.runs[0].diagnoses.append({"symptom": f"{text}: x", "cause": text, "flag": text})
+    made = replace(
+        report(*trials, failed), title=text, question=text, setup={text: text}, importance={text: 0.4, "b": 0.6},
+        command=f"python -m lit_gpt_scratch.sweep '{text}'",
+    )  # fmt: skip
+    shown = " ".join(escape_line(text).split())
+    for page in (markdown_to_safe_html(made.markdown()), made.html()):
+        tags = _Tags()
+        tags.feed(page)
+        foreign = [tag for tag, _ in tags.seen if tag in ("a", "script", "iframe", "link")]
+        images = {attributes.get("src") for tag, attributes in tags.seen if tag == "img"}
+        assert not foreign
+        assert images <= {f"{plot.name}.svg" for plot in made.plots}
+        seen = " ".join(unescape(re.sub(r"<[^>]*>", "", page)).split())
+        assert seen.count(shown) >= 5 or "\n" in text
+        assert not any(map(is_control, page.replace("\n", "")))
+    for plot in made.plots:
+        assert "differences" not in plot.name or shown[:20] in " ".join(words(plot.svg).split())
+
+
+def test_passwords_are_not_in_reports(tmp_path: Path) -> None:
+    failed = trial(1, "x", [9.0], state="failed", reason="cannot reach postgresql://me:hunter2@host")
+    flags = ["--trainer.logger.api_key=hunter2", "--data.source=s3://key:hunter2@bucket"]
+    first = replace(trial(0, "a", [1.5, 1.6]), flags=flags)
+    replace(report(first, failed), setup={"fixed: source": flags[1]}).write(tmp_path)
+    for path in tmp_path.iterdir():
+        assert "hunter2" not in path.read_text(encoding="utf-8"), path
 
 
 def test_markdown_layout() -> None:

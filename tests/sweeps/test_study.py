@@ -168,6 +168,21 @@ def test_journal_with_a_half_written_last_line(tmp_path: Path) -> None:
     [
         ("postgresql://nobody:secret@127.0.0.1:9/none", "cannot reach postgresql://nobody:***@127.0.0.1:9/none"),
         ("oracle://x", "--storage is oracle://...; it must be"),
+        ("postgresql://127.0.0.1:9/x?user=me&password=secret", "cannot reach postgresql://127.0.0.1:9/x: "),
+        ("postgres://me@127.0.0.1:9/x?passfile=/home/secret", "cannot reach postgres://me@127.0.0.1:9/x: "),
+        (
+            "postgresql://127.0.0.1:9/x?sslkey=secret&sslcert=secret&y=secret",
+            "cannot reach postgresql://127.0.0.1:9/x: ",
+        ),
+        ("postgresql://me:a@secret@127.0.0.1:9/x", "--storage is not a valid URL, because it contains several @"),
+        ("postgresql://me:a@127.0.0.1:9/b@secret", "--storage is not a valid URL, because it contains several @"),
+        ("postgresql://me:secret", "--storage is not a valid URL; use postgresql://USER:PASSWORD@HOST"),
+        ("postgresql://me@host:secret/x", "--storage is not a valid URL"),
+        ("postgresql:me:secret@host/x", "--storage is neither a file path nor a URL; use postgresql://"),
+        ("postgresql:/me:secret@host/x", "--storage is neither a file path nor a URL"),
+        ("mysql:me:secret@host/x", "--storage is neither a file path nor a URL"),
+        ("host=db user=me password=secret", "--storage is neither a file path nor a URL"),
+        ("me:secret@host://x", "--storage is invalid; it must be a file path"),
         ("sqlite:////proc/none/x.db", "--storage: cannot write to /proc/none/x.db: No such file"),
         ("/proc/none/journal", "--storage: cannot write to /proc/none/journal: No such file"),
     ],
@@ -177,3 +192,4 @@ def test_invalid_storage(tmp_path: Path, storage: str, message: str) -> None:
         open_storage(storage, tmp_path, "s")
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,160 @@
+"""Standard output and standard error of the commands: escape control characters, and handle failed writes.
+
+Every command prints through these streams, so a new message cannot forget to escape text from files and models.
+"""
+
+import copy
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TextIO
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.escaping import escape_line, escape_terminal
+from lit_gpt_scratch.text.redaction import redact
+
+CURSOR_MOVEMENT: Final = re.compile("\r|(?:\x1b\\[A)+")
+"""Characters that ``tqdm`` writes at the start of a text to redraw a progress bar."""
+CLOSED_PIPE_CODE: Final = 128 + getattr(signal, "SIGPIPE", 13)
+"""Exit code if the reader of standard output has closed its pipe, as in ``generate | head -1``; shells use the same."""
+
+
+class OutputStream:
+    """Text stream that writes control characters as visible escapes, and handles failed writes.
+
+    A failed write may be due to a closed terminal, a closed pipe or a full disk.
+
+    Args:
+        stream: The stream to write to; None if the process was started without it (``>&-``).
+        is_result: Whether the stream is standard output, which receives the result of a command: a failed write raises
+            ``UserError``, or ``SystemExit`` if the stream is a closed pipe. Otherwise, it receives messages and
+            progress bars: a failed write is ignored, because lost messages must not end a run.
+    """
+
+    def __init__(self, stream: TextIO | None, is_result: bool) -> None:
+        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115,PTH123 - kept open
+        self.is_result = is_result
+        self.escapes = True
+        self._is_closed = stream is None
+        self._failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text with its control characters escaped."""
+        head = found[0] if not self.is_result and (found := CURSOR_MOVEMENT.match(text)) else ""
+        self.write_exact(head + escape_terminal(text[len(head) :]) if self.escapes else text)
+        return len(text)
+
+    def write_exact(self, text: str) -> None:
+        """Write text without escaping it."""
+        self._try(lambda: self.stream.write(text), writes=bool(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._try(self.stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, operation: Any, writes: bool = False) -> None:
+        try:
+            if self._is_closed and writes:
+                raise OSError(errno.EBADF, "it is closed")
+            operation()
+        except OSError as error:
+            self._redirect_to_null()
+            if self.is_result:
+                self._failure = error
+        if self._failure is None:
+            return
+        if isinstance(self._failure, BrokenPipeError):
+            raise SystemExit(CLOSED_PIPE_CODE)
+        raise UserError(f"cannot write to standard output: {self._failure.strerror}") from self._failure
+
+    def _redirect_to_null(self) -> None:
+        """Discard the unwritten text, which the interpreter would try to write once more when it exits."""
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+
+class EscapingFormatter(logging.Formatter):
+    """Log formatter that hides passwords, and escapes line breaks in the arguments of a message, so that they cannot forge log lines.
+
+    Line breaks in the message itself are kept, and all other control characters are escaped by ``OutputStream``.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a log record."""
+        record = copy.copy(record)
+        if isinstance(record.args, tuple):
+            record.args = tuple(a if hasattr(a, "__float__") else escape_line(str(a)) for a in record.args)
+        return escape_terminal(redact(super().format(record)))
+
+
+@contextmanager
+def output_streams() -> Iterator[None]:
+    """Context manager that replaces ``sys.stdout`` and ``sys.stderr`` with an ``OutputStream`` each.
+
+    After an unexpected exception, they stay in place, because the interpreter prints a traceback, which quotes text.
+    """
+    before = sys.stdout, sys.stderr
+    _reserve_standard_descriptors()
+    for stream in before:
+        if reconfigure := getattr(stream, "reconfigure", None):  # a pipe's encoding may lack characters
+            reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115,PTH123 - kept open
+    sys.stdout, sys.stderr = OutputStream(before[0], True), OutputStream(before[1], False)  # type: ignore[assignment]  # duck-typed
+    try:
+        yield
+    except SystemExit:
+        sys.stdout, sys.stderr = before
+        raise
+    sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def training_output() -> Iterator[None]:
+    """Context manager for training: what callbacks print to standard output is not escaped, and may be lost.
+
+    Progress bars of libraries move the cursor and print colors. ``fit`` itself prints only to standard error.
+    """
+    stream = sys.stdout
+    if not isinstance(stream, OutputStream):
+        yield
+        return
+    stream.escapes = stream.is_result = False
+    try:
+        yield
+    finally:
+        stream.flush()
+        stream.escapes = stream.is_result = True
+
+
+def write_exact(text: str) -> None:
+    """Write text to standard output without escaping it, and flush it."""
+    if isinstance(sys.stdout, OutputStream):
+        sys.stdout.write_exact(text)
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_generated(text: str) -> None:
+    """Write generated text to standard output: escaped on a terminal, and exact in a file or a pipe."""
+    write_exact(escape_terminal(text) if sys.stdout.isatty() else text)
+
+
+def _reserve_standard_descriptors() -> None:
+    """Open the null device as each standard descriptor that is closed; otherwise, a file of the run would take it.
+
+    Whatever a library or a child process then prints would be written into that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)

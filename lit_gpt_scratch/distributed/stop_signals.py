@@ -1,0 +1,28 @@
+"""Signals that stop a run or a sweep after saving its progress."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+STOP_SIGNALS: Final = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+"""Ctrl-C, a termination request, a closed terminal, and SLURM's warning before the time limit (if requested with
+``sbatch --signal=USR1@60``)."""
+
+
+def install_stop_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle all stop signals with a function; must be called in the main thread.
+
+    SIGHUP stays ignored if it already is, because ``nohup`` starts a process this way to outlive its terminal.
+
+    Returns:
+        The previous handlers, keyed by signal number.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    return {
+        signum: signal.signal(signum, handler)
+        for signum in STOP_SIGNALS
+        if signum != hangup or signal.getsignal(signum) != signal.SIG_IGN
+    }
