@@ -4,17 +4,20 @@ Lightning may change these internals without notice. ``tests/test_lightning_comp
 if another module of this package accesses a private attribute.
 """
 
+import math
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch.distributed import default_pg_timeout, distributed_c10d
 from typing_extensions import override
@@ -56,6 +59,51 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
     fit_loop_state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
 
 
+def planned_steps(trainer: Trainer) -> float:
+    """Return the number of optimizer steps of a run up to its limits on steps and epochs; infinite without limits.
+
+    Unlike ``estimated_stepping_batches``, it accounts for a ``GradientAccumulationScheduler``.
+    """
+    steps = trainer.estimated_stepping_batches  # also sets up the dataloader, on which the number of batches depends
+    if trainer.max_epochs in (None, -1) or _accumulation_scheduler(trainer) is None:
+        return steps
+    limit = max(trainer.max_epochs or 0, 1)
+    total = sum(
+        math.ceil(trainer.num_training_batches / accumulate) * max(0, min(last, limit) - first)
+        for first, last, accumulate in _accumulation_by_epoch(trainer)
+    )
+    return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
+def batches_in_steps(trainer: Trainer, steps: int) -> int:
+    """Return the number of micro-batches in the first steps of a run; an epoch may end with a shorter step."""
+    if math.isinf(trainer.num_training_batches):
+        return steps * trainer.accumulate_grad_batches
+    batches, per_epoch = 0, int(trainer.num_training_batches)
+    for first, last, accumulate in _accumulation_by_epoch(trainer):
+        steps_per_epoch = math.ceil(per_epoch / accumulate)
+        epochs = int(min(last - first, steps // steps_per_epoch))
+        batches, steps = batches + epochs * per_epoch, steps - epochs * steps_per_epoch
+        if first + epochs < last:
+            return batches + min(steps * accumulate, per_epoch)
+    return batches
+
+
+def _accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    return next((each for each in callbacks if isinstance(each, GradientAccumulationScheduler)), None)
+
+
+def _accumulation_by_epoch(trainer: Trainer) -> Iterator[tuple[int, float, int]]:
+    """Yield the first epoch, the end (exclusive) and the micro-batches per step of each phase of the accumulation."""
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is None:
+        yield 0, math.inf, trainer.accumulate_grad_batches
+        return
+    for first, last in zip(scheduler.epochs, [*scheduler.epochs[1:], math.inf], strict=True):
+        yield first, last, scheduler.get_accumulate_grad_batches(first)
+
+
 def disable_signal_handlers(trainer: Trainer) -> None:
     """Prevent Lightning from installing its own signal handlers, which call collective operations."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -91,6 +139,21 @@ def kill_child_processes(trainer: Trainer) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def multiprocessing_start_method(strategy: Strategy) -> str | None:
+    """Return how a strategy starts processes that run a function: ``fork``, ``forkserver`` or ``spawn``.
+
+    Returns None if the strategy starts no processes, or starts them as scripts.
+    """
+    launcher = strategy.launcher
+    return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
+
+
+def start_as_scripts(strategy: DDPStrategy) -> None:
+    """Replace the launcher of a strategy with that of ``ddp``, which runs the current script in each process."""
+    strategy._start_method = "popen"
+    strategy._configure_launcher()
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):

@@ -24,6 +24,7 @@ def default_callbacks(
     checkpointing: Checkpointing | None,
     shows_progress: bool,
     guard: GuardMode,
+    max_time_is_a_flag: bool = False,
 ) -> list[Callback]:
     """Return the default callbacks in the order in which they run.
 
@@ -37,6 +38,7 @@ def default_callbacks(
         checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
         guard: Mode of the spike guard, which handles steps with spikes or non-finite values.
+        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
     """
     measuring = [
         SpikeGuard(guard, checkpointing.every_n_steps if checkpointing else None),
@@ -59,6 +61,6 @@ def default_callbacks(
         TensorBoardLayout(),
         *progress,
         DiagnosticsCallback(),
-        RunSummary(),
+        RunSummary(max_time_is_a_flag),
     ]
     return [*measuring, *reporting, signals, *([checkpointing] if checkpointing else [])]

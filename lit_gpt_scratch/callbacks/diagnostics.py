@@ -14,7 +14,7 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.checkpointing import BetweenSteps, RunDirCallback
 from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
-from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
+from lit_gpt_scratch.callbacks.run_plan import distinct_train_tokens, tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.spike_guard import GUARD_MODES, SpikeGuard
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
@@ -22,6 +22,7 @@ from lit_gpt_scratch.diagnostics.repetition import repeated_passage_share, repea
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
 from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, replay_events
+from lit_gpt_scratch.lightning_compat import planned_steps
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.text.escaping import markdown_code
 from lit_gpt_scratch.text.markdown_table import format_compact_table
@@ -150,7 +151,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
-    facts: dict[str, float] = {"run/guard": GUARD_MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
+    facts: dict[str, float] = {"run/guard": GUARD_MODES.index(guard), "run/steps": planned_steps(trainer)}
     if isinstance(data, BaseDataModule) and isinstance(task, GPTModule):
         classes = task.data_info.class_names
         facts |= {
@@ -159,7 +160,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
             "run/post_norm": task.gpt.norm_placement == "post",
             "run/warmup_steps": task.schedule.warmup_steps,
             "run/tokens_per_step": tokens_per_step(trainer, data),
-            "run/train_tokens": len(data.train_dataset) * data.block_size,
+            "run/train_tokens": distinct_train_tokens(trainer, data),
             "run/loader_processes": data.num_workers,
             "run/chance_loss": math.log(data.vocab_size if classes is None else len(classes)),
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.lightning_compat import planned_steps
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class RunProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar, starting at the current step."""
-        total = trainer.estimated_stepping_batches
+        total = planned_steps(trainer)
         self._total = None if total == float("inf") else int(total)
         self._started = time.perf_counter()
         self._first_step = self._step = trainer.global_step

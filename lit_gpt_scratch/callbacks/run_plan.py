@@ -14,7 +14,7 @@ from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.callbacks.introspection import PARAMETER_PARTS, printable_token
 from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration, pluralize
-from lit_gpt_scratch.callbacks.summary import BaselineMetrics
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics, count_validated_rows
 from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
@@ -24,6 +24,7 @@ from lit_gpt_scratch.diagnostics.config_rules import (
     MAX_EPOCHS,
 )
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
+from lit_gpt_scratch.lightning_compat import batches_in_steps, planned_steps
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
     count_parameters_by_part,
@@ -45,12 +46,12 @@ class RunPlan(RunDirCallback):
     Args:
         only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
             checkpoints or run validation.
-        validates: Whether the planned run includes validation runs.
+        limit_val_batches: Limit on the batches of a validation run of the planned run; None uses the trainer's limit.
     """
 
-    def __init__(self, only: bool = False, validates: bool = True) -> None:
+    def __init__(self, only: bool = False, limit_val_batches: float | None = None) -> None:
         self.only = only
-        self.validates = validates
+        self.limit_val_batches = limit_val_batches
         self.lines: list[tuple[str, str]] = []
         """Name and text of each printed line; empty on ranks other than 0."""
         self._throughput: Throughput | None = None
@@ -110,16 +111,16 @@ class RunPlan(RunDirCallback):
         yield "optimizer", "; ".join(_describe_optimizer(task))
 
         yield from describe_data(data)
-        tokens = tokens_per_step(trainer, data)
-        steps = trainer.estimated_stepping_batches
+        steps = planned_steps(trainer)
         length = "until stopped"
         unit, note = _describe_padding(data)
         if math.isfinite(steps):
-            epochs = steps * tokens / (len(data.train_dataset) * data.block_size)
+            tokens = planned_tokens(trainer, data, int(steps))
             done = f" ({self._first_step:,} done)" if self._first_step else ""
             length = (
-                f"{pluralize(steps, 'step')}{done} of {tokens:,} {unit}: {format_count(steps * tokens)} {unit}{note}, "
-                f"{format_count(epochs)} epochs, {format_count(steps * tokens / total)} {unit} per parameter"
+                f"{pluralize(int(steps), 'step')}{done} of {tokens_per_step(trainer, data):,} {unit}: "
+                f"{format_count(tokens)} {unit}{note}, {_describe_epochs(trainer, data, tokens)}, "
+                f"{format_count(tokens / total)} {unit} per parameter"
             )
         yield "run", length
 
@@ -144,28 +145,47 @@ class RunPlan(RunDirCallback):
         data: BaseDataModule = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         tokens = tokens_per_step(trainer, data)
         measured = f"{1000 * seconds:.0f} ms per step, {tokens / seconds:,.0f} tokens per second"
-        steps = trainer.estimated_stepping_batches
+        steps = planned_steps(trainer)
         if not math.isfinite(steps):
             return measured
         done = self._first_step if self.only else trainer.global_step
         if steps == done:
             return measured
         # A forward pass takes about a third of a training step.
-        validation = len(data.validation_dataset) * data.block_size / tokens * seconds / 3
-        validations = self._validations(trainer, done, int(steps))
+        rows = count_validated_rows(trainer, data, self.limit_val_batches)
+        validation = rows * data.block_size / tokens * seconds / 3
+        validations = self._validations(trainer, done, int(steps)) if rows else 0
+        left = f"{measured}; about {{}} for {pluralize(int(steps) - done, 'step')}"
+        if validations is None:
+            return left.format(format_duration((steps - done) * seconds)) + ", without validation"
         total = (steps - done) * seconds + validations * validation
-        return f"{measured}; about {format_duration(total)} for {pluralize(steps - done, 'step')} and " + pluralize(
-            validations, "validation run"
-        )
+        return left.format(format_duration(total)) + " and " + pluralize(validations, "validation run")
 
-    def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """Return the number of validation runs left after ``done`` of ``steps`` steps, including the final one."""
-        if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
-            return 0
-        if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
-            return 1
-        every = trainer.val_check_batch / trainer.accumulate_grad_batches  # Lightning counts micro-batches
-        return math.ceil(steps / every) - math.floor(done / every)
+    def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int | None:
+        """Return the number of validation runs left after ``done`` of ``steps`` steps, including the final one.
+
+        Returns None if the runs are a duration apart.
+        """
+        interval = trainer.val_check_batch  # Lightning counts micro-batches
+        if interval is None:
+            return None
+        per_epoch = int(trainer.num_training_batches)
+        if trainer.check_val_every_n_epoch is None:
+            every, per_epoch = 1, batches_in_steps(trainer, steps) + 1  # epochs do not matter
+        else:
+            every = trainer.check_val_every_n_epoch
+
+        def validations(n_steps: int) -> tuple[int, bool]:
+            """Return the number of runs in the first steps, and whether the last of these steps would end with one."""
+            epochs, rest = divmod(batches_in_steps(trainer, n_steps), per_epoch)
+            if trainer.check_val_every_n_epoch is not None and not rest:
+                epochs, rest = epochs - 1, per_epoch
+            is_validated = (epochs + 1) % every == 0
+            runs = epochs // every * int(per_epoch // interval) + is_validated * int(rest // interval)
+            return runs, is_validated and rest % interval != 0
+
+        runs, is_final_missing = validations(steps)
+        return runs + is_final_missing - (validations(done)[0] if done else 0)
 
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
@@ -221,19 +241,50 @@ def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
     return "positions", " (padding included)"
 
 
+def planned_tokens(trainer: L.Trainer, data: BaseDataModule, steps: int) -> int:
+    """Return the total number of token positions in the first steps of a run across all ranks, including padding."""
+    return batches_in_steps(trainer, steps) * data.tokens_per_batch
+
+
 def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
-    """Return the total number of token positions per optimizer step across all ranks, including padding."""
-    return data.tokens_per_batch * trainer.accumulate_grad_batches
+    """Return the number of token positions per optimizer step across all ranks, including padding.
+
+    It is a mean over the run if the number of micro-batches per step changes during the run.
+    """
+    steps = planned_steps(trainer)
+    if not math.isfinite(steps) or not steps:
+        return data.tokens_per_batch * trainer.accumulate_grad_batches
+    return round(planned_tokens(trainer, data, int(steps)) / steps)
+
+
+def distinct_train_tokens(trainer: L.Trainer, data: BaseDataModule) -> int:
+    """Return the number of different token positions that a run of any length trains on."""
+    overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]  # the trainer sets it late
+    if overfit_batches:  # every epoch has the same batches
+        return int(trainer.num_training_batches) * data.tokens_per_batch
+    return len(data.train_dataset) * data.block_size
+
+
+def _describe_epochs(trainer: L.Trainer, data: BaseDataModule, tokens: int) -> str:
+    """Describe a number of tokens in epochs; an epoch that the trainer limits to some batches differs from the data."""
+    per_epoch = int(trainer.num_training_batches) * data.tokens_per_batch
+    passes = format_count(tokens / distinct_train_tokens(trainer, data))
+    if per_epoch > (len(data.train_dataset) * data.block_size) - tokens_per_step(trainer, data):
+        return f"{passes} epochs"
+    epochs = f"{format_count(tokens / per_epoch)} epochs of {trainer.num_training_batches:,.0f} micro-batches"
+    return epochs if format_count(tokens / per_epoch) == passes else f"{epochs} ({passes} of the data)"
 
 
 def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
     """Yield a warning for each setting that is valid but probably a mistake."""
     yield from data.validation_warnings()
-    steps = trainer.estimated_stepping_batches
+    steps = planned_steps(trainer)
     if not math.isfinite(steps):
         return
-    tokens = steps * tokens_per_step(trainer, data)
-    epochs = tokens / (len(data.train_dataset) * data.block_size)
+    if trainer.overfit_batches:  # type: ignore[attr-defined]  # the trainer sets it late
+        return  # memorization is the purpose
+    tokens = planned_tokens(trainer, data, int(steps))
+    epochs = tokens / distinct_train_tokens(trainer, data)
     if epochs > MAX_EPOCHS:
         enough = max(1, int(steps * MAX_EPOCHS / 10 / epochs))
         yield (

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
+from lit_gpt_scratch.callbacks.next_commands import next_commands
 from lit_gpt_scratch.callbacks.progress import format_metrics
 from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
@@ -43,9 +44,15 @@ class BaselineMetrics(Callback):
     and the true reward (fraction of correct replies) of the initial model for RL and preference tuning. They are logged
     after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars tab shows them in the same chart as
     the corresponding metric of the model.
+
+    The baselines are computed on the text on which the model is validated, which ``trainer.limit_val_batches`` limits.
+
+    Args:
+        limit_val_batches: Limit on the batches of a validation run of the planned run; None uses the trainer's limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit_val_batches: float | None = None) -> None:
+        self.limit_val_batches = limit_val_batches
         self.figures: dict[str, float] = {}
         """Baselines keyed by name, computed at the start of training; empty on ranks other than 0."""
         self.metric = ""
@@ -58,10 +65,14 @@ class BaselineMetrics(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not trainer.is_global_zero:
             return
-        if isinstance(data, BaseDataModule) and (figures := _text_baselines(data)):
+        rows = count_validated_rows(trainer, data, self.limit_val_batches) if isinstance(data, BaseDataModule) else 0
+        if isinstance(data, BaseDataModule) and (figures := _text_baselines(data, rows or None)):
             self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
             self.figures = figures
         elif isinstance(data, BaseDataModule) and (accuracy := data.majority_class_accuracy) is not None:
+            if 0 < rows < len(data.validation_dataset):
+                log.info("no baseline: the accuracy of the commonest class is of all records, the model's of %d", rows)
+                return
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": accuracy}
         elif (start := _initial_true_reward(trainer)) is not None:
@@ -82,9 +93,28 @@ def _initial_true_reward(trainer: L.Trainer) -> float | None:
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
 
-def _text_baselines(data: BaseDataModule) -> dict[str, float]:
-    """Return the bits per byte of the baselines, or nothing if the data is not continuous text."""
-    train, validation = data.sample_train_tokens(MAX_TRAINING_TOKENS), data.validation_text()
+def count_validated_rows(trainer: L.Trainer, data: BaseDataModule, limit: float | None = None) -> int:
+    """Return the number of rows that a validation run reads across all ranks.
+
+    Args:
+        trainer: Trainer of the run.
+        data: Data module of the run.
+        limit: Number of batches (int) or fraction of them (float); None uses the limit of the trainer.
+    """
+    limit = trainer.limit_val_batches if limit is None else limit
+    rows, rows_per_batch = len(data.validation_dataset), data.batch_size * data.shard["num_replicas"]
+    batches = -(-rows // rows_per_batch)
+    return min(rows, rows_per_batch * (min(limit, batches) if isinstance(limit, int) else int(batches * limit)))
+
+
+def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
+    """Return the bits per byte of the baselines, or nothing if the data is not continuous text.
+
+    Args:
+        data: Data module of the run.
+        rows: Number of validation rows to measure on; None for all.
+    """
+    train, validation = data.sample_train_tokens(MAX_TRAINING_TOKENS), data.validation_text(rows)
     if train is None or validation is None:
         return {}
     ids, n_bytes = validation
@@ -198,11 +228,15 @@ class RunSummary(RunDirCallback):
 
     It also saves ``tokenizer.json`` at the start, and prints the result, a sample and suggested next commands at the
     end of training.
+
+    Args:
+        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
     """
 
     state_key = "Summary"  # key in checkpoints; unchanged since 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, max_time_is_a_flag: bool = False) -> None:
+        self.max_time_is_a_flag = max_time_is_a_flag
         self.seconds_before = 0.0
         """Total duration of earlier sessions of the run in seconds."""
         self._started = time.perf_counter()
@@ -277,29 +311,21 @@ class RunSummary(RunDirCallback):
         return self.seconds_before + time.perf_counter() - self._started
 
     def _print(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        suggested = (getattr(each, "next_command", None) for each in (trainer.lightning_module, data))
-        next_command = next(filter(None, suggested), BaseDataModule.next_command)
         baselines = _find_callback(trainer, BaselineMetrics)
         if baselines and isinstance(value := summary.get(baselines.metric), float):
             others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, others)
         if sample:
-            log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")))
-        further = f"max_steps {2 * summary['step']}"
-        if trainer.max_steps == -1 and trainer.max_epochs and trainer.max_epochs > 0:
-            further = f"max_epochs {2 * trainer.max_epochs}"
+            log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.split("\n")))
+        losses = [value.item() for name, value in trainer.callback_metrics.items() if name.endswith("/loss")]
+        diverged = not all(map(math.isfinite, losses))
+        commands = list(next_commands(trainer, folder, diverged, self.max_time_is_a_flag))
+        suggestions = "".join(f"\n  {command}" for command in commands)
         log.info(
-            "\n%.0f s. Run directory: %s\n\nNext:\n"
-            "  python -m lit_gpt_scratch.%s\n"
-            "  python -m lit_gpt_scratch.fit --ckpt_path %s --trainer.%s\n"
-            "  tensorboard --logdir %s",
+            "\n%.0f s. Run directory: %s%s",
             summary["seconds"],
             folder.path,
-            next_command.format(folder.path),
-            folder.path,
-            further,
-            folder.path.parent.parent,
+            f"\n\nNext:{suggestions}" if commands else "",
         )
 
 

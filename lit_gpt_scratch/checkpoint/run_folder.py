@@ -63,7 +63,7 @@ class RunFolder:
         Raises:
             UserError: The folder cannot be created.
         """
-        if not experiment or Path(experiment).name != experiment:
+        if experiment in ("", ".", "..") or Path(experiment).name != experiment:
             raise UserError(f"--experiment is '{experiment}'; it must be a folder name, not a path")
         for flag, name in (("--runs", str(runs)), ("--experiment", experiment)):
             if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would expand it

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
+from enum import Enum
 from importlib import import_module
 from typing import Any, Final
 
@@ -20,6 +21,10 @@ from lit_gpt_scratch.optim import Schedule
 
 MAX_STEPS: Final = 900
 """Default of ``trainer.max_steps`` if none of ``max_steps``, ``max_epochs`` and ``max_time`` is set."""
+VALIDATE_EVERY: Final = 300
+"""Default of ``trainer.val_check_interval``, in micro-batches, if ``check_val_every_n_epoch`` is not set."""
+LOG_EVERY: Final = 10
+"""Default of ``trainer.log_every_n_steps``, except in the ``barebones`` mode, which logs nothing."""
 PUBLISHED_VOCABULARIES: Final = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
 """Vocabulary sizes of the published models, keyed by preset family; other presets use the default vocabulary size."""
 TRAINER_DEFAULTS: Final[dict[str, Any]] = {
@@ -159,6 +164,13 @@ def unset_defaults(config: Namespace) -> None:
         for name, value in defaults.items():
             if name in arguments and arguments[name] == value:
                 arguments[name] = None
+    trainer = config.get("trainer")
+    if isinstance(trainer, Namespace):
+        interval, epochs = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch")
+        if epochs == 1 and isinstance(interval, float):  # implied by a fraction of an epoch
+            trainer.check_val_every_n_epoch = None
+        elif interval == (VALIDATE_EVERY if epochs is None else 1.0):
+            trainer.val_check_interval = None
 
 
 def resolve_defaults(config: Namespace) -> None:
@@ -175,6 +187,14 @@ def resolve_defaults(config: Namespace) -> None:
         trainer.max_steps = MAX_STEPS
     if trainer.precision is None:
         trainer.precision = default_precision(str(trainer.accelerator)).value
+    if trainer.val_check_interval is None:  # a flag counts epochs, or nothing is set
+        trainer.val_check_interval = VALIDATE_EVERY if trainer.check_val_every_n_epoch is None else 1.0
+    if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None:
+        trainer.check_val_every_n_epoch = 1  # a fraction of an epoch
+    if trainer.log_every_n_steps is None:
+        trainer.log_every_n_steps = 0 if trainer.barebones else LOG_EVERY
+    if trainer.callbacks is not None:
+        trainer.callbacks = _replace_string_enums(trainer.callbacks)
     switches = ("logger", "enable_checkpointing", "enable_progress_bar")
     for name, value in (TRAINER_DEFAULTS | dict.fromkeys(switches, not trainer.barebones)).items():
         if trainer[name] is None:
@@ -199,6 +219,15 @@ def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
         for argument, value in defaults.items():
             if argument in part and part[argument] is None:
                 arguments[argument] = value
+
+
+def _replace_string_enums(value: Any) -> Any:
+    """Replace enum members that are strings, such as the default of ``Timer.interval``, which YAML cannot represent."""
+    if isinstance(value, Namespace):
+        return Namespace(**{name: _replace_string_enums(each) for name, each in vars(value).items()})  # type: ignore[no-untyped-call]
+    if isinstance(value, list):
+        return [_replace_string_enums(each) for each in value]
+    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
 
 
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:

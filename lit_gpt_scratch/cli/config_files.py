@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_gpt_scratch
@@ -18,6 +18,22 @@ from lit_gpt_scratch.errors import UserError, describe_yaml_error
 
 EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
 """Folder of the shipped experiments, which exists in a clone of the repository but not in an installed package."""
+
+
+_rank_union_member = _typehints.union_subtype_sort_key
+
+
+def _rank_numbers_first(member: Any) -> int:
+    """Rank the members of a union in the order in which the parser tries them on a value: int, float, then the others.
+
+    ``typing`` caches unions and considers ``Union[int, float]`` and ``Union[float, int]`` equal, so the order of the
+    members of a Trainer flag is that of the first such union that any imported library creates. With float first, the
+    parser would convert ``--trainer.limit_val_batches 1`` (one batch) to 1.0 (all batches).
+    """
+    return {int: -2, float: -1}.get(member) or _rank_union_member(member)
+
+
+_typehints.union_subtype_sort_key = _rank_numbers_first  # type: ignore[assignment]  # another parameter name
 
 
 class FitParser(LightningArgumentParser):

@@ -75,6 +75,10 @@ class EarlyFlags:
             value = _look_up(config, name)
         return None if value in (None, "null") else str(value)
 
+    def on_command_line(self, name: str) -> str | None:
+        """Return the last value of a flag on the command line, or None if it is not given there."""
+        return self._given.get(f"--{name}")
+
     def class_of(self, part: str) -> str | None:
         """Return the class name or import path given for ``model`` or ``data``, or None."""
         named = self.get(part)

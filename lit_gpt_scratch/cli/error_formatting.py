@@ -2,20 +2,42 @@
 
 import logging
 import re
+import textwrap
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lit_gpt_scratch.cli.trainer_flags import find_component, name_flags
 from lit_gpt_scratch.errors import UserError, exception_chain
+
+log = logging.getLogger(__name__)
+
+REQUESTED_OUTPUT: Final = frozenset({"callbacks", "profilers", "tuner"})
+"""Folders of Lightning's modules that log only what a flag requests, such as a profiler's report."""
+REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_dev_run")
+"""Messages of other modules of Lightning about modes that a flag requests."""
+
+
+class RequestedOutput(logging.Handler):
+    """Handler that prints Lightning's warnings and the output that a flag requests, and hides its other messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass the record on to the handlers of this package, or drop it."""
+        is_requested = not REQUESTED_OUTPUT.isdisjoint(Path(record.pathname).parts)
+        if record.levelno >= logging.WARNING or is_requested or REQUESTED_MODES.search(record.getMessage()):
+            log.handle(record)
 
 
 def silence_libraries() -> None:
     """Hide library log messages and warnings that users cannot act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [RequestedOutput()], False
     # If a class has no validation examples, AUROC averages over the other classes.
     warnings.filterwarnings("ignore", message="No (positive|negative) samples (found|in) ", module="torchmetrics")
     # DPO, PPO and GRPO have a frozen reference policy.
@@ -50,12 +72,18 @@ def user_errors() -> Iterator[None]:
             if str(ours).startswith("Caught UserError in DataLoader worker"):  # followed by a traceback
                 ours = UserError(str(ours).rpartition("UserError: ")[2])
             raise ours from error
-        if not isinstance(error, ArgumentError | MisconfigurationException | ValueError | TypeError | AttributeError):
+        library_errors = (
+            ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError, ImportError, RuntimeError
+        )  # fmt: skip
+        if not isinstance(error, library_errors):
             raise
         if str(error) == "embedded null byte":  # Python's message for a path with a null byte
             raise UserError("a path in a flag or in a config contains a null byte; remove this byte") from error
         if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_a_library(error):
-            raise UserError(_flag(chain) + _plain(str(chain[-1]), prefix=".".join(_keys(chain)))) from error
+            flag = _flag(chain)
+            if not flag and (component := find_component(error)) and component[1] != "NoneType":
+                flag = f"--trainer.{' '.join(component)}: "
+            raise UserError(flag + _plain(_reason(chain), prefix=".".join(_keys(chain)))) from error
         raise
 
 
@@ -65,6 +93,8 @@ def _raised_by_a_library(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    if isinstance(error, RuntimeError):  # elsewhere it may be a bug
+        return where.startswith("lightning.pytorch.callbacks.")
     return where.startswith(("lightning.pytorch.", "jsonargparse."))
 
 
@@ -80,6 +110,23 @@ def _flag(chain: list[BaseException]) -> str:
     return f"--{'.'.join(keys)}: " if keys else ""
 
 
+def _reason(chain: list[BaseException]) -> str:
+    """Return the message of the innermost error; if a list or a class is allowed, that of the class.
+
+    The parser reports only the first type that it tried, which is the list.
+    """
+    reason = str(chain[-1])
+    if not reason.startswith("Expected a <class 'list'>"):
+        return reason
+    for error in chain:
+        errors = str(error).partition("Errors:\n")[2].partition("\nGiven value type:")[0]
+        items = re.split(r"^- ", textwrap.dedent(errors), flags=re.MULTILINE)[1:]
+        of_class = [item for item in items if not item.startswith("Expected a <class")]
+        if of_class:
+            return " ".join(re.sub(r"Problem with given class_path .*:\n", "", of_class[0]).split())
+    return reason
+
+
 def _plain(message: str, prefix: str) -> str:
     """Replace Python type notation with plain words, and prepend ``prefix`` to the names of nested flags."""
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
@@ -90,4 +137,10 @@ def _plain(message: str, prefix: str) -> str:
         r"class \1 not found; use the name of a class or its import path",
         message,
     )
+    message = re.sub(
+        r"the following arguments are required: ([\w, ]+)",
+        lambda match: "required; set " + ", ".join(f"--{prefix}.{name}" for name in match[1].split(", ")),
+        message,
+    )
+    message = name_flags(message)
     return message.replace("arguments: --", f"arguments: --{prefix}.") if prefix else message

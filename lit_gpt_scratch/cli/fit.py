@@ -1,5 +1,6 @@
 """``fit``: LightningCLI with this project's defaults, run folders, help and error messages."""
 
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, RunDirCallback
@@ -46,12 +48,17 @@ from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.help import HelpPage
 from lit_gpt_scratch.cli.output_streams import training_output
 from lit_gpt_scratch.cli.resume import ResumedRun
+from lit_gpt_scratch.cli.trainer_flags import explain_trainer_error, validate_callbacks, validate_trainer_flags
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
-from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
+from lit_gpt_scratch.distributed.strategies import (
+    replace_multiprocessing_launcher,
+    resolve_strategy,
+    resolve_tensor_parallel_size,
+)
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_processes, trains_in_this_process
@@ -60,7 +67,11 @@ from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
+log = logging.getLogger(__name__)
+
 RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
+MAX_SEED: Final = 2**32 - 1
+"""Largest seed of NumPy's global random number generator, which Lightning seeds."""
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
 """Default of ``cleaning`` in ``PackedText``, as a config, because an instance cannot be dumped to a config file."""
 
@@ -88,8 +99,6 @@ class FitCLI(LightningCLI):
                 save_config_callback=None,  # it would use the logger's folder; SaveConfig uses the run folder
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
-                    "log_every_n_steps": 10,
-                    "val_check_interval": 300,
                     "check_val_every_n_epoch": None,
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,
@@ -176,6 +185,8 @@ class FitCLI(LightningCLI):
         if (checkpoint := early.get("ckpt_path")) is not None:
             runs, experiment = (early.get(name) or default for name, default in RUN_DEFAULTS.items())
             self.resumed = ResumedRun.find(checkpoint, Path(runs), experiment)
+            if self.resumed:
+                self.resumed.require_folder(early.on_command_line("runs"), early.on_command_line("experiment"))
         if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
             before = ["--config", str(self.resumed.folder.config)]
             self.config_before = parser.parse_args(before)
@@ -194,12 +205,9 @@ class FitCLI(LightningCLI):
             self.initial_model = apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
             self.config = parser.parse_args(early.flags)
         resolve_defaults(self.config)
-        for name in ("accumulate_grad_batches", "val_check_interval"):
-            value = self.config.trainer[name]
-            if isinstance(value, int | float) and value <= 0:
-                raise UserError(f"--trainer.{name} is {value}; it must be positive")
-        if self.config.seed_everything < 0:
-            raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
+        validate_trainer_flags(self.config.trainer)
+        if not 0 <= self.config.seed_everything <= MAX_SEED:
+            raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be from 0 to {MAX_SEED}")
         if early.print_config:  # not by the parser, so that the printed defaults are resolved
             sys.stdout.write(parser.dump(self.config, skip_unset=False))
             sys.exit(0)
@@ -221,19 +229,28 @@ class FitCLI(LightningCLI):
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
+        validate_callbacks(config["callbacks"] or [])
+        given = dict(config)
         if self.config_init.plan:
             config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            plan = RunPlan(only=True, validates=config["limit_val_batches"] != 0)
-            callbacks = [*(config["callbacks"] or []), Throughput(), BaselineMetrics(), plan]
-            config |= {"limit_val_batches": 0, "callbacks": callbacks}
+            limit = config["overfit_batches"] or config["limit_val_batches"]
+            config["callbacks"] = [
+                *(config["callbacks"] or []),
+                Throughput(),
+                BaselineMetrics(limit),
+                RunPlan(only=True, limit_val_batches=limit),
+            ]
         else:
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
             trainer = Trainer(**config)
-        # Unknown strategy, missing library for an accelerator, or cluster variables that contradict the flags.
+        # Unknown strategy, missing library, or flags or cluster variables that contradict each other.
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
-            asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
-            raise UserError(f"{' '.join(asked)}: {error}") from error
+            raise explain_trainer_error(error, given, self.parser.get_defaults().trainer) from error
+        if self.config_init.plan:
+            trainer.limit_val_batches = 0
+        if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
+            log.info("starting the processes as --trainer.strategy ddp does, instead of with %s", method)
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
@@ -248,11 +265,15 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         saves, shows_progress = (config[f"enable_{name}"] is not False for name in ("checkpointing", "progress_bar"))
+        own: list[Callback] = config["callbacks"] or []
+        shows_progress = shows_progress and not any(isinstance(callback, ProgressBar) for callback in own)
+        max_time_is_a_flag = not any(isinstance(callback, Timer) for callback in own)  # a Timer overrides the flag
         saving = self.config_init.checkpoint if saves else None
         self.stopping, self.provenance = SignalHandling(saving), RunMetadata()
         written = [SaveConfig(self.parser, self.config), self.provenance]
+        guard = self.config_init.guard
         return default_callbacks(
-            written, self.config_init.inspect, self.stopping, saving, shows_progress, self.config_init.guard
+            written, self.config_init.inspect, self.stopping, saving, shows_progress, guard, max_time_is_a_flag
         )
 
     def fit(self) -> None:
@@ -298,7 +319,7 @@ class FitCLI(LightningCLI):
             kill_child_processes(self.trainer)
             raise
         finally:
-            if claimed and not self.trainer.global_step:
+            if claimed and not self.trainer.global_step and not claimed.last_saved_at():
                 claimed.delete()
         if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)

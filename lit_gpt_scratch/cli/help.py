@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_gpt_scratch.cli.config_defaults import MAX_STEPS, TRAINER_DEFAULTS, import_class
+from lit_gpt_scratch.cli.config_defaults import LOG_EVERY, MAX_STEPS, TRAINER_DEFAULTS, VALIDATE_EVERY, import_class
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
 
@@ -59,7 +59,9 @@ REWORDED: Final = {
     "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any Lightning precision.",
     "trainer.max_epochs": "Maximum number of passes over the training data.",
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
-    "trainer.val_check_interval": "Number of micro-batches between validation runs.",
+    "trainer.val_check_interval": "Number of micro-batches between validation runs, a fraction of an epoch such as "
+    "0.25, or a duration (DD:HH:MM:SS).",
+    "trainer.check_val_every_n_epoch": "Number of epochs between validation runs, in place of val_check_interval.",
     "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
 """Help texts that replace those of Lightning's flags and of flags whose value is a class, keyed by flag."""
@@ -194,6 +196,7 @@ def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
     """Yield the flags that the parser itself lists: flags of the trainer and of the run."""
     accelerator = default_precision("auto").value
     known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
+    known |= {"trainer.val_check_interval": VALIDATE_EVERY, "trainer.log_every_n_steps": LOG_EVERY}
     known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
     yield Flag(
         "config",

@@ -112,6 +112,22 @@ class ResumedRun:
         """Run folder that contains the checkpoint, or None if the checkpoint is not in a run folder."""
         return RunFolder.containing(self.checkpoint)
 
+    def require_folder(self, runs: str | None, experiment: str | None) -> None:
+        """Check that the flags ``--runs`` and ``--experiment``, if given, name the folder in which the run continues.
+
+        Raises:
+            UserError: The run continues in another folder, so a flag would have no effect.
+        """
+        if self.folder is None:
+            return
+        own = {"runs": self.folder.path.parents[1], "experiment": Path(self.folder.path.parent.name)}
+        for flag, value in (("runs", runs), ("experiment", experiment)):
+            if value is not None and (Path(value).resolve() if flag == "runs" else Path(value)) != own[flag]:
+                raise UserError(
+                    f"--{flag} is {value}, but --ckpt_path continues the run in {self.folder.path}; omit --{flag}, or "
+                    f"start a new run with --model.init_from {self.checkpoint}"
+                )
+
     def steps_done(self, trainer: Trainer, force: bool = False) -> int:
         """Return the number of optimizer steps in the checkpoint.
 

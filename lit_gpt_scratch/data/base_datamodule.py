@@ -15,12 +15,19 @@ from typing import Any, ClassVar, Final, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.packing import PackingPolicy
-from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.data.sampler import (
+    EvaluationSampler,
+    RowDataset,
+    SequentialMicroBatches,
+    ShuffledOrder,
+    ShuffledSampler,
+)
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import global_seed
@@ -111,8 +118,13 @@ class BaseDataModule(L.LightningDataModule):
     """Singular name of what ``SplitCounts.items`` counts, such as "document"."""
     packing: PackingPolicy | None = None
     """Policy that packs documents into rows; None if each row is one padded record."""
-    next_command: ClassVar[str] = 'generate {} --prompt "def "'
-    """Command to suggest after training; ``{}`` is replaced by the run directory."""
+    next_command: ClassVar[str] = "generate {}"
+    """Command to suggest after training, in which ``{}`` is the run directory and ``{text}`` is ``example_text``."""
+
+    @property
+    def example_text(self) -> str:
+        """First words of a validation text, for ``next_command``; empty if there is none."""
+        return ""
 
     @property
     def split_counts(self) -> Mapping[str, SplitCounts]:
@@ -137,8 +149,12 @@ class BaseDataModule(L.LightningDataModule):
         """Return about ``n`` tokens of training text, or None if the data is not continuous text."""
         return None
 
-    def validation_text(self) -> tuple[TokenIds, int] | None:
-        """Return all tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text."""
+    def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int] | None:
+        """Return the tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text.
+
+        Args:
+            rows: Number of validation rows to which the text is limited; None returns the whole text.
+        """
         return None
 
     @property
@@ -225,7 +241,14 @@ class BaseDataModule(L.LightningDataModule):
             "start": self._position(),
             "accumulate": accumulate,
             "limit": 1.0 if self.trainer is None else self.trainer.limit_train_batches,
+            "repeats": self._overfits,
         }
+
+    @property
+    def _overfits(self) -> bool:
+        """Whether ``trainer.overfit_batches`` limits the run to the same batches in every epoch."""
+        overfit_batches: float = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
+        return overfit_batches > 0
 
     def describe_row(self, epoch: int, batch: int, row: int) -> str:
         """Describe a row of a training batch of this process; see ``RowDataset.describe_row``."""
@@ -270,6 +293,12 @@ class BaseDataModule(L.LightningDataModule):
         batches = self.tokens_per_step // self.tokens_per_batch
         if self.trainer is None:
             return
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise UserError(
+                "data.tokens_per_step and the callback GradientAccumulationScheduler both set the number of "
+                "micro-batches per step; omit one of them"
+            )
         if self.trainer.accumulate_grad_batches not in (1, batches):
             raise UserError(
                 f"data.tokens_per_step implies {batches} micro-batches per step, but trainer.accumulate_grad_batches "
@@ -304,7 +333,7 @@ class BaseDataModule(L.LightningDataModule):
             reserve_open_files(self.num_workers)
         return DataLoader(
             dataset,
-            sampler=sampler,
+            sampler=SequentialMicroBatches(sampler) if self._overfits else sampler,
             batch_size=None,  # the sampler yields the indices of whole batches; the dataset collates them
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

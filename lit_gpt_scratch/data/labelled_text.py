@@ -47,7 +47,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
     """
 
     shares = (0.1, 0.2)
-    next_command = 'evaluate {} --text "..."'
+    next_command = "evaluate {} --text {text}"
 
     def __init__(
         self, text_column: str = "text", label_column: str = "label", balance: bool = False, **kwargs: Any

@@ -31,6 +31,7 @@ from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.cleaning_report import format_report
 from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can name it
+from lit_gpt_scratch.text.document import first_words
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
@@ -40,6 +41,8 @@ from lit_gpt_scratch.text.text_bytes import LabelByteCounter
 from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
+EXAMPLE_TOKENS = 40
+"""Number of validation tokens in which the words of ``example_text`` are searched."""
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
 """Number of validation documents that provide a sample prompt, number of tokens per prompt, and number of validation
 tokens that are searched for the starts of documents."""
@@ -106,6 +109,7 @@ class PackedText(BaseDataModule):
     train_dataset: PackedDataset
     validation_dataset: PackedDataset
     item_name = "document"
+    next_command = "generate {} --prompt {text}"
     packing: PackingPolicy
 
     @classmethod
@@ -317,9 +321,29 @@ class PackedText(BaseDataModule):
             [store.train.read(0, math.ceil(share)) for store, share in zip(self.stores, shares, strict=True)]
         )
 
-    def validation_text(self) -> tuple[TokenIds, int]:
-        """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent."""
-        return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
+    def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int]:
+        """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent.
+
+        Args:
+            rows: Number of validation windows; their text consists of their labels, and the token before the first.
+        """
+        if rows is None or rows >= len(self.validation_dataset):
+            return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
+        read = []
+        for store, windows in zip(self.stores, self.validation_dataset.parts, strict=True):
+            taken = min(rows, len(windows))
+            rows -= taken
+            read.append(store.validation.read(0, min(taken * self.block_size + 1, store.validation.n_tokens)))
+            if not rows:
+                break
+        ids = np.concatenate(read)
+        return ids, int(np.asarray(self.token_bytes)[ids[1:]].sum())
+
+    @property
+    def example_text(self) -> str:
+        """First words of the validation text."""
+        ids = self.store.validation.read(0, EXAMPLE_TOKENS)
+        return first_words(self.tokenizer.decode(ids[ids != self.tokenizer.end_of_text].tolist()))
 
     def _windows(
         self, parts: Sequence[PackingPlan], count_bytes: Sequence[Callable[[int, int], int]] | None = None

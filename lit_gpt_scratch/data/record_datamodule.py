@@ -45,7 +45,7 @@ from lit_gpt_scratch.data.tokenized_examples import (
 )
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, synthetic_data
-from lit_gpt_scratch.text.document import TableRow
+from lit_gpt_scratch.text.document import TableRow, first_words
 from lit_gpt_scratch.text.file_readers import Columns
 from lit_gpt_scratch.text.sources import DocumentSource
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -196,6 +196,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             return self.parse_row(row.fields)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
+
+    @property
+    def example_text(self) -> str:
+        """First words of a validation record."""
+        return first_words(self.records[self.split_indices["validation"][0]][1].texts[0])
 
     @cached_property
     def split_indices(self) -> dict[RecordSplit, RecordIndices]:

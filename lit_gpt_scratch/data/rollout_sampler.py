@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import PromptIndexBatch, RolloutPhase
 from lit_gpt_scratch.data.sampler import Permutations, RowDataset, RowIndices, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.errors import UserError
 
 
 class RolloutSampler(ShuffledSampler):
@@ -28,6 +29,10 @@ class RolloutSampler(ShuffledSampler):
         start: Epoch to start at, and micro-batch within that epoch.
         accumulate: Micro-batches per optimizer step.
         limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
+        repeats: Must be False, because rollouts cannot be repeated.
+
+    Raises:
+        UserError: ``repeats`` is True.
     """
 
     def __init__(
@@ -41,7 +46,12 @@ class RolloutSampler(ShuffledSampler):
         start: tuple[int, int] = (0, 0),
         accumulate: int = 1,
         limit: float = 1.0,
+        repeats: bool = False,
     ) -> None:
+        if repeats:
+            raise UserError(
+                "--trainer.overfit_batches would repeat rollouts of earlier policies; use --trainer.limit_train_batches"
+            )
         super().__init__(prompts, batch_size, rank, world_size, start, accumulate, limit)
         self.phase = phase
         self.phase_rows = phase.steps * accumulate * batch_size * world_size

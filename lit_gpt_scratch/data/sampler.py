@@ -6,12 +6,12 @@ shuffled list in memory, so a run can be resumed at any step, on any number of r
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 BatchT = TypeVar("BatchT", bound=Mapping[str, object])
 
@@ -150,6 +150,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         start: Epoch to start at, and micro-batch within that epoch; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
         limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
+        repeats: Whether every epoch has the rows of the first epoch, in the same order.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         start: tuple[int, int] = (0, 0),
         accumulate: int = 1,
         limit: float = 1.0,
+        repeats: bool = False,
     ) -> None:
         super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # only its length is used
         self.order = order
@@ -169,6 +171,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         self.start = start
         self.accumulate = accumulate
         self.limit = limit
+        self.repeats = repeats
         self.epoch = start[0]
 
     @property
@@ -209,7 +212,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
         """Return the row indices at the given positions of an epoch; both arrays are (n,) int64."""
-        return self.order.rows(epoch, positions)
+        return self.order.rows(0 if self.repeats else epoch, positions)
 
 
 class EvaluationSampler(DistributedSampler[MicroBatch]):
@@ -238,6 +241,28 @@ class EvaluationSampler(DistributedSampler[MicroBatch]):
         for first in range(0, len(self) * self.batch_size, self.batch_size):
             positions = np.arange(first, first + self.batch_size) * self.world_size + self.rank
             yield MicroBatch(np.minimum(positions, self.n_rows).tolist())
+
+
+class SequentialMicroBatches(SequentialSampler):
+    """Sampler that yields the micro-batches of another sampler, for ``trainer.overfit_batches``.
+
+    The class inherits from ``SequentialSampler``, because Lightning then replaces all other samplers with one that
+    yields single rows.
+
+    Args:
+        sampler: Sampler whose micro-batches are the same in every epoch.
+    """
+
+    def __init__(self, sampler: ShuffledSampler | EvaluationSampler) -> None:
+        super().__init__(sampler)  # only its length is used
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, at whose start a resumed run may skip micro-batches."""
+        self.sampler.set_epoch(epoch)
 
 
 def _shares(length: int, weights: Sequence[float]) -> list[int]:

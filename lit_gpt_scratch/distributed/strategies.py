@@ -1,12 +1,13 @@
 """Register FSDP2 and tensor parallelism as strategies: ``--trainer.strategy fsdp2``, ``tp`` or ``fsdp2_tp``."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -17,7 +18,11 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
+from lit_gpt_scratch.lightning_compat import (
+    SizedModelParallelStrategy,
+    multiprocessing_start_method,
+    start_as_scripts,
+)
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
@@ -142,6 +147,33 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
     sized = f"{strategy}_{tensor_parallel}"
     StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)
     return sized  # return a name, because Lightning rejects float64 with a strategy object
+
+
+def replace_multiprocessing_launcher(strategy: Strategy) -> str | None:
+    """Let a DDP strategy that would fork or spawn its processes start them as ``ddp`` does.
+
+    The computation is the same. A forked or spawned process would return neither its progress nor the state of the
+    callbacks to this process. In addition, forking is unsafe once threads have started, and spawning would copy the
+    data.
+
+    Returns:
+        The start method that is replaced, or None if the strategy does not fork or spawn.
+
+    Raises:
+        UserError: The strategy cannot start its processes in another way.
+    """
+    method = multiprocessing_start_method(strategy)
+    if method is None:
+        return None
+    if not isinstance(strategy, DDPStrategy):
+        raise UserError(f"--trainer.strategy {type(strategy).__name__} is not supported; use ddp or fsdp2")
+    if hasattr(sys, "ps1"):
+        raise UserError(
+            "an interactive session has no script that several processes could run; run python -m "
+            "lit_gpt_scratch.fit in a shell, or use --trainer.devices 1"
+        )
+    start_as_scripts(strategy)
+    return method
 
 
 for name, size in TENSOR_PARALLEL_SIZES.items():

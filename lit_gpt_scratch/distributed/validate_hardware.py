@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision
@@ -44,12 +44,18 @@ def _validate_strategy(strategy: object) -> None:
             f"{name} flattens weights into vectors, which breaks Muon, weight decay and gradient clipping; "
             "use --trainer.strategy fsdp2"
         )
+    if isinstance(strategy, str) and re.fullmatch(r"(single_)?xla\w*", strategy):
+        raise UserError(f"{name} is for TPUs, which are not supported; use --trainer.strategy auto")
+    if str(strategy).startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
+        raise UserError(f"{name} saves checkpoints in an unsupported format; use --trainer.strategy fsdp2")
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ModelParallel):
         raise UserError(f"{name} saves checkpoints in an unsupported format; use fsdp2, tp or fsdp2_tp")
 
 
 def _resolve_accelerator(requested: str) -> str:
     """Return the accelerator that a flag selects: ``cpu``, ``cuda`` or ``mps``; other names are returned unchanged."""
+    if requested == "tpu":
+        raise UserError("--trainer.accelerator tpu: TPUs are not supported; use --trainer.accelerator auto")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested in ("auto", "gpu") and (cuda or mps):
         return "cuda" if cuda else "mps"

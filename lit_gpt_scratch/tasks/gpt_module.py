@@ -33,7 +33,7 @@ from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradi
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
-from lit_gpt_scratch.lightning_compat import global_seed, set_logging_step
+from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
@@ -366,7 +366,7 @@ class GPTModule(L.LightningModule):
         created before the trainer has restored its position.
         """
         self._use_ema(False)  # checkpoints store the averages as weights
-        self.total_steps = self.trainer.estimated_stepping_batches
+        self.total_steps = planned_steps(self.trainer)
         self._apply_configured_hyperparameters()
         self._loss_sum = torch.zeros((), device=self.device)
         self._starts = True
@@ -397,7 +397,7 @@ class GPTModule(L.LightningModule):
         layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
         if accumulate == layout.accumulate and not STEP_KEYS.isdisjoint(batch):
             step_count = self.step_count(batch).to(loss_sum.dtype)
-        else:  # Lightning replaced the sampler (overfit_batches), or a callback schedules the accumulation
+        else:  # a callback schedules the accumulation, or a custom data module does not count the labels of a step
             step_count = count.to(loss_sum.dtype) * (accumulate * layout.replicas)  # assumes equal micro-batches
         # Lightning divides the loss by the number of micro-batches per step, and DDP and FSDP average gradients over
         # the ranks. Dividing by the average number of labels per micro-batch therefore gives the gradient of the mean

@@ -1,5 +1,6 @@
 """Documents of a corpus, and the table rows from which they are read."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +14,12 @@ MAX_DOCUMENT_BYTES: Final = 2**25
 def is_blank(text: str) -> bool:
     """Return whether a string is empty or contains only whitespace."""
     return not text or text.isspace()
+
+
+def first_words(text: str) -> str:
+    """Return the first words of a text, up to four on one line and 40 characters; empty if there is no word."""
+    found = re.search(r"[^\W_]\S*(?:[ \t]+\S+){0,3}", text)
+    return found[0][:40].strip() if found else ""
 
 
 @dataclass(frozen=True, slots=True)

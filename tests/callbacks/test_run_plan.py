@@ -4,13 +4,16 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, ValidateAtEnd
 from lit_gpt_scratch.callbacks.diagnostics import DiagnosticsCallback
 from lit_gpt_scratch.callbacks.progress import format_count
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
@@ -61,6 +64,85 @@ def test_the_plan_describes_the_run(
     assert "xz" in lines["baselines"][0]
     assert "ms per step" in lines["time"][0]
     assert lines["time"][0].endswith("tokens per second")  # and no step is left
+
+
+class Validations(L.Callback):
+    """Count the validation runs after the estimate is printed."""
+
+    n = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.n += trainer.global_step > FIRST_STEPS + 1 and not trainer.sanity_checking
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_steps": 15, "val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"max_epochs": 4, "limit_train_batches": 6, "val_check_interval": 0.5},
+        {"max_epochs": 5, "limit_train_batches": 5, "check_val_every_n_epoch": 2},
+        {"max_epochs": 6, "limit_train_batches": 4, "check_val_every_n_epoch": 3, "val_check_interval": 2},
+        {"max_steps": 16, "limit_train_batches": 6, "check_val_every_n_epoch": 2, "val_check_interval": 4},
+        {"max_steps": 11, "overfit_batches": 1},
+        {"max_steps": 11, "limit_val_batches": 0},
+        {"max_epochs": 4, "limit_train_batches": 7, "accumulate_grad_batches": 2},
+    ],
+)
+def test_the_plan_follows_the_trainers_limits(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    flags: dict[str, Any],
+) -> None:
+    """The number of validation runs is that of the run itself."""
+    validations = Validations()
+    runner = trainer(callbacks=[Throughput(), RunPlan(), ValidateAtEnd(), validations], **({"max_steps": -1} | flags))
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        runner.fit(task(), packed_text())
+    [found] = re.findall(r"for (\d+) steps? and (\d+) validation run", caplog.text)
+    assert (int(found[0]), int(found[1])) == (runner.global_step - FIRST_STEPS - 1, validations.n)
+
+
+@pytest.mark.parametrize("flags", [{"max_steps": -1, "max_epochs": 3}, {"max_steps": 17}])
+@pytest.mark.parametrize("scheduling", [{0: 2}, {0: 3, 1: 1}, {1: 4, 2: 1}])
+def test_the_plan_counts_scheduled_accumulation(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    flags: dict[str, Any],
+    scheduling: dict[int, int],
+) -> None:
+    """The planned steps and tokens are those of the run itself."""
+    throughput = Throughput()
+    callbacks = [GradientAccumulationScheduler(scheduling), throughput, RunPlan()]
+    runner = trainer(callbacks=callbacks, limit_train_batches=7, limit_val_batches=0, **flags)
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        runner.fit(task(), packed_text())
+    [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("run ")]
+    assert f"{runner.global_step} steps of " in line
+    assert f"{format_count(throughput.tokens)} tokens, " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        ({"overfit_batches": 1, "max_steps": 9}, "9 epochs of 1 micro-batches"),
+        ({"overfit_batches": 3, "max_steps": 9}, "3 epochs of 3 micro-batches"),
+        ({"limit_train_batches": 2, "max_steps": 8}, "4 epochs of 2 micro-batches ("),
+    ],
+)
+def test_epochs_are_those_of_the_trainer(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    flags: dict[str, Any],
+    epochs: str,
+) -> None:
+    [line] = plan_lines(caplog, trainer, task(), packed_text(), limit_val_batches=0, **flags)["run"]
+    assert f"tokens, {epochs}" in line
 
 
 def test_padding_is_not_counted_as_tokens(
@@ -139,10 +221,11 @@ def test_a_data_module_may_report_little(
     for seed in range(20):
         (tmp_path / "poems" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
     data = OwnData(str(tmp_path / "poems"), block_size=32, batch_size=4, vocab_size=300, cache=str(tmp_path / "cache"))
-    summary = RunSummary()
-    summary.folder = RunFolder.create(tmp_path / "runs", "own")
+    summary, checkpointing = RunSummary(), Checkpointing()
+    summary.folder = checkpointing.folder = RunFolder.create(tmp_path / "runs", "own")
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-        trainer(callbacks=[BaselineMetrics(), RunPlan(), DiagnosticsCallback(), summary], max_steps=2).fit(task(), data)
+        callbacks = [BaselineMetrics(), RunPlan(), DiagnosticsCallback(), summary, checkpointing]
+        trainer(callbacks=callbacks, max_steps=2, enable_checkpointing=True).fit(task(), data)
     assert "1 poem with 2 k tokens for training, 3 poems with 50 tokens for spring" in caplog.text
     assert "few poems" in caplog.text
     assert "baselines" not in caplog.text
@@ -152,12 +235,13 @@ def test_a_data_module_may_report_little(
 @pytest.mark.parametrize(
     ("stage", "command"),
     [
-        (PackedText, "generate runs/x"), (Conversations, "generate runs/x --chat"), (Prompts, "generate runs/x --chat"),
-        (Preferences, "generate runs/x --chat"), (LabelledText, "evaluate runs/x --text"),
+        (PackedText, "generate runs/x --prompt words"), (Conversations, "generate runs/x --chat"),
+        (Prompts, "generate runs/x --chat"),
+        (Preferences, "generate runs/x --chat"), (LabelledText, "evaluate runs/x --text words"),
     ],
 )  # fmt: skip
 def test_each_data_module_suggests_a_command(stage: type[BaseDataModule], command: str) -> None:
-    assert stage.next_command.format("runs/x").startswith(command)
+    assert stage.next_command.format("runs/x", text="words") == command
     assert LanguageModel.next_command is None
     assert Reward.next_command == "convert to-safetensors {} reward.safetensors"
 

@@ -4,14 +4,18 @@ import itertools
 import math
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data import sampler as module
 from lit_gpt_scratch.data.sampler import (
     ROWS_AT_ONCE,
@@ -21,6 +25,7 @@ from lit_gpt_scratch.data.sampler import (
     ShuffledOrder,
     ShuffledSampler,
 )
+from lit_gpt_scratch.tasks import LanguageModel
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
@@ -221,3 +226,40 @@ def test_step_rows_are_those_of_all_micro_batches_and_ranks(
             for rank in ranks:
                 assert rank[number].step_rows is not None
                 assert rank[number].step_rows.tolist() == rows
+
+
+class Rows(L.Callback):
+    """Record the input of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.train: list[torch.Tensor] = []
+        self.validation: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: object, pl_module: object, batch: Any, batch_idx: int) -> None:
+        self.train.append(batch["input_ids"])
+
+    def on_validation_batch_start(
+        self, trainer: object, pl_module: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.validation.append(batch["input_ids"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_overfit_batches_repeats_the_first_batches(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    accumulate: int,
+) -> None:
+    """Of whole batches, not of single rows, and those of an ordinary run's first epoch."""
+    ordinary, repeated = Rows(), Rows()
+    flags = {"max_steps": -1, "accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
+    trainer(callbacks=[ordinary], max_epochs=1, limit_train_batches=2, limit_val_batches=2, **flags).fit(
+        task(), packed_text()
+    )
+    trainer(callbacks=[repeated], max_epochs=3, overfit_batches=2, **flags).fit(task(), packed_text())
+    assert [batch.shape for batch in repeated.train] == [(4, 32)] * 6
+    for batch, expected in zip(repeated.train, [*ordinary.train] * 3, strict=True):
+        assert torch.equal(batch, expected)
+    for batch, expected in zip(repeated.validation, [*ordinary.validation] * 3, strict=True):
+        assert torch.equal(batch, expected)

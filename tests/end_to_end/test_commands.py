@@ -4,7 +4,9 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -116,6 +118,58 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     )
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     assert json.loads((RUN / "summary.json").read_text())["tokens"] == 20 * 4 * 32
+
+
+def test_a_resumed_run_rejects_another_folder(command: Command, small: list[str], trained: Trained) -> None:
+    """``--experiment`` and ``--runs`` find a run for ``last``, and must not contradict a path."""
+    trained(*small)
+    for flag, value in (("experiment", "other"), ("runs", "elsewhere")):
+        for checkpoint in (RUN, RUN / "checkpoints/last.ckpt"):
+            rejected = command("fit", "--ckpt_path", checkpoint, f"--{flag}={value}", "--trainer.max_steps=14")
+            assert rejected.code == 2
+            assert f"--{flag} is {value}, but --ckpt_path continues the run in" in rejected.err
+    assert sorted(path.name for path in Path().iterdir()) == ["runs"]
+    same = ["--experiment=pretrain", f"--runs={Path('runs').resolve()}", "--trainer.max_steps=14"]
+    resumed = command("fit", "--ckpt_path", RUN, *same)
+    assert resumed.code == 0, resumed.err
+
+
+def test_a_folder_with_a_checkpoint_is_never_removed(
+    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the trainer of this process has counted no step, because other processes trained."""
+    fit = L.Trainer.fit
+
+    def fit_elsewhere(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        fit(trainer, *args, **kwargs)
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.reset()
+        assert trainer.global_step == 0
+
+    monkeypatch.setattr(L.Trainer, "fit", fit_elsewhere)
+    assert command("fit", *small).code == 2
+    assert (RUN / "checkpoints/last.ckpt").is_file()
+
+
+PRINTED = {
+    "--trainer.profiler=simple": "run_training_batch",
+    "--trainer.profiler=advanced": "ncalls",
+    "--trainer.profiler=pytorch": "Self CPU",
+    "--trainer.enable_model_summary=true": "Trainable params",
+    "--trainer.callbacks=ModelSummary": "Trainable params",
+    "--trainer.barebones=true": "You are running in `Trainer(barebones=True)` mode",
+    "--trainer.detect_anomaly=true": "will significantly slow down",
+    "--trainer.fast_dev_run=true": "fast_dev_run",
+}
+
+
+@pytest.mark.parametrize("flag", [flag if "simple" in flag else pytest.param(flag, marks=pytest.mark.slow)
+                                  for flag in PRINTED])  # fmt: skip
+def test_requested_output_is_printed(command: Command, small: list[str], flag: str) -> None:
+    outcome = command("fit", *small, "--trainer.max_steps=2", flag)
+    assert outcome.code == 0, outcome.err
+    assert PRINTED[flag] in outcome.err
+    assert "GPU available" not in outcome.err
+    assert "Tip" not in outcome.err
 
 
 def test_two_processes_do_not_train_in_one_folder(command: Command, small: list[str], trained: Trained) -> None:

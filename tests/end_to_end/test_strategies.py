@@ -1,14 +1,21 @@
 """All strategies compute the same, and resume each other's checkpoints."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.checkpoint.compare_checkpoints import iterate_leaves, read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS, LayoutParity
+from lit_gpt_scratch.distributed.strategies import replace_multiprocessing_launcher
+from lit_gpt_scratch.errors import UserError
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_user_errors import one_line
@@ -113,6 +120,40 @@ def test_model_that_cannot_be_sharded_is_a_one_line_error(
 ) -> None:
     one_line(command("fit", *small, "--trainer.devices=2", *flags), message)
     assert not Path("runs").exists()
+
+
+LAUNCHERS = "ddp_notebook", "ddp_fork", "ddp_spawn", "ddp_notebook_find_unused_parameters_true"
+
+
+@pytest.mark.parametrize("strategy", LAUNCHERS)
+def test_launchers_that_fork_or_spawn_are_replaced(strategy: str) -> None:
+    trainer = L.Trainer(strategy=strategy, devices=2, accelerator="cpu", logger=False)
+    finds_unused = strategy.endswith("true")
+    assert replace_multiprocessing_launcher(trainer.strategy) == ("spawn" if "spawn" in strategy else "fork")
+    assert type(trainer.strategy.launcher) is _SubprocessScriptLauncher
+    assert replace_multiprocessing_launcher(trainer.strategy) is None
+    assert ("find_unused_parameters" in trainer.strategy._ddp_kwargs) == finds_unused  # type: ignore[attr-defined]
+
+
+def test_processes_are_not_started_from_an_interactive_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = L.Trainer(strategy="ddp_fork", devices=2, accelerator="cpu", logger=False)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(UserError, match="interactive session"):
+        replace_multiprocessing_launcher(trainer.strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", LAUNCHERS)
+def test_every_launcher_trains(small: list[str], tmp_path: Path, strategy: str) -> None:
+    """In new interpreters, which the launcher starts."""
+    flags = [*small, "--trainer.devices=2", f"--trainer.strategy={strategy}", "--data.batch_size=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "pretrain").iterdir()
+    assert json.loads((run / "summary.json").read_text())["step"] == 12
+    assert (run / "checkpoints/last.ckpt").is_file()
 
 
 def last(runs: Path, *flags: str) -> dict[str, object]:

@@ -140,7 +140,7 @@ def test_gradient_is_a_mean_where_lightning_changes_the_batches(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText],
     settings: dict[str, int], callbacks: list[L.Callback], micro_batches: list[int],
 ) -> None:  # fmt: skip
-    """``overfit_batches`` replaces the sampler, and the scheduler changes a step, so no batch has the step's count."""
+    """A batch does not have the step's count if a scheduler changes the step."""
     gradients = Gradients()
     run = trainer(max_steps=-1, limit_val_batches=0, callbacks=[gradients, *callbacks], **settings)
     run.fit(task(), packed_text(batch_size=2, document_mask=True))

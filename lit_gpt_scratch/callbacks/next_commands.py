@@ -1,0 +1,84 @@
+"""Commands to suggest at the end of a run: use the model, train it longer, and show its curves."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, time_is_up
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
+
+MODULE: Final = "python -m lit_gpt_scratch."
+
+
+def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_time_is_a_flag: bool) -> Iterator[str]:
+    """Yield shell commands that make sense after a run; each of them succeeds.
+
+    Args:
+        trainer: Trainer of the finished run.
+        folder: Run directory.
+        diverged: Whether the loss is not finite, so that the model cannot be used.
+        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    path = _quote(folder.path)
+    if any(isinstance(callback, Checkpointing) for callback in callbacks):
+        yield MODULE + (f"doctor {path}" if diverged else _use_model(trainer, path))
+        if flags := _flags_to_continue(trainer, max_time_is_a_flag):
+            yield f"{MODULE}fit --ckpt_path {path} {' '.join(flags)}"
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            yield f"tensorboard --logdir {_quote(Path(logger.save_dir or '.'))}"
+
+
+def _use_model(trainer: L.Trainer, path: str) -> str:
+    """Return the command that the task suggests or, failing that, the one that the data module suggests."""
+    task, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+    suggested = (getattr(each, "next_command", None) for each in (task, data))
+    command = next(filter(None, suggested), BaseDataModule.next_command)
+    text = data.example_text if isinstance(data, BaseDataModule) else ""
+    attention = task.gpt.attention if isinstance(task, GPTModule) else None
+    trust = f" --trust {attention}" if attention and command.startswith(("generate", "evaluate")) else ""
+    return command.format(path, text=shlex.quote(text or "...")) + trust
+
+
+def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str]:
+    """Return flags with which the run continues: twice each limit that it reached; empty if no flag would do."""
+    flags = []
+    if 0 < trainer.max_steps <= trainer.global_step:
+        flags.append(f"--trainer.max_steps {2 * trainer.global_step}")
+    epochs: Any = trainer.fit_loop.epoch_progress.current  # the declared type is a base class without this count
+    if 0 < (trainer.max_epochs or 0) <= epochs.processed:
+        flags.append(f"--trainer.max_epochs {2 * (trainer.max_epochs or 0)}")
+    if time_is_up(trainer):
+        if not max_time_is_a_flag:
+            return []
+        flags.append(f"--trainer.max_time {_format_time(2 * _time_limit(trainer))}")
+    return flags or ["--force"]  # a callback stopped the run
+
+
+def _time_limit(trainer: L.Trainer) -> float:
+    """Return the time limit of all sessions in seconds."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    timers = (callback for callback in callbacks if isinstance(callback, Timer))
+    return max(timer.time_elapsed() + (timer.time_remaining() or 0.0) for timer in timers)
+
+
+def _format_time(seconds: float) -> str:
+    """Format a duration as the Trainer reads it, DD:HH:MM:SS."""
+    minutes, rest = divmod(max(1, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days:02}:{hours:02}:{minutes:02}:{rest:02}"
+
+
+def _quote(path: Path) -> str:
+    """Quote a path for a shell, so that no command takes it for a flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -1,0 +1,63 @@
+"""Baselines are measured on the text on which the model is validated."""
+
+import logging
+from collections.abc import Callable
+
+import lightning as L
+import pytest
+import torch
+
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.tasks import LanguageModel
+
+
+class Uniform(L.Callback):
+    """Validate a model whose logits are all zero, which predicts as the uniform baseline does."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.zero_()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"limit_val_batches": 1}, {"limit_val_batches": 3}, {"limit_val_batches": 0.4}, {"overfit_batches": 2}],
+)
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_baselines_are_of_the_validated_text(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    limits: dict[str, float],
+    document_mask: bool,
+) -> None:
+    baselines = BaselineMetrics()
+    runner = trainer(max_steps=1, callbacks=[Uniform(), baselines], check_val_every_n_epoch=None, val_check_interval=1,
+                     **limits)  # fmt: skip
+    runner.fit(task(), packed_text(validation_share=0.2, document_mask=document_mask))
+    measured = runner.callback_metrics["val/bits_per_byte"].item()
+    assert measured == pytest.approx(baselines.figures["uniform"], rel=1e-5 if limits else 1e-2)
+    whole = packed_text(validation_share=0.2).validation_text()[1]
+    ids, n_bytes = runner.datamodule.validation_text(8)  # type: ignore[attr-defined]  # the trainer sets it late
+    assert n_bytes < whole
+    assert len(ids) == 8 * 32 + 1
+
+
+def test_classes_are_not_compared_on_different_records(
+    caplog: pytest.LogCaptureFixture, trainer: Callable[..., L.Trainer], cache: object
+) -> None:
+    from lit_gpt_scratch.data import LabelledText
+    from lit_gpt_scratch.tasks import Classification
+    from tests.conftest import TINY
+
+    for limit, compared in ((1, False), (1.0, True)):
+        baselines = BaselineMetrics()
+        data = LabelledText(block_size=32, batch_size=4, vocab_size=300, cache=str(cache))
+        with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+            trainer(max_steps=1, callbacks=[baselines], limit_val_batches=limit).fit(
+                Classification(gpt=TINY, compile=False), data
+            )
+        assert bool(baselines.figures) == compared
+    assert "no baseline" in caplog.text
