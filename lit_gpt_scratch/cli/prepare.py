@@ -20,7 +20,7 @@ from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
-from lit_gpt_scratch.text.cleaning_report import StoredAudit, format_step_table
+from lit_gpt_scratch.text.cleaning_report import StoredAudit, format_step_table, read_remarks
 from lit_gpt_scratch.text.escaping import Markdown
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
@@ -109,6 +109,8 @@ def _prepare(data: PackedText, n_shown: int) -> None:
                 print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
             except ValueError as error:
                 log.warning("%s is damaged and is not shown (%s)", report_file, error)
+        for remark in read_remarks(store.folder):
+            print(f"remark      {remark}")
         for side, stream in (("training", store.train), ("validation", store.validation)):
             print(
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "

@@ -28,7 +28,7 @@ from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
-from lit_gpt_scratch.text.cleaning_report import format_report
+from lit_gpt_scratch.text.cleaning_report import format_report, read_remarks
 from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can name it
 from lit_gpt_scratch.text.document import first_words
@@ -71,8 +71,8 @@ class PackedText(BaseDataModule):
         processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores in
             ``lit-gpt`` and ``python -m``, and 1 in other scripts: each new process imports the main script, which may
             lack an ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
-        validation_share: Fraction of the documents held out for validation, by default 0.05. If there is only one
-            document, this fraction at the end of its text is held out.
+        validation_share: Approximate fraction of the text held out for validation, by default 0.05. Near-duplicates are
+            kept together. If there is only one document, this fraction at the end of its text is held out.
         tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
             ``unigram``, ``char`` or ``byte``; or the path of an existing tokenizer: a ``tokenizer.json`` file, a folder
             that contains such a file, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
@@ -264,7 +264,9 @@ class PackedText(BaseDataModule):
         return found
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if the validation text is short."""
+        """Yield a warning if the validation text is short, and the remarks in the cleaning reports."""
+        for store in self.stores:
+            yield from read_remarks(store.folder)
         n_tokens = self.store.validation.n_tokens
         if n_tokens < self.block_size:
             yield (

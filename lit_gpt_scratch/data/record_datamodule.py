@@ -15,6 +15,7 @@ class               ``parse_row`` returns    ``encode_record`` returns          
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -268,7 +269,16 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         }
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if there are few validation records."""
+        """Yield a warning if there are few validation records, or if duplicates kept together exceed a split."""
+        if self.copies_together:
+            key, n_copies = Counter(self._keys).most_common(1)[0]
+            if n_copies > max(1, min(self.held_out.values()) * len(self._keys)):
+                index = self._keys.index(key)
+                split = next(split for split, indices in self.split_indices.items() if index in indices)
+                yield (
+                    f"{n_copies:,} of {len(self._keys):,} records are copies of each other, more than a held-out split "
+                    f"has, and --data.copies_together puts them all into the {split} split; remove copies"
+                )
         n = len(self.examples["validation"])
         if n < MIN_VALIDATION_RECORDS:
             yield (

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lit_gpt_scratch.data.sampler import Permutations
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.split import SHARE_TOLERANCE
 
 RecordSplit = Literal["train", "validation", "test"]
 RECORD_SPLITS: Final[tuple[RecordSplit, ...]] = get_args(RecordSplit)
@@ -46,8 +47,8 @@ def split_records(
         keys: Normalized content of each record; duplicates have equal keys.
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
-        together: Whether to put duplicates into the same split. A held-out split may then exceed its fraction, by
-            fewer records than there are in the largest group of duplicates.
+        together: Whether to put duplicates into the same split. The size of a held-out split may then differ from its
+            fraction. A group of duplicates larger than a split is not used for this split, unless all groups are.
         name: Name of the data source, for error messages.
 
     Returns:
@@ -63,9 +64,7 @@ def split_records(
     remaining = [members[group] for group in shuffled_indices(len(members), seed)]
     splits: dict[RecordSplit, RecordIndices] = {}
     for split, share in shares.items():
-        wanted, taken = round(share * len(keys)), list[int]()
-        while remaining and len(taken) < wanted:
-            taken += remaining.pop()
+        taken, remaining = _take_groups(remaining, round(share * len(keys)))
         splits[split] = np.array(sorted(taken), dtype=np.int64)
     splits["train"] = np.array(sorted(index for group in remaining for index in group), dtype=np.int64)
     for split, indices in splits.items():
@@ -75,6 +74,21 @@ def split_records(
                 "change --data.validation_share or --data.test_share"
             )
     return splits
+
+
+def _take_groups(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
+    """Take groups from the end until they have about ``wanted`` records; return these records and the other groups."""
+    taken: list[int] = []
+    rest: list[list[int]] = []
+    for group in reversed(groups):
+        fits = len(group) <= wanted and len(taken) + len(group) <= wanted * SHARE_TOLERANCE
+        if len(taken) < wanted and fits:
+            taken += group
+        else:
+            rest.append(group)
+    if wanted and rest and not taken:
+        taken = rest.pop(min(range(len(rest)), key=lambda index: len(rest[index])))
+    return taken, rest[::-1]
 
 
 def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:

@@ -66,6 +66,7 @@ def run_pipeline(
     final_sketch: SketchFunction,
     folder: Path,
     processes: int,
+    remarks: list[str],
 ) -> Iterator[PipelineItem]:
     """Run documents through the steps that precede the split.
 
@@ -76,6 +77,8 @@ def run_pipeline(
             ``PipelineItem.sketch``.
         folder: Folder in which steps may store files.
         processes: Number of worker processes; 1 runs all steps in the current process.
+        remarks: List to which sentences for the cleaning report are added after the last document: those in the
+            ``remarks`` of the steps' filters, if they have this attribute.
 
     Yields:
         All items in order, including rejected ones.
@@ -85,16 +88,19 @@ def run_pipeline(
         stack.callback(pool.close)
         batches = _make_batches(items)
         pending: list[PerDocumentStep] = []
+        filters: list[Callable[[Any], RejectionReason | None]] = []
         for step in steps:
             if isinstance(step, DeduplicationStep):
                 process = partial(_process_batch, tuple(pending), step.sketch)
                 batches = map(process, batches) if step.cheap and not pending else pool.map(process, batches)
-                batches = _filter_batches(batches, stack.enter_context(step.build_filter(folder)))
+                filters.append(stack.enter_context(step.build_filter(folder)))
+                batches = _filter_batches(batches, filters[-1])
                 pending = []
             elif isinstance(step, PerDocumentStep):
                 pending.append(step)
         for batch in pool.map(partial(_process_batch, tuple(pending), final_sketch), batches):
             yield from batch
+        remarks.extend(remark for rejection_of in filters for remark in getattr(rejection_of, "remarks", ()))
 
 
 def _make_batches(items: Iterable[PipelineItem]) -> Iterator[ItemBatch]:

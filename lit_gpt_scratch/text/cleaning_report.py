@@ -1,10 +1,12 @@
 """Report of the documents that each cleaning step kept and rejected (``audit.json`` and ``audit.md``)."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
 from typing_extensions import NotRequired, TypedDict
@@ -66,6 +68,8 @@ class CleaningReport:
         self._first_later = 1 + len(steps)
         self._sample: dict[str, list[str]] = {}
         self._sampled_bytes, self._hash_limit = 0, 2**64
+        self.remarks: list[str] = []
+        """Sentences about limits of a step or of the split that concern this corpus."""
 
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
         """Return whether a document is in the sample used to estimate token counts.
@@ -113,6 +117,7 @@ class CleaningReport:
             "bytes_in": first.bytes_in,
             "bytes_kept": last.bytes_out,
             "steps": [vars(step) | {"rejected": dict(step.rejected.most_common())} for step in self.steps],
+            "remarks": self.remarks,
         }
 
     @property
@@ -181,6 +186,15 @@ class StoredAudit(TypedDict):
     tokens: str
 
 
+def read_remarks(folder: Path) -> list[str]:
+    """Return the remarks in the ``audit.json`` of a token store; there are none if the file is missing or unusable."""
+    try:
+        remarks = json.loads((folder / "audit.json").read_text(encoding="utf-8")).get("remarks", [])
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []
+    return [remark for remark in remarks if isinstance(remark, str)] if isinstance(remarks, list) else []
+
+
 def format_step_table(audit: Mapping[str, Any]) -> str:
     """Format the steps of an audit as a Markdown table."""
     rows = [["step", "documents in", "out", "bytes in", "out", "tokens in", "out", "rejected"]]
@@ -203,6 +217,8 @@ def format_report(audit: dict[str, Any]) -> str:
         "",
         format_step_table(audit),
     ]
+    if remarks := audit.get("remarks"):  # version 0.1 wrote none
+        lines += ["", *(f"- {escape_markdown(remark)}" for remark in remarks)]
     for step in audit["steps"]:
         for reason, examples in step["examples"].items():
             heading = escape_markdown(f"{step['name']}: {reason}")

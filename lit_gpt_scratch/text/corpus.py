@@ -37,14 +37,17 @@ from lit_gpt_scratch.text.split import DocumentIndex, TrainValidationSplit, hash
 SplitName = Literal["train", "validation"]
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation")
 CORPUS_FORMAT: Final = 2
+SPLIT_VERSION: Final = 2
+"""Version of the rules of the split. Cached corpora with another version are not used; token stores remain valid."""
 CLEANED_FILE: Final = "cleaned.parquet"
 MAX_SAMPLE_BYTES: Final = 2**28
 """Maximum size of ``sample.json``, which contains a few versions of a few megabytes of text."""
-SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
+EARLIER_SOURCE_HASHES: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
-    "ef71f33303efd7d9": Leakage,
+    "ef71f33303efd7d9": Leakage,  # version 0.1
+    "824cac3d6f438e0b": ExactDuplicates,  # before NearDuplicates reported truncated comparisons
 }  # fmt: skip
-"""Mapping from the ``source_hash`` of each cleaning module in version 0.1 to a step in the module that replaced it."""
+"""Mapping from each ``source_hash`` of an earlier cleaning module with the same rules to a step in the current one."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class CorpusSpec:
         sources: Pairs of a source and its weight. The number of bytes used from each source is proportional to its
             weight.
         cleaning: Cleaning steps, in order.
-        validation_share: Approximate fraction of the documents to hold out for validation.
+        validation_share: Approximate fraction of the text to hold out for validation.
         max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
             reaches this limit. If None, all documents are read.
         processes: Number of worker processes for cleaning; does not affect the result.
@@ -156,7 +159,7 @@ class CorpusSpec:
             UserError: A source cannot be read, no documents are left, or the folder is not writable.
         """
         sources = [source.fingerprint(local=True) for source, _ in self.sources]
-        key = hashlib.sha256(json.dumps([self.settings, sources], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.settings, sources, SPLIT_VERSION], sort_keys=True).encode()).hexdigest()
         folder = corpora / key[:16]
         create_folder_atomically(folder, self.write, flag)
         return CleanedCorpus.open(folder)
@@ -172,6 +175,7 @@ class CorpusSpec:
             names, weights = zip(*((source.name, weight) for source, weight in self.sources), strict=True)
             selected = index.select_by_weight(names, weights)
             parts = index.split(selected, self.validation_share)
+            report.remarks += parts.remarks
             fingerprint, writers = self._write_splits(folder, Path(scratch), report, parts, selected, after)
         sizes = {split: {"documents": file.n_documents, "bytes": file.n_bytes} for split, file in writers.items()}
         audit = report.to_dict() | {"split": sizes}
@@ -187,7 +191,7 @@ class CorpusSpec:
         """Run the steps before the split, write the kept documents to a Parquet file, and add them to the index."""
         progress = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
         with progress, ParquetDocumentWriter(scratch / CLEANED_FILE) as writer:
-            for item in run_pipeline(self._read(report), steps, hash_document, scratch, self.processes):
+            for item in run_pipeline(self._read(report), steps, hash_document, scratch, self.processes, report.remarks):
                 report.add(item)
                 if item.reason is None:
                     writer.add(item.document, item.sizes[-1])
@@ -275,14 +279,14 @@ class CorpusSpec:
 
 
 def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
-    """Replace the source hashes of version 0.1 in ``CorpusSpec.settings["cleaning"]`` with the current hashes.
+    """Replace earlier source hashes in ``CorpusSpec.settings["cleaning"]`` with the current hashes.
 
     The cleaning rules have not changed since version 0.1.
     """
     upgraded = []
     for entry in entries:
         step, _, source_hash = entry.rpartition(" ")
-        current = SOURCE_HASHES_0_1.get(source_hash)
+        current = EARLIER_SOURCE_HASHES.get(source_hash)
         upgraded.append(entry if current is None else f"{step} {current().source_hash}")
     return upgraded
 

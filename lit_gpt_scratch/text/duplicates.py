@@ -22,7 +22,10 @@ SHINGLES_PER_UPDATE: Final = 2**16
 MIN_RECALL: Final = 0.95
 """Minimum expected recall of locality-sensitive hashing for document pairs at the similarity threshold."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum number of candidates compared with a document; thousands of documents with boilerplate may share a band."""
+"""Maximum number of candidates compared with a document; thousands of documents with boilerplate may share a band.
+
+The cleaning report states how many documents were not compared with all of their candidates.
+"""
 
 
 def sha256_text(text: str) -> bytes:
@@ -118,19 +121,36 @@ class NearDuplicates(DeduplicationStep):
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
-        """Yield a filter that rejects the signatures of near-duplicates.
+        """Yield a filter that rejects the signatures of near-duplicates."""
+        yield NearDuplicateFilter(self)
 
-        Each signature is compared with the kept signatures that share at least one band with it.
-        """
-        index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
-        kept: list[RMinHash] = []
 
-        def find_duplicate(sketch: RMinHash) -> RejectionReason | None:
-            candidates = islice(index.query(sketch), MAX_CANDIDATES)
-            if any(sketch.jaccard(kept[candidate]) >= self.similarity for candidate in candidates):
-                return "near duplicate"
-            index.insert(len(kept), sketch)
-            kept.append(sketch)
-            return None
+class NearDuplicateFilter:
+    """Filter that rejects a signature if a kept signature that shares a band with it is similar enough."""
 
-        yield find_duplicate
+    def __init__(self, step: NearDuplicates) -> None:
+        self._similarity = step.similarity
+        self._index = RMinHashLSH(threshold=step.similarity, num_perm=step.permutations, num_bands=step.bands)
+        self._kept: list[RMinHash] = []
+        self._n_truncated = 0
+
+    def __call__(self, sketch: RMinHash) -> RejectionReason | None:
+        """Return the reason for rejecting a document, or None to keep it."""
+        candidates = self._index.query(sketch)
+        if any(sketch.jaccard(self._kept[kept]) >= self._similarity for kept in candidates[:MAX_CANDIDATES]):
+            return "near duplicate"
+        self._n_truncated += len(candidates) > MAX_CANDIDATES
+        self._index.insert(len(self._kept), sketch)
+        self._kept.append(sketch)
+        return None
+
+    @property
+    def remarks(self) -> list[str]:
+        """Remark on the number of kept documents that were not compared with all of their candidates."""
+        if not self._n_truncated:
+            return []
+        return [
+            f"NearDuplicates compared {self._n_truncated:,} of the documents that it kept with only "
+            f"{MAX_CANDIDATES:,} of the documents that share a band of their MinHash signatures, so some of them may "
+            "be near-duplicates; remove passages that many documents share"
+        ]

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ CHUNK_DOCUMENTS: Final = 4096
 """Number of signatures buffered in memory before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
 """Maximum number of candidates per band compared with a document; boilerplate may produce thousands of candidates."""
+SHARE_TOLERANCE: Final = 1.3
+"""Factor by which the size of the validation text may differ from the requested share before clusters change sides."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class TrainValidationSplit:
         validation: True for validation documents, (n,) bool.
         tail: Fraction of each document, taken from its end, that is used for validation if all documents belong to a
             single cluster; None if whole documents are assigned to the splits.
+        remarks: Sentences for the cleaning report about clusters that are too large, or that may be incomplete.
     """
 
     validation: NDArray[np.bool_]
     tail: float | None
+    remarks: tuple[str, ...] = ()
 
     def split_text(self, index: int, text: str) -> tuple[str, str]:
         """Split the text of a document into training and validation text; either may be empty."""
@@ -48,29 +52,81 @@ class TrainValidationSplit:
 
 
 def split_by_cluster(
-    keys: NDArray[np.uint64], clusters: NDArray[np.int64], validation_share: float
+    keys: NDArray[np.uint64],
+    clusters: NDArray[np.int64],
+    sizes: NDArray[np.integer[Any]],
+    validation_share: float,
 ) -> TrainValidationSplit:
     """Assign documents to the training or validation split, keeping each cluster of near-duplicates together.
 
-    The smallest content hash in a cluster determines its split, so the assignment does not depend on file names, the
-    order of files, or documents in other clusters. However, the cluster with the smallest hash is always held out, and
-    the cluster with the largest hash is never held out. If there is only one cluster, the end of each document is held
-    out instead.
+    A hash of its texts places each cluster between 0 and 1, and clusters below ``validation_share`` are held out. So
+    the assignment does not depend on file names or the order of files, and a document rarely changes sides when others
+    are added. A few long documents or large clusters can make the validation text much smaller or larger than
+    requested. Only then do clusters change sides, beginning at the threshold, until the size is within
+    ``SHARE_TOLERANCE`` of the requested size.
+
+    A cluster larger than all the requested validation text is used for training. If all clusters are that large, the
+    smallest one is held out. If there is only one cluster, the end of each document is held out instead.
 
     Args:
         keys: Content hash of each document, (n,).
         clusters: Cluster id of each document, (n,).
-        validation_share: Approximate fraction of the documents to hold out, between 0 and 1.
+        sizes: Size of each document in bytes, (n,).
+        validation_share: Approximate fraction of the bytes to hold out, between 0 and 1.
     """
-    ids, cluster = np.unique(clusters, return_inverse=True)
+    ids, cluster, n_documents = np.unique(clusters, return_inverse=True, return_counts=True)
     if len(ids) < 2:
-        return TrainValidationSplit(np.zeros(len(keys), dtype=bool), validation_share)
-    smallest = np.full(len(ids), np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(smallest, cluster, keys)
-    held_out = smallest / 2.0**64 < validation_share
-    held_out[smallest.argmin()] = True
-    held_out[smallest.argmax()] = False
-    return TrainValidationSplit(held_out[cluster], None)
+        remark = (
+            f"all {len(keys):,} documents are near-duplicates of each other, so the end of each document is held out "
+            "and resembles training text; add other documents"
+        )
+        validation = np.zeros(len(keys), dtype=bool)
+        return TrainValidationSplit(validation, validation_share, (remark,) if len(keys) > 1 else ())
+    n_bytes = np.bincount(cluster, weights=sizes)
+    position, order = _place_clusters(keys, cluster)
+    requested = validation_share * n_bytes.sum()
+    held_out = np.zeros(len(ids), dtype=bool)
+    held_bytes = 0.0
+    for index in order[n_bytes[order] <= requested]:
+        if position[index] >= validation_share and held_bytes >= requested / SHARE_TOLERANCE:
+            break
+        if held_bytes + n_bytes[index] <= requested * SHARE_TOLERANCE:
+            held_out[index] = True
+            held_bytes += n_bytes[index]
+    if not held_out.any():
+        held_out[order[n_bytes[order].argmin()]] = True
+    if held_out.all():
+        held_out[order[-1]] = False
+    remarks = []
+    largest = order[n_bytes[order].argmax()]
+    if n_bytes[largest] > requested and n_documents[largest] > 1:
+        shares = n_bytes / n_bytes.sum()
+        remarks.append(
+            f"{n_documents[largest]:,} documents are near-duplicates of each other and {shares[largest]:.1%} of the "
+            f"text, more than data.validation_share ({validation_share:.1%}); they are all "
+            f"{'held out' if held_out[largest] else 'used for training'}, and {shares[held_out].sum():.1%} of the text "
+            "is held out; to keep only one of them, add NearDuplicates to data.cleaning"
+        )
+    return TrainValidationSplit(held_out[cluster], None, tuple(remarks))
+
+
+def _place_clusters(
+    keys: NDArray[np.uint64], cluster: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the position of each cluster, uniform between 0 and 1, and the indices of the clusters in that order.
+
+    The smallest of k independent, uniform hashes is less than x with probability 1 - (1 - x)^k. This probability is the
+    position of the cluster, so that it is uniform for any k, and equal to the hash for a single document. Comparing the
+    smallest hash itself with the share would hold out almost all large clusters. Exact duplicates, whose hashes are
+    equal, count once.
+    """
+    by_cluster = np.lexsort((keys, cluster))
+    keys, cluster = keys[by_cluster], cluster[by_cluster]
+    first = np.diff(cluster, prepend=-1) != 0
+    distinct = first | (keys != np.roll(keys, 1))
+    smallest = keys[first]
+    position = 1 - (1 - smallest / 2.0**64) ** np.bincount(cluster[distinct])
+    return position, np.lexsort((smallest, position))
 
 
 class DuplicateClusters:
@@ -85,6 +141,8 @@ class DuplicateClusters:
         self._bands = (folder / "bands").open("w+b")
         self._pending: list[NDArray[np.uint32]] = []
         self.n_documents = 0
+        self.n_truncated = 0
+        """Number of documents that ``cluster_ids`` did not compare with all of their candidates."""
 
     def add(self, signature: NDArray[np.uint32]) -> None:
         """Add the MinHash signature of the next document, (PERMUTATIONS,)."""
@@ -99,12 +157,14 @@ class DuplicateClusters:
         A cluster is a connected component: its documents are linked by chains of near-duplicates.
         """
         self._flush()
-        first = np.arange(self.n_documents)
+        first, truncated = np.arange(self.n_documents), np.zeros(self.n_documents, dtype=bool)
         for band in range(BANDS if self.n_documents else 0):
             for members in self._candidate_groups(band, first):
-                self._link(members, first)
+                if not self._link(members, first):
+                    truncated[members[: -MAX_CANDIDATES - 1]] = True
             while (first[first] != first).any():
                 first = first[first]
+        self.n_truncated = int(truncated.sum())
         return first
 
     def close(self) -> None:
@@ -139,8 +199,12 @@ class DuplicateClusters:
         for group in np.flatnonzero(unlinked):
             yield order[starts[group] : ends[group]]
 
-    def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Compare the candidates in a group, and merge the clusters of near-duplicates."""
+    def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> bool:
+        """Compare the candidates in a group, and merge the clusters of near-duplicates.
+
+        Returns:
+            Whether all pairs were compared, or are in the same cluster anyway.
+        """
         heads = np.array([_find_head(first, member) for member in members])
         signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
         for i in range(len(members) - 1):
@@ -151,6 +215,7 @@ class DuplicateClusters:
                 smallest = heads[joined].min()
                 first[heads[joined]] = smallest
                 heads[joined] = smallest
+        return len(members) <= MAX_CANDIDATES + 1 or bool((heads == heads[0]).all())
 
     def _read_signature(self, index: int) -> NDArray[np.uint32]:
         self._signatures.seek(4 * PERMUTATIONS * int(index))
@@ -230,11 +295,21 @@ class DocumentIndex:
         In the result, ``validation`` is False for all documents that are not selected.
         """
         parts = split_by_cluster(
-            np.array(self._split_keys)[selected], self._clusters.cluster_ids()[selected], validation_share
+            np.array(self._split_keys)[selected],
+            self._clusters.cluster_ids()[selected],
+            np.array(self._sizes)[selected],
+            validation_share,
         )
         validation = np.zeros(self.n_documents, dtype=bool)
         validation[selected] = parts.validation
-        return replace(parts, validation=validation)
+        remarks = list(parts.remarks)
+        if n := self._clusters.n_truncated:
+            remarks.append(
+                f"{n:,} documents were compared with only {MAX_CANDIDATES:,} of the documents that share a band of "
+                "their MinHash signatures, so near-duplicates of them may be in the other split; remove passages that "
+                "many documents share"
+            )
+        return replace(parts, validation=validation, remarks=tuple(remarks))
 
 
 def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:

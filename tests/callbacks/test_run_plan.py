@@ -1,5 +1,6 @@
 """The run plan's lines and warnings."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunSummary
 from lit_gpt_scratch.callbacks.throughput import FIRST_STEPS, Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.cli.prepare import _prepare as print_report
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences, Prompts
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, SplitCounts
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
@@ -276,6 +278,19 @@ def test_likely_mistakes_are_warned_of(
         trainer(callbacks=[RunPlan(), AfterOneStep()], limit_val_batches=0, **flags).fit(task(), packed_text(**changes))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any(warning in line for line in warnings), warnings
+
+
+def test_family_of_near_duplicates_is_reported_by_the_plan_and_prepare(
+    tmp_path: Path, packed_text: Callable[..., PackedText], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [sentences(1, 50) + str(n) for n in range(20)] + [sentences(n) for n in range(2, 20)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    data = packed_text(source=str(path))
+    remark = "20 documents are near-duplicates of each other and"
+    assert sum(line.startswith(remark) for line in data.validation_warnings()) == 1
+    print_report(data, n_shown=0)
+    assert f"remark      {remark}" in capsys.readouterr().out
 
 
 def test_a_healthy_run_has_no_warning(

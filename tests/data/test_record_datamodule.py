@@ -233,6 +233,16 @@ def test_training_copies_ignore_case_and_whitespace(
     assert not any(build(LabelledText, source=source, copies_together=True).training_copies.values())
 
 
+def test_copies_that_exceed_a_split_are_warned_of(build: Callable[..., RecordDataModule[Any]], tmp_path: Path) -> None:
+    texts = [*(["the same"] * 60), *(f"text {n}" for n in range(200))]
+    source = write(tmp_path / "a.json", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    for together in (True, False):
+        warnings = list(build(LabelledText, source=source, copies_together=together).validation_warnings())
+        found = [warning for warning in warnings if warning.startswith("60 of 260 records are copies of each other")]
+        assert len(found) == together
+        assert all("puts them all into the train split" in warning for warning in found)
+
+
 LABELLED = "text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40))
 JSONL = "".join(json.dumps(row) + "\n" for row in talks(40))
 

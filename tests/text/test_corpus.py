@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import cleaning_pipeline, cleaning_report
+from lit_gpt_scratch.text import cleaning_pipeline, cleaning_report, duplicates
 from lit_gpt_scratch.text.cleaning import (
     CleaningStep,
     ControlCharacters,
@@ -370,6 +370,7 @@ def test_settings_stored_by_version_0_1_still_match() -> None:
         ["Source(name='stdlib', column='text', config=None, split='train', streaming=False)", 1.0]
     ]
     assert upgrade_stored_cleaning(["Length(at_least=1, at_most=None) of_another_version"]) != settings["cleaning"][:1]
+    assert upgrade_stored_cleaning(["ExactDuplicates() 824cac3d6f438e0b"]) == [settings["cleaning"][2]]
 
 
 def test_fingerprint_changes_with_every_document(tmp_path: Path) -> None:
@@ -424,6 +425,55 @@ def test_report_page_has_examples_and_an_aligned_table(tmp_path: Path) -> None:
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1  # aligned
     assert rows[-1].split("|")[1:4] == [" Length  ", "           10 ", "   9 "]
+
+
+def test_families_of_near_duplicates_leave_the_share_as_it_is(tmp_path: Path) -> None:
+    """300 documents in a chain of edits and 200 from a template were once 71% of the held-out bytes."""
+    rng = random.Random(0)
+    chain = [words(rng, 120)]
+    for _ in range(299):
+        copy = list(chain[-1])
+        for place in rng.sample(range(120), 3):
+            copy[place] = "".join(rng.choices("abcdefgh", k=6))
+        chain.append(copy)
+    template = words(rng, 110)
+    documents = [*chain, *([*template, *words(rng, 10)] for _ in range(200)), *(words(rng, 120) for _ in range(200))]
+    texts = [" ".join(document) for document in documents]
+    rng.shuffle(texts)
+    corpus = corpus_of(tmp_path, texts, ExactDuplicates(), share=0.05)
+    split = corpus.audit["split"]
+    assert 0.05 / 1.3 <= split["validation"]["bytes"] / corpus.n_bytes <= 0.05 * 1.3
+    assert 0.05 / 1.3 <= split["validation"]["documents"] / len(texts) <= 0.05 * 1.3
+    [remark] = corpus.audit["remarks"]
+    assert remark.startswith("300 documents are near-duplicates of each other and ")
+    assert f"- {remark}\n" in (corpus.folder / "audit.md").read_text(encoding="utf-8")
+    assert cleaning_report.read_remarks(corpus.folder) == [remark]
+
+
+def test_truncated_comparisons_of_near_duplicates_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit, near-duplicates may be kept, but not silently."""
+    rng = random.Random(0)
+    shared = words(rng, 200)
+    texts = [" ".join([*shared, *words(rng, 60)]) for _ in range(300)]
+    found = {}
+    for limit in (1000, 5):
+        monkeypatch.setattr(duplicates, "MAX_CANDIDATES", limit)
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        corpus = corpus_of(folder, texts, NearDuplicates(similarity=0.8))
+        found[limit] = [remark for remark in corpus.audit["remarks"] if remark.startswith("NearDuplicates ")]
+    assert found[1000] == []
+    [remark] = found[5]
+    n_truncated = int(remark.split()[2])
+    assert 0 < n_truncated <= corpus.audit["documents_kept"]
+    assert "with only 5 of the documents that share a band" in remark
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", '{"remarks": 5}', '{"remarks": [5, "one"]}', "[" * 20_000])
+def test_remarks_of_an_unusable_report_are_ignored(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "audit.json").write_text(content, encoding="utf-8")
+    assert cleaning_report.read_remarks(tmp_path) == (["one"] if content and "one" in content else [])
 
 
 def test_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
