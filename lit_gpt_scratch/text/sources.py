@@ -1,11 +1,14 @@
 """Document sources: the Python standard library, files and folders, and datasets on the Hugging Face Hub."""
 
+import fnmatch
 import glob
 import hashlib
 import os
 import re
+import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -49,7 +52,7 @@ class DocumentSource:
             ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a
             single document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a
             folder, hidden files and files that are not text are skipped, and ``.json``, ``.csv`` and ``.tsv`` files are
-            read as plain text.
+            read as plain text. Links are followed, and a folder with several links to it is read once.
         column: Name of the text column in tables.
         config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
@@ -73,7 +76,9 @@ class DocumentSource:
             yield from (row_to_document(row, self.column) for row in self.rows(columns))
             return
         for name, path in self._files():
-            if is_table(path, in_folder=self._is_folder):
+            if not _is_regular_file(path):  # in a folder; if the source itself is not, _files raises an error
+                yield RejectedDocument(name, "not text: a pipe, socket or device")
+            elif is_table(path, in_folder=self._is_folder):
                 yield from (row_to_document(row, self.column) for row in read_rows(path, name, columns))
             else:
                 yield from self._read_text(name, path)
@@ -90,7 +95,7 @@ class DocumentSource:
         if self.on_hub:
             yield from hub.read_dataset_rows(self.name, columns, self.config, self.split, self.streaming)
             return
-        files = list(self._files())
+        files = [(name, path) for name, path in self._files() if _is_regular_file(path)]
         tables = [(name, path) for name, path in files if is_table(path, in_folder=False)]
         if not tables or (len(tables) < len(files) and not self._is_folder):
             raise UserError(
@@ -113,46 +118,62 @@ class DocumentSource:
         digest = hashlib.sha256()
         try:
             for name, path in self._files():
-                stat = path.stat()
-                digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                status = path.stat()
+                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
                 if local:
-                    digest.update(f"{path.absolute()}\0{stat.st_ino}\0{stat.st_ctime_ns}\n".encode(errors="replace"))
+                    identity = f"{path.absolute()}\0{status.st_ino}\0{status.st_ctime_ns}\n"
+                    digest.update(identity.encode(errors="replace"))
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
         return digest.hexdigest()
 
     @property
     def _path(self) -> Path:
-        return Path(self.name).expanduser()
+        try:
+            return Path(self.name).expanduser()
+        except RuntimeError:  # ~name, without a user of this name
+            return Path(self.name)
 
     @property
     def _is_folder(self) -> bool:
-        return self.name == STDLIB or self._path.is_dir()
+        return self.name == STDLIB or _folder_exists(self._path)
 
     @property
     def on_hub(self) -> bool:
         """Whether the source is a Hub dataset."""
-        return self.name != STDLIB and bool(re.fullmatch(hub.DATASET_NAME, self.name)) and not self._path.exists()
+        if self.name == STDLIB or not re.fullmatch(hub.DATASET_NAME, self.name):
+            return False
+        return _file_mode(self._path) is None
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the name and path of each file in the source."""
+        """Yield the name and path of each file in the source.
+
+        Raises:
+            UserError: The source does not exist or can be read only once, or a folder in it cannot be read.
+        """
         if self.name == STDLIB:
             yield from _stdlib_files()
-        elif not self.name:
+            return
+        if not self.name:
             raise UserError(f"data.source is empty; set it to a text file, a folder, or '{STDLIB}'")
-        elif self._path.is_dir():
-            yield from _walk(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
-        elif self._path.exists():
-            yield _document_name(Path(self._path.name)), self._path
-        else:
-            found = sorted({Path(path) for path in glob.glob(str(self._path), recursive=True)})  # noqa: PTH207 (absolute)
-            files = [path for path in found if path.is_file()]
+        mode = _file_mode(self._path)
+        if mode is None:
+            files = sorted({path for path in _expand_pattern(self._path) if not _folder_exists(path)})
             if not files:
                 raise UserError(
                     f"no such file or folder: {self.name}; set data.source to an existing one, or to '{STDLIB}'"
                 )
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_document_name(path.relative_to(root)), path) for path in files)
+        elif stat.S_ISDIR(mode):
+            yield from _walk(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
+        elif stat.S_ISREG(mode):
+            yield _document_name(Path(self._path.name)), self._path
+        else:
+            raise UserError(
+                f"{self.name} is a pipe or device, which can be read only once; save its content to a file, and set "
+                "data.source to this file"
+            )
 
     def _read_text(self, name: str, path: Path) -> Iterator[Document | RejectedDocument]:
         try:
@@ -198,22 +219,123 @@ def no_text_message(name: str) -> str:
 
 
 def _stdlib_files() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not root.is_dir():
+        return iter(())
     return _walk(
-        Path(sysconfig.get_path("stdlib")),
+        root,
         skip_folder=lambda folder: folder in STDLIB_SKIPPED or folder.startswith(STDLIB_GENERATED),
         keep_file=lambda name: name.endswith(".py") and not name.startswith(STDLIB_GENERATED),
     )
 
 
+def _file_mode(path: Path) -> int | None:
+    """Return the type and permissions of a file or folder, following links; None if it does not exist.
+
+    Raises:
+        UserError: The file or folder cannot be examined.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL byte is a ValueError
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _folder_exists(path: Path) -> bool:
+    mode = _file_mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _is_regular_file(path: Path) -> bool:
+    """Return whether a path is a file that can be read repeatedly, unlike a pipe, socket or device.
+
+    Raises:
+        UserError: The path is a broken link.
+    """
+    mode = _file_mode(path)
+    if mode is None:
+        raise UserError(f"cannot read {path}: the link is broken; remove it")
+    return stat.S_ISREG(mode)
+
+
 def _walk(
     root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
 ) -> Iterator[tuple[str, Path]]:
-    """Yield the name and path of each file to keep under ``root`` in sorted order, without entering skipped folders."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not skip_folder(name))
-        for path in (Path(folder, name) for name in sorted(names) if keep_file(name)):
-            if path.is_file():
-                yield _document_name(path.relative_to(root)), path
+    """Yield the name and path of each file to keep under ``root``, without entering skipped folders."""
+    for folder, names in _walk_folders(root, skip_folder):
+        for path in (folder / name for name in names if keep_file(name)):
+            yield _document_name(path.relative_to(root)), path
+
+
+def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and all folders below it, each with the sorted names of its files, following links.
+
+    Each folder is visited once, even if links form a loop: first, in sorted order, all folders without a link in their
+    paths, so that a link never replaces the name of a folder.
+
+    Raises:
+        UserError: A folder cannot be read.
+    """
+    pending, links = [root], deque[Path]()
+    visited: set[tuple[int, int]] = set()
+    while pending or links:
+        folder = pending.pop() if pending else links.popleft()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted(((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries), reverse=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename or folder}: {error.strerror}; make it readable, or move it out of {root}"
+            ) from error
+        yield folder, [name for name, is_folder, _ in reversed(found) if not is_folder]
+        folders = [
+            (folder / name, is_link) for name, is_folder, is_link in found if is_folder and not skip_folder(name)
+        ]
+        pending += [path for path, is_link in folders if not is_link]
+        links.extend(path for path, is_link in reversed(folders) if is_link)
+
+
+def _expand_pattern(pattern: Path) -> Iterator[Path]:
+    """Yield the files and folders that match a pattern with ``*``, ``?``, ``[...]`` and ``**``.
+
+    Like ``glob.glob``, but loops of links end, and a folder that cannot be read is an error.
+
+    Raises:
+        UserError: A folder cannot be read.
+    """
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    yield from _expand_parts(Path(pattern.anchor), parts)
+
+
+def _expand_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if not glob.has_magic(part):
+        if _file_mode(folder / part) is not None:
+            yield from _expand_parts(folder / part, rest)
+        return
+    if not _folder_exists(folder):
+        return
+    if part == "**":
+        for inner, names in _walk_folders(folder, lambda name: name.startswith(".")):
+            visible = (inner / name for name in names if not name.startswith("."))
+            yield from _expand_parts(inner, rest) if rest else visible
+        return
+    try:
+        names = fnmatch.filter(os.listdir(folder), part)  # noqa: PTH208 (names)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; make it readable, or change data.source") from error
+    for name in names:
+        if part.startswith(".") or not name.startswith("."):
+            yield from _expand_parts(folder / name, rest)
 
 
 class NotTextError(UserError):

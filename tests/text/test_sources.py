@@ -1,14 +1,20 @@
 """Document sources: which documents they yield, and the errors for missing or unreadable ones."""
 
 import bz2
+import contextlib
 import csv
+import errno
+import glob
 import gzip
 import io
 import json
 import lzma
+import os
+import re
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,6 +88,124 @@ def test_glob_pattern_across_folders(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name, encoding="utf-8")
     assert [found.id for found in read_documents(f"{tmp_path}/**/*.txt")] == ["4.txt", "x/1.txt", "x/y/2.txt"]
     assert [found.id for found in read_documents(f"{tmp_path}/x/y/*")] == ["2.txt", "3.md"]
+
+
+def tree(root: Path, names: Sequence[str]) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(name, encoding="utf-8")
+
+
+LINKED = ("a/1.txt", "a/b/2.txt", "outside/c/3.txt", "outside/.hidden/4.txt")
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Links out of the folder, to a folder that is read anyway, to a hidden one, and in loops."""
+    tree(tmp_path, LINKED)
+    tree(tmp_path, ["in/0.txt"])
+    for link, target in {
+        "in/a_link": "a", "in/a_second_link": "a", "outside/c/loop": "outside", "a/b/up": "a", "in/back": "in",
+        "in/zero.txt": "in/0.txt", "in/out": "outside", "in/other/hidden": "outside/.hidden",
+    }.items():  # fmt: skip
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / target)
+    folder = [
+        "0.txt", "zero.txt", "a_link/1.txt", "a_link/b/2.txt", "out/c/3.txt", "other/hidden/4.txt"
+    ]  # fmt: skip
+    assert [found.id for found in read_documents(str(tmp_path / "in"))] == folder
+    assert [found.id for found in read_documents(f"{tmp_path}/in/**/*.txt")] == sorted(folder)
+    assert [found.id for found in read_documents(f"{tmp_path}/in/*/[12].txt")] == [
+        "a_link/1.txt", "a_second_link/1.txt"
+    ]  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_patterns_match_glob_where_there_are_no_links(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    root = tmp_path_factory.mktemp("tree")
+    parts = st.sampled_from(["a", "b", ".h", "ab", "a.txt", ".x.txt"])
+    for path in data.draw(st.lists(st.lists(parts, min_size=1, max_size=4), max_size=12)):
+        with contextlib.suppress(OSError):
+            tree(root, ["/".join(path)])
+    pattern = "/".join(
+        data.draw(st.lists(st.sampled_from(["**", "*", "a", "a*", "?", "[ab]", ".*", "*.txt"]), min_size=1, max_size=4))
+    )
+    expected = {Path(found) for found in glob.glob(f"{root}/{pattern}", recursive=True)}  # noqa: PTH207
+    if not glob.has_magic(pattern):
+        return
+    found = set(sources._expand_pattern(root / pattern))
+    assert {path for path in found if path.is_file()} == {path for path in expected if path.is_file()}
+
+
+def test_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, ["a/1.txt", "b/2.txt"])
+
+    def deny(call: Callable[[object], object]) -> Callable[[object], object]:
+        def denied(path: object) -> object:
+            if Path(str(path)).name == "b":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path)
+
+        return denied
+
+    monkeypatch.setattr(os, "scandir", deny(os.scandir))
+    monkeypatch.setattr(os, "listdir", deny(os.listdir))
+    for name in ("", "/**/*.txt", "/*/*.txt"):
+        for use in (
+            read_documents,
+            lambda name: list(DocumentSource(name).read()),
+            lambda name: list(DocumentSource(name).rows()),
+        ):
+            with pytest.raises(UserError, match=f"cannot read {tmp_path}/b: Permission denied; make it readable"):
+                use(f"{tmp_path}{name}")
+
+
+def test_path_that_cannot_be_examined_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read aaa.*: File name too long"):
+        read_documents("a" * 5000)
+    with pytest.raises(UserError, match="no such file or folder: ~nobody_of_this_name/texts"):
+        read_documents("~nobody_of_this_name/texts")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    with pytest.raises(UserError, match=r"self: (Too many levels of symbolic links|the link is broken)"):
+        read_documents(str(tmp_path))
+
+
+def test_broken_link_is_an_error(tmp_path: Path) -> None:
+    tree(tmp_path, ["a.txt"])
+    (tmp_path / "b.txt").symlink_to(tmp_path / "missing")
+    for use in (DocumentSource.fingerprint, lambda source: list(source.read()), lambda source: list(source.rows())):
+        for name in ("", "/*"):
+            with pytest.raises(UserError, match=r"cannot read .*b\.txt: "):
+                use(DocumentSource(f"{tmp_path}{name}"))
+
+
+def test_pipe_is_refused_before_it_blocks(tmp_path: Path) -> None:
+    """As the whole source: an error; in a folder: a line in the report."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    source = DocumentSource(str(tmp_path / "pipe.jsonl"))
+    message = r"pipe\.jsonl is a pipe or device, which can be read only once; save its content to a file"
+    for use in (source.fingerprint, lambda: list(source.read()), lambda: list(source.rows())):
+        with pytest.raises(UserError, match=message):
+            use()
+    tree(tmp_path, ["a.txt"])
+    for name in ("", "/*"):
+        found = list(DocumentSource(f"{tmp_path}{name}").read())
+        assert [(one.id, getattr(one, "reason", None)) for one in found] == [
+            ("a.txt", None), ("pipe.jsonl", "not text: a pipe, socket or device")
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["<(seq 9)", "/dev/stdin"])
+def test_output_of_a_command_is_refused(source: str) -> None:
+    program = "import sys; from lit_gpt_scratch.text.sources import read_documents; read_documents(sys.argv[1])"
+    line = f"seq 9 | {sys.executable} -c '{program}' {source}"
+    ended = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2]
+    )
+    assert re.search(r"UserError: /dev/\S+ is a pipe or device, which can be read only once", ended.stderr)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +401,6 @@ def test_maximum_document_size() -> None:
 
 
 def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
-    import os
-
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     fingerprints = [DocumentSource(str(tmp_path)).fingerprint(), DocumentSource(str(tmp_path)).fingerprint()]
