@@ -70,13 +70,13 @@ class ClassIndex(int):
     """Class index that also stores the name of the class, for datasets with named classes."""
 
     name: str | None
-    """Name of the class; None for index -1, which Hub datasets use for a missing label."""
+    """Name of the class; None for an index without a name, such as -1, which Hub datasets use for a missing label."""
 
     @classmethod
     def from_names(cls, index: int, names: Sequence[str]) -> "ClassIndex":
         """Build a class index from the names of all classes, in order of their indices."""
         result = cls(index)
-        result.name = names[index] if index >= 0 else None
+        result.name = names[index] if 0 <= index < len(names) else None
         return result
 
 

@@ -1,24 +1,22 @@
 """Readers for JSON Lines, JSON, CSV, TSV, Parquet and Arrow files with named columns, optionally compressed.
 
-Parquet files, Arrow files and single columns of JSON Lines files are read with ``datasets``. If ``datasets`` fails on a
-JSON Lines file, this module reads the remaining rows line by line. It either locates the invalid line, or succeeds
-because all lines are valid and ``datasets`` only inferred the wrong types (for a column that first occurs late in the
-file, or a string that looks like a date). CSV files are read with Python's ``csv`` and TSV files are split at tabs,
-because ``datasets`` uses ``pandas``, which silently drops text if a row has more or fewer fields than the first row.
+Parquet and Arrow files are read with ``pyarrow``, all other files row by row with Python's ``json`` and ``csv``.
+Readers that parse many rows at once (``datasets``, ``pandas``) infer the types of columns from the first rows, drop
+text if a row has more or fewer fields than the first row, and end the process on deeply nested JSON. The size of a row
+is limited while the file is decompressed, so a small archive cannot fill the memory.
 """
 
 import bz2
 import csv
-import glob
 import gzip
+import io
 import json
-import logging
 import lzma
+import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -42,6 +40,23 @@ TABLE_FORMATS: Final = {
 ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
 """Suffixes of files that are read as tables even inside a folder, where all other files are read as plain text."""
 BATCH_ROWS: Final = 256
+JSON_CHUNK: Final = 2**16
+"""Minimum number of characters to read at a time from a JSON file that is not in JSON Lines format."""
+MAX_DEPTH: Final = 100
+"""Maximum number of levels of nested lists and objects in a column."""
+MAX_NAMES: Final = 20
+"""Maximum number of column names in an error message."""
+MAX_NAME_CHARACTERS: Final = 60
+MAX_REASON_CHARACTERS: Final = 200
+"""Maximum length of the part of an error message that comes from a library."""
+CSV_REASONS: Final = {
+    "new-line character": "it contains a carriage return (\\r) outside quotes; convert the line endings to \\n",
+    "unexpected end of data": "a quoted field is not closed",
+    "expected after": "text follows the closing quote of a field; double the quotes inside the field",
+    "field larger": f"a field is longer than {MAX_DOCUMENT_BYTES >> 20} MB",
+    "NUL": "it contains a NUL byte",
+}
+"""Descriptions of errors in CSV files, keyed by a part of the message of ``csv``."""
 
 Columns = Mapping[str, str]
 """Names of the columns to read, keyed by the argument that sets each name."""
@@ -66,19 +81,10 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
         columns: Columns to read; if None, all columns are read.
 
     Raises:
-        UserError: A column is missing, or a row cannot be read.
+        UserError: A column is missing or ambiguous, or a row cannot be read.
     """
-    n_read = 0
-    try:
-        for fields in _read_with_datasets(path, columns):
-            n_read += 1
-            yield TableRow(f"{name}:{n_read}", f"{path}: row {n_read:,}", fields)
-        return
-    except UserError:
-        raise
-    except Exception as error:  # the readers for the various formats have no common exception type
-        reason = error
-    for number, (where, fields) in enumerate(_read_rest(path, columns, reason, skip=n_read), n_read + 1):
+    read = ROW_READERS[TABLE_FORMATS[_format_suffix(path)]]
+    for number, (where, fields) in enumerate(read(path, columns), 1):
         yield TableRow(f"{name}:{number}", where, fields)
 
 
@@ -109,55 +115,42 @@ def is_table(path: Path, in_folder: bool) -> bool:
 
 
 def require_columns(columns: Columns | None, existing: Iterable[str], where: str) -> None:
-    """Check that all requested columns exist.
+    """Check that each requested column exists once.
 
     Raises:
-        UserError: A column does not exist.
+        UserError: A column does not exist, or several columns have its name.
     """
+    counts = Counter(iter(existing))  # the names in a mapping, not its values
     for argument, column in (columns or {}).items():
-        if column not in existing:
-            names = ", ".join(existing) or "none"
-            raise UserError(f"{where} has no column '{column}'; set --data.{argument} to an existing column ({names})")
+        if column not in counts:
+            names = ", ".join(map(_shorten_name, list(counts)[:MAX_NAMES])) or "none"
+            more = f", and {len(counts) - MAX_NAMES:,} more" if len(counts) > MAX_NAMES else ""
+            raise UserError(
+                f"{where} has no column '{column}'; set --data.{argument} to an existing column ({names}{more})"
+            )
+    for column in counts if columns is None else columns.values():
+        if column and counts[column] > 1:  # empty names are common after the last column
+            raise UserError(f"{where} has {counts[column]} columns named '{_shorten_name(column)}'; rename them")
 
 
-def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
-    """Yield the rows of a ``datasets`` dataset, converting class labels to ``ClassIndex``.
-
-    Raises:
-        UserError: A requested column is missing.
-    """
-    from datasets import ClassLabel
-
-    classes = {
-        name: feature.names for name, feature in (dataset.features or {}).items() if isinstance(feature, ClassLabel)
-    }
-    for batch in dataset.iter(BATCH_ROWS):
-        require_columns(columns, batch, where)
-        for name in classes.keys() & batch.keys():
-            batch[name] = [
-                None if index is None else ClassIndex.from_names(index, classes[name]) for index in batch[name]
-            ]
-        names = list(batch if columns is None else columns.values())
-        for values in zip(*(batch[name] for name in names), strict=True):
-            yield dict(zip(names, values, strict=True))
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, shortened, or its type if the message is empty."""
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], MAX_REASON_CHARACTERS)
 
 
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Context manager that disables the progress bars, log messages and Hub download counts of ``datasets``."""
-    import datasets
+def convert_class_labels(values: Iterable[Any], names: list[str]) -> list[Any]:
+    """Convert integers to ``ClassIndex``; other values, such as None, are not changed."""
+    return [ClassIndex.from_names(value, names) if isinstance(value, int) else value for value in values]
 
-    level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        if progress_bars:
-            datasets.enable_progress_bars()
+
+def shorten(text: str, length: int) -> str:
+    """Return at most the first ``length`` characters of a string, with an ellipsis if more follow."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def _shorten_name(name: str) -> str:
+    """Return the name of a column for an error message: shortened, and without unpaired surrogates."""
+    return shorten(name, MAX_NAME_CHARACTERS).encode(errors="backslashreplace").decode()
 
 
 def _format_suffix(path: Path) -> str:
@@ -165,146 +158,342 @@ def _format_suffix(path: Path) -> str:
     return uncompressed.suffix.lower()
 
 
-def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
-    import datasets
-    import pyarrow.parquet
+def _read_parquet(path: Path, columns: Columns | None) -> LocatedRows:
+    def read() -> Iterator[Any]:
+        import pyarrow.parquet as pq
 
-    suffix = _format_suffix(path)
-    format_ = TABLE_FORMATS[suffix]
-    several = columns is None or len(columns) > 1
-    if format_ in ("csv", "tsv") or (format_ == "json" and several) or suffix == ".json" or "::" in str(path):
-        # In a column that mixes strings and numbers, datasets would quote the strings; it may also turn lists of
-        # objects into an object of lists. "::" in a path is fsspec's syntax for chained URLs.
-        raise TypeError("datasets does not support this path")
-    options: dict[str, Any] = {}
-    if format_ == "json":
-        options = {"parse_agent_traces": False}
-    if format_ == "parquet":
-        require_columns(columns, pyarrow.parquet.read_schema(path).names, str(path))
-        options = {"columns": list(columns.values()) if columns else None, "batch_size": BATCH_ROWS}
-    with quiet_datasets():
-        files = glob.escape(str(path))
-        dataset = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
-        for fields in iterate_dataset(dataset, columns, str(path)):
-            if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
-                raise TypeError("a value is not a string, or datasets parsed it as a date")
-            yield fields
+        with pq.ParquetFile(path, buffer_size=2**20) as file:
+            require_columns(columns, file.schema_arrow.names, str(path))
+            names = file.schema_arrow.names if columns is None else list(columns.values())
+            _limit_parquet_sizes(file.metadata, set(names), path)
+            yield from file.iter_batches(BATCH_ROWS, columns=names)
+
+    yield from _read_batches(read(), path, columns)
 
 
-def _read_rest(path: Path, columns: Columns | None, reason: Exception, skip: int) -> LocatedRows:
-    """Yield each row after the first ``skip`` rows, together with its location in the file."""
-    format_ = TABLE_FORMATS[_format_suffix(path)]
-    if format_ not in ROW_READERS:
-        raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
-    try:
-        file = open_decompressed(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        yield from islice(ROW_READERS[format_](file, path, columns), skip, None)
+def _limit_parquet_sizes(metadata: Any, names: set[str], path: Path) -> None:
+    """Reject a row group before it is decompressed if its values are too large on average."""
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        for column in map(group.column, range(group.num_columns)):
+            too_large = column.total_uncompressed_size > MAX_DOCUMENT_BYTES * max(group.num_rows, 1)
+            if too_large and column.path_in_schema in names:
+                raise UserError(
+                    f"{path}: '{column.path_in_schema}' has more than {MAX_DOCUMENT_BYTES >> 20} MB per row in row "
+                    f"group {index + 1}; split the texts"
+                )
 
 
-def _read_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+def _read_arrow(path: Path, columns: Columns | None) -> LocatedRows:
+    def read() -> Iterator[Any]:
+        import pyarrow as pa
+
+        with pa.OSFile(str(path)) as file:
+            try:
+                batches: Iterable[Any] = pa.ipc.open_stream(file)
+            except pa.ArrowInvalid:  # Arrow files, unlike Arrow streams, begin with a magic string
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                require_columns(columns, batch.schema.names, str(path))
+                batch.validate(full=True)  # invalid offsets would end the process
+                yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+
+    yield from _read_batches(read(), path, columns)
+
+
+def _read_batches(batches: Iterator[Any], path: Path, columns: Columns | None) -> LocatedRows:
+    """Yield the rows of Arrow record batches; class labels of ``datasets`` are converted to ``ClassIndex``."""
     number = 0
     try:
-        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-            number += 1
-            if len(line) > MAX_DOCUMENT_BYTES:
-                raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; shorten it")
-            yield number, line.decode("utf-8")
+        for batch in batches:
+            classes = _class_names(batch.schema.metadata)
+            arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+            names = list(arrays if columns is None else columns.values())
+            values = [arrays[name].to_pylist() for name in names]
+            values = [
+                convert_class_labels(column, classes[name]) if name in classes else column
+                for name, column in zip(names, values, strict=True)
+            ]
+            for row in zip(*values, strict=True):
+                number += 1
+                yield f"{path}: row {number:,}", dict(zip(names, row, strict=True))
+    except UserError:
+        raise
+    except Exception as error:  # the exceptions of pyarrow have no common base class
+        format_ = TABLE_FORMATS[_format_suffix(path)]
+        after = f" after row {number:,}" if number else ""
+        raise UserError(f"{path} cannot be read as {format_}{after}: {first_line(error)}") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of the classes in each column with class labels, which ``datasets`` stores in the metadata."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        classes = {name: feature["names"] for name, feature in features.items() if feature["_type"] == "ClassLabel"}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {
+        column: names
+        for column, names in classes.items()
+        if isinstance(names, list) and all(isinstance(name, str) for name in names)
+    }
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return open_decompressed(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of each line, without a byte order mark at the start of the file."""
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+                number += 1
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; shorten it")
+                text = line.decode("utf-8")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: line {number:,} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
-        ) from error
+        raise _not_utf8(path, f"line {number:,}", error) from error
     except READ_ERRORS as error:
-        raise UserError(f"{path} is truncated or corrupted after line {number:,}: {_first_line(error)}") from error
+        raise _truncated(path, number, error) from error
 
 
-def _read_json(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
+    byte = error.object[error.start]
+    return UserError(f"{path}: {where} is not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8")
+
+
+def _truncated(path: Path, line: int, error: Exception) -> UserError:
+    return UserError(f"{path} is truncated or corrupted after line {line:,}: {first_line(error)}")
+
+
+def _read_json(path: Path, columns: Columns | None) -> LocatedRows:
+    if _format_suffix(path) == ".json" or _begins_with_list(path):
+        yield from _read_json_values(path, columns)
+        return
     first = True
-    for number, line in _read_lines(file, path):
-        if number == 1 and line.lstrip("\ufeff").lstrip().startswith("["):  # the file is a single list of rows
-            yield from _read_json_list(path, columns)
-            return
+    for number, line in _read_lines(path):
         if line.strip():
+            where = f"{path}: line {number:,}"
             try:
                 row = json.loads(line.lstrip("\ufeff"))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number:,} is not valid JSON: {_first_line(error)}") from error
-            yield _select_fields(row, columns, f"{path}: line {number:,}", first)
+                raise UserError(f"{where} is not valid JSON: {_json_reason(error)}") from error
+            yield where, _select_fields(row, columns, where, str(path) if first else None)
             first = False
 
 
-def _read_json_list(path: Path, columns: Columns | None) -> LocatedRows:
-    with open_decompressed(path) as file:
+def _begins_with_list(path: Path) -> bool:
+    with _open(path) as file:
         try:
-            rows = json.load(file)
-        except (ValueError, RecursionError, *READ_ERRORS) as error:
-            raise UserError(f"{path} is not valid JSON: {_first_line(error)}") from error
-    for number, row in enumerate(rows, 1):
-        yield _select_fields(row, columns, f"{path}: row {number:,}", first=number == 1)
+            while chunk := file.read(JSON_CHUNK):
+                if start := chunk.lstrip(b"\xef\xbb\xbf \t\r\n"):
+                    return start.startswith(b"[")
+        except READ_ERRORS:  # the file is read again, and this error reported with its line
+            pass
+    return False
 
 
-def _select_fields(row: Any, columns: Columns | None, where: str, first: bool) -> tuple[str, Fields]:
+def _read_json_values(path: Path, columns: Columns | None) -> LocatedRows:
+    """Read a list of rows, or rows one after another, each of which may span several lines."""
+    with _open(path) as file:
+        reader = JsonValueReader(file)
+        first = True
+        try:
+            for place, row in reader.read_rows():
+                where = f"{path}: {place}"
+                yield where, _select_fields(row, columns, where, where if first else None)
+                first = False
+        except UserError:
+            raise
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, f"the text after line {reader.line:,}", error) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {_json_reason(error)} in line {reader.line:,}") from error
+        except READ_ERRORS as error:
+            raise _truncated(path, reader.line, error) from error
+
+
+class JsonValueReader:
+    """Reads JSON values one at a time, so that a file may be larger than the memory.
+
+    Attributes:
+        line: Number of the current line, starting at 1.
+    """
+
+    _whitespace: Final = re.compile(r"[ \t\r\n]*")
+    _decoder: Final = json.JSONDecoder()
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        self._buffer, self._position = "", 0
+        self.line = 1
+
+    def read_rows(self) -> Iterator[tuple[str, Any]]:
+        """Yield the location and value of each element of a list, or of each value if the text is not a list.
+
+        Raises:
+            ValueError: The text is not valid JSON, or a value is too long.
+        """
+        if not self._skip("["):
+            while self._next_character():
+                yield f"line {self.line:,}", self._read_value()
+            return
+        number = 0
+        while not (number == 0 and self._skip("]")):
+            number += 1
+            yield f"row {number:,}", self._read_value()
+            if self._skip("]"):
+                break
+            if not self._skip(","):
+                raise ValueError("a comma is missing" if self._next_character() else "the list is not closed")
+        if self._next_character():
+            raise ValueError("text follows the list")
+
+    def _skip(self, character: str) -> bool:
+        """Skip whitespace, and the next character if it is ``character``."""
+        found = self._next_character() == character
+        self._position += found
+        return found
+
+    def _next_character(self) -> str:
+        """Skip whitespace, and return the next character or, at the end, an empty string."""
+        while True:
+            whitespace = self._whitespace.match(self._buffer, self._position)
+            self._advance(whitespace.end() if whitespace else self._position)
+            if self._position < len(self._buffer) or not self._fill():
+                return self._buffer[self._position : self._position + 1]
+
+    def _read_value(self) -> Any:
+        self._next_character()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._position)
+            except json.JSONDecodeError as error:
+                self._limit(len(self._buffer))
+                if self._fill():  # the value may continue
+                    continue
+                self._advance(error.pos)
+                raise
+            self._limit(end)
+            self._advance(end)
+            return value
+
+    def _limit(self, end: int) -> None:
+        if end - self._position > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"a row is longer than {MAX_DOCUMENT_BYTES >> 20} MB, or not closed,")
+
+    def _advance(self, position: int) -> None:
+        self.line += self._buffer.count("\n", self._position, position)
+        self._position = position
+
+    def _fill(self) -> bool:
+        """Read more text, as much as is left in the buffer, so that parsing a long value again takes linear time."""
+        left = self._buffer[self._position :]
+        more = self._text.read(max(JSON_CHUNK, len(left)))
+        self._buffer, self._position = left + more, 0
+        return bool(more)
+
+
+def _json_reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+
+
+def _select_fields(row: Any, columns: Columns | None, where: str, required_in: str | None) -> Fields:
+    """Return the requested columns of a row.
+
+    Args:
+        row: A parsed JSON value.
+        columns: Columns to select; None selects all.
+        where: Location of the row, for error messages.
+        required_in: Location for the error message if a column is missing. None for rows after the first, which may
+            omit columns that have no value.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where} must be a JSON object, but its type is {type(row).__name__}")
-    if first:  # later rows may omit fields that have no value
-        require_columns(columns, row, where)
+    if required_in is not None:
+        require_columns(columns, row, required_in)
     names = row if columns is None else columns.values()
     fields = {name: row.get(name) for name in names}
     for name, value in fields.items():
+        if _is_deeper(value, MAX_DEPTH):
+            raise UserError(f"{where}: '{_shorten_name(name)}' has more than {MAX_DEPTH} levels of lists and objects")
         try:
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where}: '{name}' contains an unpaired surrogate; replace it with a valid character"
+                f"{where}: '{_shorten_name(name)}' contains an unpaired surrogate; replace it with a valid character"
             ) from error
-    return where, fields
+    return fields
 
 
-def _read_csv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a JSON value has more than a number of levels of lists and objects."""
+    if not isinstance(value, list | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
+
+
+def _read_csv(path: Path, columns: Columns | None) -> LocatedRows:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    reader = csv.reader((line for _, line in _read_lines(file, path)), strict=True)
-    row_start = 1
+    row_start, row_size = 1, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal row_size
+        for _, line in _read_lines(path):
+            row_size += len(line)
+            if row_size > MAX_DOCUMENT_BYTES:
+                raise UserError(
+                    f"{path}: the row that begins in line {row_start:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB, "
+                    "or a quoted field in it is not closed"
+                )
+            yield line
 
     def numbered_rows() -> Iterator[tuple[int, list[str]]]:
-        nonlocal row_start
+        nonlocal row_start, row_size
+        reader = csv.reader(lines(), strict=True)
         try:
             for row in reader:
                 yield row_start, row
-                row_start = reader.line_num + 1
+                row_start, row_size = reader.line_num + 1, 0
         except csv.Error as error:
-            raise UserError(f"{path}: line {row_start:,} cannot be read: {error}") from error
+            message = str(error)
+            reason = next((reason for part, reason in CSV_REASONS.items() if part in message), message)
+            raise UserError(f"{path}: line {row_start:,} cannot be read: {reason}") from error
 
     yield from _name_fields(numbered_rows(), path, columns)
 
 
-def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+def _read_tsv(path: Path, columns: Columns | None) -> LocatedRows:
     """Read TSV rows without interpreting quotes, because an unpaired quote would join all following rows."""
     rows = (
-        (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [])
-        for number, line in _read_lines(file, path)
+        (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []) for number, line in _read_lines(path)
     )
     yield from _name_fields(rows, path, columns)
 
 
 def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Columns | None) -> LocatedRows:
     """Convert lists of fields to rows with named columns; the first row is the header."""
-    names = [name.removeprefix("\ufeff") for name in next(rows, (1, []))[1]]
+    names = next(rows, (1, []))[1]
     require_columns(columns, names, str(path))
-    positions = {name: names.index(name) for name in (names if columns is None else columns.values())}
+    positions = {name: position for position, name in reversed(list(enumerate(names)))}
+    wanted = list(dict.fromkeys(names)) if columns is None else list(columns.values())
     for number, row in rows:
         if row and len(row) != len(names):
             raise UserError(f"{path}: line {number:,} has {len(row)} fields, but the header has {len(names)}")
         if row:
-            yield f"{path}: line {number:,}", {name: row[position] for name, position in positions.items()}
+            yield f"{path}: line {number:,}", {name: row[positions[name]] for name in wanted}
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or the name of its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-ROW_READERS: Final[dict[str, Callable[[IO[bytes], Path, Columns | None], LocatedRows]]] = {
-    "json": _read_json, "csv": _read_csv, "tsv": _read_tsv,
+ROW_READERS: Final[dict[str, Callable[[Path, Columns | None], LocatedRows]]] = {
+    "json": _read_json, "csv": _read_csv, "tsv": _read_tsv, "parquet": _read_parquet, "arrow": _read_arrow,
 }  # fmt: skip

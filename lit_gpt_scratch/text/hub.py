@@ -1,12 +1,21 @@
 """Reader for datasets on the Hugging Face Hub, based on ``datasets``."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.file_readers import Columns, iterate_dataset, quiet_datasets, require_columns
+from lit_gpt_scratch.text.file_readers import (
+    BATCH_ROWS,
+    MAX_REASON_CHARACTERS,
+    Columns,
+    Fields,
+    convert_class_labels,
+    require_columns,
+    shorten,
+)
 
 DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """Regular expression for ``owner/name`` with an optional ``@revision``."""
@@ -25,12 +34,12 @@ def read_dataset_rows(
     import datasets
 
     path, revision = name.partition("@")[0], _resolve_revision(name)
-    with _as_user_errors(name), quiet_datasets():
+    with _as_user_errors(name), _quiet_datasets():
         dataset = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
         if columns is not None and dataset.column_names is not None:  # avoids fetching and decoding other columns
             require_columns(columns, dataset.column_names, name)
             dataset = dataset.select_columns(list(columns.values()))
-        for number, fields in enumerate(iterate_dataset(dataset, columns, name), 1):
+        for number, fields in enumerate(_iterate_dataset(dataset, columns, name), 1):
             yield TableRow(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 
@@ -45,7 +54,7 @@ def dataset_revision(name: str, config: str | None) -> str:
 
     if revision := _resolve_revision(name):
         return revision
-    with _as_user_errors(name), quiet_datasets():
+    with _as_user_errors(name), _quiet_datasets():
         builder: Any = datasets.load_dataset_builder(name.partition("@")[0], config)
         return str(builder.hash)
 
@@ -72,13 +81,52 @@ def _resolve_revision(name: str) -> str | None:
     except HfHubHTTPError as error:
         raise UserError(
             f"no such file or folder: {name}; the Hub has no dataset with this name that you can access "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({_one_line(error)})"
         ) from error
     except Exception as error:  # exceptions of the HTTP library
         raise UserError(
-            f"no such file or folder: {name}; the Hub, which may have this dataset, cannot be reached ({error}); "
+            f"no such file or folder: {name}; the Hub, which may have this dataset, cannot be reached "
+            f"({_one_line(error)}); "
             "set HF_HUB_OFFLINE=1 to use a cached dataset"
         ) from error
+
+
+def _iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
+    """Yield the rows of a ``datasets`` dataset, converting class labels to ``ClassIndex``.
+
+    Raises:
+        UserError: A requested column is missing.
+    """
+    from datasets import ClassLabel
+
+    classes = {
+        name: feature.names for name, feature in (dataset.features or {}).items() if isinstance(feature, ClassLabel)
+    }
+    for batch in dataset.iter(BATCH_ROWS):
+        require_columns(columns, batch, where)
+        for name in classes.keys() & batch.keys():
+            batch[name] = convert_class_labels(batch[name], classes[name])
+        names = list(batch if columns is None else columns.values())
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Context manager that disables the progress bars, log messages and Hub download counts of ``datasets``."""
+    import datasets
+
+    level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if progress_bars:
+            datasets.enable_progress_bars()
 
 
 @contextmanager
@@ -92,5 +140,8 @@ def _as_user_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         offline = f"no such file or folder: {name}; " if datasets.config.HF_HUB_OFFLINE else ""
-        message = " ".join(str(error).split())
-        raise UserError(f"{offline}cannot load the Hub dataset {name}: {message}") from error
+        raise UserError(f"{offline}cannot load the Hub dataset {name}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()), MAX_REASON_CHARACTERS)

@@ -1,18 +1,30 @@
-"""File readers: the same rows from every format."""
+"""File readers: the same rows from every format, bounded memory, and one line for what cannot be read."""
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
+import random
+import time
+import tracemalloc
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import file_readers
 from lit_gpt_scratch.text.sources import DocumentSource
+from tests.mutations import DEPTH, mutate_bytes, mutate_json, nested, nested_json
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": "ab"[n % 2], "more": str(n)} for n in range(600)]
 COLUMNS = {"text_column": "text", "label_column": "label"}
@@ -78,3 +90,265 @@ def test_date_like_text_stays_text_and_nested_fields_are_read(tmp_path: Path) ->
     path.write_text(json.dumps({"messages": [{"content": "a\ud800"}]}), encoding="utf-8")
     with pytest.raises(UserError, match=r"a.jsonl: line 1: 'messages' contains an unpaired surrogate"):
         list(DocumentSource(str(path)).rows())
+
+
+def read(path: Path, columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    return [row.fields for row in DocumentSource(str(path)).rows(columns)]
+
+
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from("abc"), st.text(st.characters(codec="utf-8"), max_size=9)), max_size=9
+    ),
+    indent=st.sampled_from([None, 0, 2]),
+    as_list=st.booleans(),
+    before=st.sampled_from(["", "\ufeff", "\n\n", " \r\n\t"]),
+    between=st.sampled_from(["\n", "\r\n\n", " "]),
+    chunk=st.integers(1, 40),
+    suffix=st.sampled_from([".json", ".json.gz"]),
+)
+@settings(max_examples=100)
+def test_json_in_any_layout(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[dict[str, str]],
+    indent: int | None,
+    as_list: bool,
+    before: str,
+    between: str,
+    chunk: int,
+    suffix: str,
+) -> None:
+    """A list of rows or one row after another, over one or many lines, in parts of any size."""
+    path = tmp_path_factory.mktemp("rows") / f"a{suffix}"
+    text = json.dumps(rows, indent=indent) if as_list else between.join(json.dumps(row, indent=indent) for row in rows)
+    data = (before + text + between).encode()
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_readers, "JSON_CHUNK", chunk)
+        assert read(path) == rows
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+def test_list_behind_an_empty_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(f"\n \n{json.dumps(ROWS[:3], indent=1)}\n", encoding="utf-8")
+    assert read(tmp_path / name) == ROWS[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text":\n "a"}\n{"text"\n"b"}', r"a\.json is not valid JSON: Expecting ':' delimiter in line 4"),
+        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is not valid JSON: the list is not closed in line 2"),
+        ('[{"text": "a"}\n{"text": "b"}]', r"a\.json is not valid JSON: a comma is missing in line 2"),
+        ('[{"text": "a"},\n]', r"a\.json is not valid JSON: Expecting value in line 2"),
+        ('[{"text": "a"}]\n\n[]', r"a\.json is not valid JSON: text follows the list in line 3"),
+        ('{"text": "a"}\n\n5', r"a\.json: line 3 must be a JSON object, but its type is int"),
+        (f'[{{"text": "a"}}, {{"text": {"9" * 9999}}}]', r"a\.json is not valid JSON: Exceeds the limit"),
+    ],
+)
+def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.json")
+
+
+MEGABYTE = 2**20
+BOMBS: dict[str, tuple[bytes, bytes, str]] = {
+    "a.jsonl": (b'{"text": "', b"x", r"a\.jsonl.*: line 1 is longer than"),
+    "a.json": (b'[{"text": "', b"x", r"a\.json.* is not valid JSON: a row is longer than"),
+    "b.json": (b'{"text": [', b"[],", r"b\.json.* is not valid JSON: a row is longer than"),
+    "a.csv": (b'text\n"', b"x", r"a\.csv.*: line 2 is longer than"),
+    "b.csv": (b'text\n"', b"x\n", r"b\.csv.*: the row that begins in line 2 is longer than"),
+    "c.csv": (b'text\n"', b'","\n', r"c\.csv.*: the row that begins in line 2 is longer than"),
+    "a.tsv": (b"text\n", b"x", r"a\.tsv.*: line 2 is longer than"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "compress"),
+    [
+        *((name, "gz", gzip.compress) for name in BOMBS),
+        ("a.jsonl", "bz2", bz2.compress),
+        ("a.jsonl", "xz", partial(lzma.compress, preset=0)),  # with a small dictionary
+    ],
+)
+def test_size_of_a_row_is_limited_while_it_is_decompressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    begin, repeated, message = BOMBS[name]
+    monkeypatch.setattr(file_readers, "MAX_DOCUMENT_BYTES", MEGABYTE // 16)
+    path = tmp_path / f"{name}.{suffix}"
+    path.write_bytes(compress(begin + repeated * (8 * MEGABYTE // len(repeated))))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        read(path, {"text_column": "text"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * MEGABYTE
+
+
+def test_long_text_in_a_parquet_file_is_not_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_readers, "MAX_DOCUMENT_BYTES", MEGABYTE)
+    table = pa.table({"text": ["x" * 8 * MEGABYTE, "y"], "label": ["z" * 8 * MEGABYTE, "b"]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(
+        UserError, match=r"a\.parquet: 'text' has more than 1 MB per row in row group 1; split the texts"
+    ):
+        read(tmp_path / "a.parquet", {"text_column": "text"})
+    pq.write_table(table.set_column(0, "text", [["a", "b"]]), tmp_path / "a.parquet", use_dictionary=False)
+    assert read(tmp_path / "a.parquet", {"text_column": "text"}) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("depth", "columns"), [(DEPTH, {"text_column": "text"}), (DEPTH, None), (150, None), (600, None)]
+)
+def test_deep_json_is_one_line(tmp_path: Path, name: str, depth: int, columns: dict[str, str] | None) -> None:
+    (tmp_path / name).write_text(f'{{"text": "a", "more": {nested_json(depth)}}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"nested too deeply|line 1: 'more' has more than 100 levels"):
+        read(tmp_path / name, columns)
+    if depth == 150:
+        assert read(tmp_path / name, {"text_column": "text"}) == [{"text": "a"}]
+    (tmp_path / name).write_text(json.dumps({"more": nested(100)}), encoding="utf-8")
+    assert read(tmp_path / name) == [{"more": nested(100)}]
+
+
+def _wide(name: str, n: int) -> bytes:
+    columns = [f"column {index}" for index in range(n)]
+    if name.endswith(".parquet"):
+        return _table_bytes(pa.table({column: ["x"] for column in columns}))
+    if name.endswith((".json", ".jsonl")):
+        return json.dumps(dict.fromkeys(columns, "x")).encode()
+    separator = "," if name.endswith(".csv") else "\t"
+    return f"{separator.join(columns)}\n{separator.join('x' * n)}\n".encode()
+
+
+def _table_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("a.json", 50_000), ("a.jsonl", 50_000), ("a.csv", 50_000), ("a.tsv", 50_000), ("a.parquet", 3000)],
+)
+def test_wide_tables_are_read_quickly_and_errors_are_short(tmp_path: Path, name: str, n: int) -> None:
+    (tmp_path / name).write_bytes(_wide(name, n))
+    began = time.process_time()
+    with pytest.raises(
+        UserError, match=rf"no column 'text'; .*\(column 0, .*, column 19, and {n - 20:,} more\)"
+    ) as error:
+        read(tmp_path / name, {"text_column": "text"})
+    assert len(str(error.value)) < 1000
+    [row] = read(tmp_path / name)
+    assert len(row) == n
+    assert time.process_time() - began < 5
+    (tmp_path / "a.csv").write_text("y" * 100_000 + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "a.csv", {"text_column": "text"})
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("quoted", [csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+def test_byte_order_mark_before_a_csv_header(tmp_path: Path, quoted: int) -> None:
+    file = io.StringIO()
+    csv.writer(file, quoting=quoted).writerows([["text", "label"], ["a", "b"]])  # type: ignore[arg-type]
+    (tmp_path / "a.csv").write_bytes(file.getvalue().encode("utf-8-sig"))
+    assert read(tmp_path / "a.csv", {"text_column": "text"}) == [{"text": "a"}]
+    assert read(tmp_path / "a.csv") == [{"text": "a", "label": "b"}]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.arrow"])
+def test_columns_of_the_same_name_are_refused(tmp_path: Path, name: str) -> None:
+    names = ["text", "label", "text", "more"]
+    if name.endswith((".parquet", ".arrow")):
+        table = pa.Table.from_arrays([pa.array([value]) for value in "abcd"], names=names)
+        buffer = io.BytesIO()
+        with pa.ipc.new_stream(buffer, table.schema) as writer:
+            writer.write_table(table)
+        (tmp_path / name).write_bytes(_table_bytes(table) if name == "a.parquet" else buffer.getvalue())
+    else:
+        separator = "," if name == "a.csv" else "\t"
+        (tmp_path / name).write_text(f"{separator.join(names)}\n{separator.join('abcd')}\n", encoding="utf-8")
+    for columns in ({"text_column": "text"}, None):
+        with pytest.raises(UserError, match=rf"{name} has 2 columns named 'text'; rename them"):
+            read(tmp_path / name, columns)
+    assert read(tmp_path / name, {"text_column": "more"}) == [{"more": "d"}]
+
+
+def test_columns_without_names_at_the_end_of_a_csv_file(tmp_path: Path) -> None:
+    """As spreadsheets write them."""
+    (tmp_path / "a.csv").write_text("text,,\na,,\n", encoding="utf-8")
+    assert read(tmp_path / "a.csv", {"text_column": "text"}) == [{"text": "a"}]
+    assert read(tmp_path / "a.csv") == [{"text": "a", "": ""}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,n\ra,1\rb,2\r", r"line 1 cannot be read: it contains a carriage return \(\\r\) outside quotes; convert"),
+        ("text,n\na\rb,1\n", r"line 2 cannot be read: it contains a carriage return \(\\r\) outside quotes"),
+        ('text,n\n"a,1\n', "line 2 cannot be read: a quoted field is not closed"),
+        ('text,n\n"a"b,1\n', "line 2 cannot be read: text follows the closing quote of a field"),
+    ],
+)
+def test_csv_errors_in_plain_words(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    with pytest.raises(UserError, match=f"a.csv: {message}"):
+        read(tmp_path / "a.csv", {"text_column": "text"})
+    quoted = 'text,n\r\n"a\rb\r\nc",1\r\n'
+    (tmp_path / "a.csv").write_bytes(quoted.encode())
+    assert read(tmp_path / "a.csv") == [{"text": "a\rb\r\nc", "n": "1"}]
+
+
+def test_class_labels_of_hostile_metadata(tmp_path: Path) -> None:
+    """Names that are no list of strings are ignored, and a label without a name has none."""
+    for names, expected in ((["a"], None), ("ab", 7), ([1], 7), ({}, 7)):
+        metadata = {"info": {"features": {"n": {"_type": "ClassLabel", "names": names}}}}
+        table = pa.table({"n": [7]}).replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        [row] = read(tmp_path / "a.parquet")
+        assert row["n"] == 7
+        assert getattr(row["n"], "name", 7) == expected
+
+
+FUZZED = ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow")
+
+
+def _mutated(name: str, seed: int) -> bytes:
+    rng = random.Random(f"{name} {seed}")
+    rows = [dict(row, nested=[{"role": "user", "content": [1, None, {"a": "b"}]}]) for row in ROWS[:6]]
+    if name in ("a.jsonl", "a.json") and seed % 2:
+        mutated = mutate_json(rows, rng)
+        lines = mutated if name == "a.jsonl" and isinstance(mutated, list) else [mutated]
+        return "\n".join(json.dumps(line) for line in lines).encode()
+    return mutate_bytes(FORMATS[name](), rng)
+
+
+def _fuzz(path: Path, seeds: range) -> None:
+    """Any file gives rows or a ``UserError`` of one short line, within seconds."""
+    errors: list[str] = []
+    for seed in seeds:
+        path.write_bytes(_mutated(path.name, seed))
+        source = DocumentSource(str(path))
+        began = time.process_time()
+        for found in (source.read(), source.rows(), source.rows(COLUMNS)):
+            try:
+                deque(found, maxlen=0)
+            except UserError as error:
+                errors.append(str(error))
+        assert time.process_time() - began < 5, seed
+    assert len(errors) > len(seeds) / 5
+    assert all(len(error.splitlines()) == 1 and len(error.encode()) < 2000 + len(str(path)) for error in errors)
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_tables_are_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    _fuzz(tmp_path / name, range(50))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUZZED)
+def test_many_damaged_tables_are_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    _fuzz(tmp_path / name, range(50, 550))
