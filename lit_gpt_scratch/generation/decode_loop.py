@@ -1,8 +1,8 @@
-"""Token generation with a KV cache: prefill all prompts at once, then decode one token per row at each step."""
+"""Token generation with a KV cache: prefill a batch of prompts at once, then decode one token per row at each step."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
 
 DecodeStep = Callable[[Tensor, KVCache], Tensor]
+MAX_BATCH_ROWS: Final = 64
+"""Maximum number of prompts that are decoded at the same time."""
+MAX_CACHE_BYTES: Final = 2**30
+"""Maximum size of the KV cache in bytes, unless a single row is larger."""
 
 
 def generate(
@@ -24,16 +28,18 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    end_of_text: int,
+    end_of_text: int | Collection[int],
     done: Callable[[int, int], bool] | None = None,
     compile: bool = False,
     logprobs: Sequence[list[float]] | None = None,
 ) -> Iterator[tuple[int, int | None]]:
-    """Generate tokens for a batch of prompts, one per row, until every row has ended.
+    """Generate tokens for any number of prompts, one per row, until every row has ended.
 
-    The tokens of a row depend only on its prompt and seed, up to rounding: the batch size affects the order of
-    floating-point additions, which rarely changes a token in float32, but may do so in bfloat16. Keys and values are
-    cached. When a row exceeds the context length, generation continues from the last half of its context.
+    The prompts are processed in consecutive batches, so that memory does not grow with their number; a batch has at
+    most ``MAX_BATCH_ROWS`` rows and ``MAX_CACHE_BYTES`` of cache. The tokens of a row depend only on its prompt and
+    seed, up to rounding: the batch size affects the order of floating-point additions, which rarely changes a token in
+    float32, but may do so in bfloat16. Keys and values are cached. When a row exceeds the context length, generation
+    continues from the last half of its context.
 
     Args:
         model: The language model, in evaluation mode.
@@ -41,7 +47,8 @@ def generate(
         max_new_tokens: Maximum number of new tokens per row.
         sampling: Sampling parameters.
         seeds: One seed per prompt; the global random state is not used.
-        end_of_text: Id of the end-of-text token, which ends a row when it is sampled and is not yielded.
+        end_of_text: Id of the end-of-text token, or ids of several, which end a row when they are sampled and are not
+            yielded.
         done: Callback that is called with the index of a prompt and its new token. If it returns True, the row ends
             after that token.
         compile: Whether to compile the decoding step. The first call then takes many seconds, but a single row decodes
@@ -66,60 +73,75 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not prompts or max_new_tokens == 0:
         return ((row, None) for row in range(len(prompts)))
-    texts = [list(prompt) for prompt in prompts]
-    return _generate(model, texts, max_new_tokens, sampling, seeds, end_of_text, done, compile, logprobs)
+    ends = {end_of_text} if isinstance(end_of_text, int) else set(end_of_text)
+    return _generate(model, prompts, max_new_tokens, sampling, seeds, ends, done, compile, logprobs)
+
+
+def max_batch_rows(model: GPT, capacity: int) -> int:
+    """Return the number of prompts that are decoded at the same time, if each has room for ``capacity`` tokens."""
+    config, weight = model.config, model.embedding.weight
+    row_bytes = 2 * config.n_layer * config.kv_heads * config.head_width * capacity * weight.element_size()
+    return max(1, min(MAX_BATCH_ROWS, MAX_CACHE_BYTES // row_bytes))
 
 
 @torch.inference_mode()
 def _generate(
     model: GPT,
-    texts: list[list[int]],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    end_of_text: int,
+    ends: set[int],
     done: Callable[[int, int], bool] | None,
     compile: bool,
     logprobs: Sequence[list[float]] | None,
 ) -> Iterator[tuple[int, int | None]]:
-    rows = list(range(len(texts)))  # prompt index of each row of the batch
-    generators = [random.Random(seed) for seed in seeds]
-    capacity = max(map(len, texts)) + max_new_tokens
+    capacity = max(map(len, prompts)) + max_new_tokens
     if compile:  # round up to a power of two, because each cache size is compiled separately
         capacity = 1 << (capacity - 1).bit_length()
     capacity = min(model.block_size, capacity)
-    cache, logits = prefill(model, texts, capacity, fixed=compile)
-    step = _compiled_step(model, len(texts)) if compile else _eager_step(model)
-    seen = _mark_seen_tokens(texts, logits) if sampling.repetition_penalty != 1 else None
-    ended: set[int] = set()
-    for n in range(1, max_new_tokens + 1):
-        tokens = sampling.sample(logits, [generators[row].random() for row in rows], seen)  # (B,)
-        if logprobs is not None:
-            scaled = (logits / (sampling.temperature or 1.0)).log_softmax(-1)  # (B, vocab_size)
-            for row, logprob in zip(rows, scaled.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
-                if row not in ended:
-                    logprobs[row].append(logprob)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row in ended:
-                continue
-            if token != end_of_text:
-                texts[row].append(token)
-                yield row, token
-            if token == end_of_text or n == max_new_tokens or (done and done(row, token)):
+    size = min(len(prompts), max_batch_rows(model, capacity))
+    step = _compiled_step(model, size) if compile else _eager_step(model)
+    for first in range(0, len(prompts), size):
+        rows = list(range(first, min(first + size, len(prompts))))  # prompt index of each row of the batch
+        texts = {row: list(prompts[row]) for row in rows}
+        generators = {row: random.Random(seeds[row]) for row in rows}
+        ended: set[int] = set()
+        if compile:  # a compiled step requires a constant batch size: fill the last batch with rows that have ended
+            for row in range(len(prompts), first + size):
+                rows.append(row)
+                texts[row], generators[row] = list(prompts[-1]), random.Random(0)
                 ended.add(row)
-                yield row, None
-        if len(ended) == len(texts):
-            return
-        if ended.intersection(rows) and not compile:  # a compiled step requires a constant batch size
-            active = [index for index, row in enumerate(rows) if row not in ended]
-            rows, tokens = [rows[index] for index in active], tokens[active]
-            cache.select_rows(active)
-            seen = seen[active] if seen is not None else None
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], value=True)
-        if cache.max_length == model.block_size:
-            _truncate_full_rows(model, [[] if row in ended else texts[row] for row in rows], cache)
-        logits = step(tokens[:, None], cache)
+        cache, logits = prefill(model, [texts[row] for row in rows], capacity, fixed=compile)
+        seen = _mark_seen_tokens([texts[row] for row in rows], logits) if sampling.repetition_penalty != 1 else None
+        for n in range(1, max_new_tokens + 1):
+            tokens = sampling.sample(logits, [generators[row].random() for row in rows], seen)  # (B,)
+            if logprobs is not None:
+                scaled = (logits / (sampling.temperature or 1.0)).log_softmax(-1)  # (B, vocab_size)
+                for row, logprob in zip(rows, scaled.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
+                    if row not in ended:
+                        logprobs[row].append(logprob)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row in ended:
+                    continue
+                if token not in ends:
+                    texts[row].append(token)
+                    yield row, token
+                if token in ends or n == max_new_tokens or (done and done(row, token)):
+                    ended.add(row)
+                    yield row, None
+            if len(ended) == len(texts):
+                break
+            if ended.intersection(rows) and not compile:
+                active = [index for index, row in enumerate(rows) if row not in ended]
+                rows, tokens = [rows[index] for index in active], tokens[active]
+                cache.select_rows(active)
+                seen = seen[active] if seen is not None else None
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], value=True)
+            if cache.max_length == model.block_size:
+                _truncate_full_rows(model, [[] if row in ended else texts[row] for row in rows], cache)
+            logits = step(tokens[:, None], cache)
 
 
 def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False) -> tuple[KVCache, Tensor]:

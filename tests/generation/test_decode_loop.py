@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.generation import decode_loop
 from lit_gpt_scratch.generation.decode_loop import generate, prefill
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.kv_cache import KVCache
 from tests.conftest import TINY, randomised
 
 LOOKS_BACK = replace(TINY, smear=True, bigram_rows=50, value_embeddings=True, residual_scalars=True, n_kv_head=1)
@@ -71,6 +73,10 @@ def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
         assert texts(model, prompts, 40, compile=True, end_of_text=free[2][0]) == (
             texts(model, prompts, 40, end_of_text=free[2][0])
         )
+        # The last of two batches is not full.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_loop, "MAX_BATCH_ROWS", 3)
+            assert texts(model, [*prompts, [7], [8, 9]], 40, compile=True)[:3] == free
 
 
 def test_row_is_independent_of_the_rest_of_the_batch() -> None:
@@ -80,6 +86,59 @@ def test_row_is_independent_of_the_rest_of_the_batch() -> None:
     alone = [texts(model, [p], 40, hot, seeds=[s])[0] for p, s in zip(prompts, [7, 8, 9, 7], strict=True)]
     assert together == alone
     assert texts(model, [[2]], 40, hot, seeds=[1]) != texts(model, [[2]], 40, hot, seeds=[2])
+
+
+@pytest.fixture
+def cache_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of rows of each KV cache that is created."""
+    created: list[int] = []
+
+    def record(rows: int, *args: object, **settings: object) -> KVCache:
+        created.append(rows)
+        return KVCache(rows, *args, **settings)  # type: ignore[arg-type]  # passed on unchanged
+
+    monkeypatch.setattr(decode_loop, "KVCache", record)
+    return created
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "batches"),
+    [
+        ("MAX_BATCH_ROWS", 3, [3, 3, 1]),
+        ("MAX_CACHE_BYTES", 2 * (2 * 2 * 32 * 15 * 8), [2, 2, 2, 1]),  # two rows of 15 tokens in float64
+        ("MAX_CACHE_BYTES", 1, [1] * 7),
+    ],
+)
+def test_batches_bound_the_cache_and_do_not_change_the_texts(
+    monkeypatch: pytest.MonkeyPatch, cache_rows: list[int], limit: str, value: int, batches: list[int]
+) -> None:
+    """The rows of all batches end after different numbers of tokens, by their end-of-text token or a callback."""
+    model, hot = randomised(TINY).double(), Sampling(temperature=2.0, top_k=None, repetition_penalty=1.2)
+    prompts, seeds = [[3, 1, 4], [1] * 5, [2], [5, 6], [7], [2], [8, 9]], [7, 8, 9, 7, 1, 2, 3]
+    end = texts(model, prompts, 10, hot, seeds=seeds)[4][3]
+
+    def run() -> tuple[list[list[int]], list[list[float]]]:
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        more = {"seeds": seeds, "end_of_text": end, "logprobs": logprobs}
+        return texts(model, prompts, 10, hot, done=lambda row, token: row == 5 and token > 30, **more), logprobs
+
+    together, logprobs = run()
+    assert len({len(text) for text in together}) > 2
+    assert cache_rows[-1] == len(prompts)
+    cache_rows.clear()
+    monkeypatch.setattr(decode_loop, limit, value)
+    in_batches, logprobs_in_batches = run()
+    assert cache_rows == batches
+    assert in_batches == together
+    for row, other in zip(logprobs, logprobs_in_batches, strict=True):
+        assert row == pytest.approx(other, abs=1e-12)
+
+
+def test_thousands_of_prompts_need_no_more_memory_than_one_batch(cache_rows: list[int]) -> None:
+    model = randomised(TINY)
+    assert len(texts(model, [[1 + n % 9] for n in range(1000)], 2)) == 1000
+    assert sum(cache_rows) == 1000
+    assert max(cache_rows) == decode_loop.MAX_BATCH_ROWS
 
 
 def test_rows_end_independently() -> None:
