@@ -4,10 +4,12 @@ No other module imports ``lm_eval``, and this module is only imported to run a b
 """
 
 import contextlib
+import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ from lit_gpt_scratch.evaluation.intervals import NORMAL_QUANTILE, Measurements, 
 from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 BOOTSTRAP_ITERS: Final = 100
 """Number of bootstrap iterations with which ``lm-eval`` estimates standard errors that have no closed form.
@@ -54,12 +58,29 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Compute the log-likelihood in nats of each continuation, and whether it equals the greedy continuation.
 
-        Contexts that are too long are truncated from the left.
+        Contexts that are too long are truncated from the left. A continuation that is longer than the model's context,
+        which ``lm-eval`` itself does not support, is scored in windows (see ``split_continuation``), so that each of
+        its tokens counts; a warning is logged once per task.
         """
-        sequences = [encode_continuation(self.tokenizer, *request.args) for request in requests]
-        most = self.model.block_size + 1
-        sequences = [ScoredSequence(sequence.ids[-most:], min(sequence.n_scored, most - 1)) for sequence in sequences]
-        return [(score.nats, score.greedy) for score in compute_loglikelihoods(self.model, sequences)]
+        sequences, owner = [], []
+        for number, request in enumerate(requests):
+            windows = list(
+                split_continuation(encode_continuation(self.tokenizer, *request.args), self.model.block_size)
+            )
+            sequences += windows
+            owner += [number] * len(windows)
+        tasks = (requests[number].task_name for number, count in Counter(owner).items() if count > 1)
+        for name, count in Counter(tasks).items():
+            log.warning(
+                "%s: %d continuations are longer than the context of %d tokens; they are scored in windows, in which a "
+                "token's context is only the preceding %d to %d tokens",
+                name, count, self.model.block_size, self.model.block_size // 2, self.model.block_size,
+            )  # fmt: skip
+        nats, greedy = [0.0] * len(requests), [True] * len(requests)
+        for number, score in zip(owner, compute_loglikelihoods(self.model, sequences), strict=True):
+            nats[number] += score.nats
+            greedy[number] &= score.greedy
+        return list(zip(nats, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Compute the log-likelihood in nats of each document, which is split into windows as in ``lm-eval``."""
@@ -115,6 +136,21 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
             # one token fewer.
             ids, kept = self.tokenizer.encode(context), kept - 1
         return context
+
+
+def split_continuation(sequence: ScoredSequence, block_size: int) -> Iterator[ScoredSequence]:
+    """Split a sequence into windows that fit into the context, so that each token of the continuation is scored once.
+
+    A continuation that fits is one window, whose context is truncated from the left. A longer one is split into parts
+    of half the context length, and each part is preceded by as many tokens as fit, at least half the context length
+    unless the text begins there. The sum of the log-likelihoods of all windows is that of the continuation.
+    """
+    most = block_size + 1  # the last token is not an input
+    first, end = len(sequence.ids) - sequence.n_scored, len(sequence.ids)
+    stride = sequence.n_scored if sequence.n_scored <= block_size else max(1, block_size // 2)
+    for start in range(first, end, stride):
+        stop = min(start + stride, end)
+        yield ScoredSequence(sequence.ids[max(0, stop - most) : stop], stop - start)
 
 
 def run_lm_eval(

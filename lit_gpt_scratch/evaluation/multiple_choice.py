@@ -1,7 +1,9 @@
 """Evaluate multiple-choice questions and minimal pairs by comparing log-likelihoods."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -14,6 +16,8 @@ from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_log
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 EXAMPLE_SEPARATOR: Final = "\n\n"
 """Separator between few-shot examples, as in ``lm-eval``."""
@@ -72,6 +76,17 @@ class MultipleChoiceQuestion:
         """Context followed by the correct choice, for few-shot examples and for the search in the training data."""
         return self.context + self.choices[self.answer]
 
+    def gives_away(self, other: "MultipleChoiceQuestion") -> bool:
+        """Return whether this question with its answer, as a few-shot example, contains the answer to another question.
+
+        This is the case if the contexts are equal, and the choices or the answers, too. Case and white space are
+        ignored.
+        """
+        if _normalize(self.context) != _normalize(other.context):
+            return False
+        choices, others = (sorted(map(_normalize, question.choices)) for question in (self, other))
+        return choices == others or _normalize(self.text) == _normalize(other.text)
+
 
 def evaluate_multiple_choice(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[MultipleChoiceQuestion], few_shot: int = 0
@@ -88,7 +103,8 @@ def evaluate_multiple_choice(
         tokenizer: The model's tokenizer.
         questions: Questions with choices.
         few_shot: Number of few-shot examples. The first ``few_shot`` questions and their answers are prepended to each
-            of the other questions, and are not scored themselves.
+            of the other questions, and are not scored themselves. An example that is equal to the question is replaced
+            with the next question that is not, or left out if there is none, and a warning is logged.
 
     Returns:
         ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character`` and ``accuracy_per_byte``; and ``chance``,
@@ -102,13 +118,10 @@ def evaluate_multiple_choice(
             f"argument --few_shot: {few_shot} examples leave none of the {len(questions)} rows to score; "
             "use fewer examples"
         )
-    examples = "".join(example.text + EXAMPLE_SEPARATOR for example in questions[:few_shot])
     scored = questions[few_shot:]
-    sequences = [
-        _encode_choice(model, tokenizer, question, examples, choice)
-        for question in scored
-        for choice in question.choices
-    ]
+    sequences = []
+    for question, examples in zip(scored, _choose_examples(questions, few_shot), strict=True):
+        sequences += [_encode_choice(model, tokenizer, question, examples, choice) for choice in question.choices]
     nats = np.array([score.nats for score in compute_loglikelihoods(model, sequences)])
     bare = [choice[1:] if question.context else choice for question in scored for choice in question.choices]
     lengths = {
@@ -149,6 +162,28 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
         measured.shares,
         measured.extra,
     )
+
+
+def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int) -> Iterator[str]:
+    """Yield the few-shot examples of each question after the first ``few_shot``, as the text that precedes it."""
+    usual = questions[:few_shot]
+    n_replaced = 0
+    for question in questions[few_shot:]:
+        examples = usual
+        if any(example.gives_away(question) for example in usual):
+            n_replaced += 1
+            others = (example for example in questions if not example.gives_away(question))
+            examples = list(islice(others, few_shot))
+        yield "".join(example.text + EXAMPLE_SEPARATOR for example in examples)
+    if n_replaced:
+        log.warning(
+            "%d of %d questions are equal to a few-shot example, which was replaced for them; remove the duplicates",
+            n_replaced, len(questions) - few_shot,
+        )  # fmt: skip
+
+
+def _normalize(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _encode_choice(

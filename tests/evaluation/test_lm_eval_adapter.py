@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.evaluation.intervals import summarize
+from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence
 from lit_gpt_scratch.evaluation.multiple_choice import (
     MultipleChoiceQuestion,
     evaluate_minimal_pairs,
@@ -74,6 +75,49 @@ def test_loglikelihood_of_continuations(adapter: Any, reference: Any) -> None:
     ours, expected = adapter.loglikelihood(instances), reference(add_bos_token=True).loglikelihood(instances)
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in expected], abs=1e-3, rel=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+
+
+def test_continuation_longer_than_the_context(
+    adapter: Any, reference: Any, model: GPT, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """HFLM refuses it; here every token is scored once, given at least half a context, and a warning names the task."""
+    context, long = "the cat", " " + " ".join(LINES)
+    instances = requests("loglikelihood", (context, long), ("a", long), (context, " sees"))
+    for instance in instances:
+        instance.task_name = "stories"
+    with pytest.raises(AssertionError):
+        reference(add_bos_token=True).loglikelihood(instances)
+    (nats, greedy), _, short = adapter.loglikelihood(instances)
+    assert caplog.text.count("stories: 2 continuations are longer than the context of 64 tokens") == 1
+    assert adapter.loglikelihood(instances[2:]) == [pytest.approx(short)]
+    read = [tokenizer.start_of_text, *tokenizer.encode(context)]
+    ids = [tokenizer.start_of_text, *tokenizer.encode(context + long)]
+    total, first = 0.0, len(read)
+    with torch.no_grad():
+        for t in range(first, len(ids)):
+            stop = min(first + ((t - first) // 32 + 1) * 32, len(ids))  # of the window, which scores 32 tokens
+            total += model(torch.tensor([ids[max(0, stop - 65) : t]]))[0, -1].log_softmax(-1)[ids[t]].item()
+    assert nats == pytest.approx(total, rel=1e-5)
+    assert not greedy
+
+
+@pytest.mark.parametrize(
+    ("n_context", "n_scored", "block_size", "windows"),
+    [
+        (1, 3, 8, [(0, 4, 3)]),
+        (5, 8, 8, [(4, 13, 8)]),  # a continuation that fits exactly, with one token of context
+        (1, 9, 8, [(0, 5, 4), (0, 9, 4), (1, 10, 1)]),
+        (6, 9, 8, [(1, 10, 4), (5, 14, 4), (6, 15, 1)]),
+        (1, 3, 1, [(0, 2, 1), (1, 3, 1), (2, 4, 1)]),
+    ],
+)
+def test_windows_of_a_continuation(
+    adapter: Any, n_context: int, n_scored: int, block_size: int, windows: list[tuple[int, int, int]]
+) -> None:
+    module = sys.modules[type(adapter).__module__]
+    ids = list(range(n_context + n_scored))
+    found = list(module.split_continuation(ScoredSequence(ids, n_scored), block_size))
+    assert found == [ScoredSequence(ids[start:stop], n) for start, stop, n in windows]
 
 
 def test_rolling_loglikelihood_of_texts(adapter: Any, reference: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation import multiple_choice
 from lit_gpt_scratch.evaluation.intervals import summarize
 from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
 from lit_gpt_scratch.evaluation.multiple_choice import (
@@ -70,6 +71,51 @@ def test_every_normalisation_equals_the_loop(model: GPT, tokenizer: Tokenizer, f
     found = summarize(evaluate_multiple_choice(model, tokenizer, asked, few_shot))
     assert found.rows == 14 - few_shot
     assert found.metrics == pytest.approx({name: n / found.rows for name, n in right.items()})
+
+
+def question(context: str, choices: list[str], answer: int) -> MultipleChoiceQuestion:
+    return MultipleChoiceQuestion.from_row(row(question=context, choices=choices, answer=answer))
+
+
+CAT = question("The cat sees", ["a dog.", "a bird."], 0)
+
+
+@pytest.mark.parametrize(
+    ("other", "equal"),
+    [
+        (CAT, True),
+        (question("the  cat\nsees", ["A dog.", "a bird."], 0), True),
+        (question("The cat sees", ["a bird.", "a dog."], 1), True),  # in another order
+        (question("The cat sees", ["a dog.", "a bird."], 1), True),  # with another answer
+        (question("The cat sees", ["a dog.", "a fish."], 0), True),  # the same answer among other choices
+        (question("The cat sees", ["a horse.", "a fish."], 0), False),
+        (question("The dog sees", ["a dog.", "a bird."], 0), False),
+    ],
+)
+def test_few_shot_example_equal_to_the_question(
+    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: Any, other: Any, equal: bool
+) -> None:
+    """It is replaced with the next question that is not equal, only for this question."""
+    first, *rest = questions(3)
+    prompts: list[str] = []
+
+    def encode(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
+        prompts.append(context)
+        return encode_continuation(tokenizer, context, continuation)
+
+    monkeypatch.setattr(multiple_choice, "encode_continuation", encode)
+    model.block_size = 512
+    evaluate_multiple_choice(model, tokenizer, [CAT, first, other, *rest], few_shot=2)
+    examples = [f"{each.text}\n\n" for each in (CAT, first, rest[0])]
+    assert prompts[0] == "".join(examples[1:] if equal else examples[:2]) + other.context
+    assert prompts[-1] == "".join(examples[:2]) + rest[1].context
+    assert ("1 of 3 questions are equal to a few-shot example" in caplog.text) == equal
+
+
+def test_all_questions_equal_to_the_few_shot_example(model: GPT, tokenizer: Tokenizer) -> None:
+    """There is no other example, so they are scored without one."""
+    alone = summarize(evaluate_multiple_choice(model, tokenizer, [CAT])).metrics
+    assert summarize(evaluate_multiple_choice(model, tokenizer, [CAT, CAT], few_shot=1)).metrics == alone
 
 
 def test_likelihoods_are_independent_of_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
