@@ -24,7 +24,9 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
-PATTERN_SECONDS: Final = 2
+MAX_RANK: Final = 2**13
+"""Maximum rank; that of a full matrix in the largest models that can be adapted."""
+PATTERN_SECONDS: Final = 1
 """Limit on the time for matching a pattern, which may come from a file, with the names of all layers."""
 MIN_TIMEOUT: Final = 1e-6
 """Timeout for a name once the limit has been reached; ``regex`` does not accept 0."""
@@ -55,6 +57,8 @@ class LoRA:
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
             if not 0 < value < math.inf:
                 raise UserError(f"lora.{name} is {value}; it must be positive and finite")
+        if self.rank > MAX_RANK:
+            raise UserError(f"lora.rank is {self.rank}; it must be at most {MAX_RANK}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         try:
@@ -177,11 +181,6 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
         examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # names from the first block only
         there = f"choose among {', '.join(list(examples)[:10])}" if examples else "the network has no linear layers"
         raise UserError(f"lora.pattern is {settings.pattern}, which does not match any linear layer; {there}")
-    largest = max(max(layer.in_features, layer.out_features) for _, layer in chosen)
-    if settings.rank > largest:
-        raise UserError(
-            f"lora.rank is {settings.rank}, but no adapted layer has more than {largest} features; lower the rank"
-        )
     net.requires_grad_(False)
     adapted = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
     for name, layer in chosen:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -395,3 +396,16 @@ def test_adding_adapters_twice_is_an_error() -> None:
 def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("pattern", [r"(a|aa|[a-z_]|\w)+[^\w]$", r"(?=((\w|\W)+)+\d{9})", r"((\w|\w)*)*(?!.)\d"])
+def test_pattern_that_backtracks_is_stopped(pattern: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"lora\.pattern is .* simplify it"):
+        add_lora(nn.ModuleDict({"attention_" * 20: nn.Linear(2, 2)}), LoRA(pattern=pattern))
+    assert time.monotonic() - began < 5
+
+
+def test_rank_is_bounded() -> None:
+    with pytest.raises(UserError, match=r"lora.rank is 10{12}; it must be at most 8192"):
+        LoRA(rank=10**12)
