@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.text.decontamination import Leakage, hash_ngrams, hash_words, normalized_words
 from lit_gpt_scratch.text.sources import read_documents
+from lit_gpt_scratch.text.token_shards import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.data.token_store import TokenStore
@@ -29,10 +30,7 @@ def iterate_training_documents(source: str, text_column: str = "text") -> Iterat
     Raises:
         UserError: The source is missing or cannot be read.
     """
-    from lit_gpt_scratch.data.token_store import (  # data imports Lightning, which takes seconds
-        MANIFEST_FILE,
-        TokenStore,
-    )
+    from lit_gpt_scratch.data.token_store import TokenStore  # data imports Lightning, which takes seconds
 
     if not Path(source, MANIFEST_FILE).is_file():
         return (document.text for document in read_documents(source, text_column))

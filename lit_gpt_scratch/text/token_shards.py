@@ -50,8 +50,6 @@ def require_file_size(path: str, size: int) -> None:
 
 MANIFEST_FILE: Final = "store.json"
 REBUILD_HINT: Final = "delete the folder and prepare the corpus again"
-NPY_ERRORS: Final = (OSError, ValueError, TypeError, ArithmeticError, SyntaxError, MemoryError, RecursionError)
-"""Exceptions of numpy for a damaged file; it evaluates the header as a Python literal."""
 
 
 class PicklableMemmaps:
@@ -163,7 +161,7 @@ class TokenShard(PicklableMemmaps):
         """
         try:
             found = np.asarray(np.lib.format.open_memmap(self.path(part), mode="r"))
-        except NPY_ERRORS as error:
+        except Exception as error:  # numpy parses the header as a Python literal, which can raise anything
             problem = f"is not an array ({' '.join(str(error).split())[:100]})"
         else:
             if found.shape == shape and found.dtype in dtypes and found.flags.c_contiguous:
