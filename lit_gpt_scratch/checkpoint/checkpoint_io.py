@@ -128,8 +128,8 @@ def require_plain_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is not a checkpoint, or is damaged: {error}; use another file") from error
+    except Exception as error:  # reading an arbitrary file can raise anything
+        raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
     compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if compressed or sum(record.file_size for record in records) > path.stat().st_size:
         raise UserError(f"{path} is not a checkpoint: its records are compressed or overlap; use another file")

@@ -66,8 +66,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return load_safetensors(path, STATE_PREFIX)
     if not verify_checksum(path):
         log.warning("%s has no checksum, because another program wrote it; damage cannot be detected", path)
+    require_plain_archive(path)
     try:
-        require_plain_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything
         raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error

@@ -1,8 +1,11 @@
 """Reading results from run folders, and TensorBoard's HParams tab."""
 
 import json
+import random
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -15,14 +18,17 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 pytest.importorskip("optuna")
 
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.sweeps.run_results import (
     CurvePoint,
     RunResult,
     latest_run_folder,
+    logged_metrics,
     read_curve,
     read_run_result,
     write_hparams,
 )
+from tests.mutations import DEPTH, mutate_bytes, mutate_json, nested_json
 
 METRIC = "val/bits_per_byte"
 
@@ -53,6 +59,53 @@ def test_diverged_run_is_failed(tmp_path: Path) -> None:
     run = read_run_result(tmp_path, 1, METRIC)
     assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end of the run")
     assert RunResult.from_dict(run.to_dict()) == run
+
+
+def make_run_folder(folder: Path) -> dict[str, Any]:
+    """Write the JSON files of a run; returns their contents by name."""
+    contents: dict[str, Any] = {
+        "summary.json": {METRIC: 1.5, "step": 3, "baselines": {"xz": 2.0}, "seconds": 4.0},
+        "doctor.json": [{"symptom": "s: 1", "cause": "c", "flag": "f", "step": 7}],
+        "provenance.json": {
+            "sessions": [{"code": {"commit": None}, "versions": {"torch": "2"}, "hardware": {"threads": 1}}]
+        },
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    return contents
+
+
+def try_to_read(folder: Path) -> None:
+    """Read a damaged run, and use its result as a report does; anything but a ValueError fails."""
+    with suppress(ValueError):
+        run = read_run_result(folder, 0, METRIC)
+        assert RunResult.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+        assert all(isinstance(value, float) for value in run.metrics.values())
+        assert all("{symptom} {cause} {flag}".format(**each).partition(":") for each in run.diagnoses)
+        assert all(str(value) for facts in run.session.values() for value in facts.values())
+        logged_metrics(folder)
+    RunFolder(folder).read_sessions()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "doctor.json", "provenance.json"])
+def test_damaged_files_of_a_run(tmp_path: Path, name: str) -> None:
+    content = make_run_folder(tmp_path)[name]
+    for text in (nested_json(), '{"sessions":' * DEPTH, "null", "[]", "{}", "3", '"x"', "", "\0", "[null]"):
+        (tmp_path / name).write_text(text)
+        try_to_read(tmp_path)
+    for seed in range(50):
+        rng = random.Random(seed)
+        damaged = json.dumps(mutate_json(content, rng)).encode()
+        (tmp_path / name).write_bytes(damaged if seed % 4 else mutate_bytes(damaged, rng))
+        try_to_read(tmp_path)
+
+
+def test_whole_run_is_read(tmp_path: Path) -> None:
+    make_run_folder(tmp_path)
+    run = read_run_result(tmp_path, 0, METRIC)
+    assert run.metrics == {METRIC: 1.5, "step": 3.0, "seconds": 4.0}
+    assert run.diagnoses == [{"symptom": "s: 1", "cause": "c", "flag": "f"}]
+    assert run.session["versions"] == {"torch": "2"}
 
 
 def test_diagnoses_are_read(tmp_path: Path) -> None:
