@@ -231,7 +231,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         if path.is_dir():
             return _newest_intact_checkpoint(path)
         if not path.is_file():
-            raise UserError(f"no checkpoint at {path}; check the path")
+            raise UserError(f"no checkpoint at {path}; check the path") from FileNotFoundError(path)
         return path
     try:
         experiments = [runs / experiment] if experiment else [path for path in runs.iterdir() if path.is_dir()]

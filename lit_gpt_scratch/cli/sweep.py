@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
     arguments = _build_parser().parse_args(args)
     if (arguments.file is None) == (arguments.compare is None):
         raise UserError("pass either a sweep file, or run folders after --compare (see --help)")
+    if arguments.compare and arguments.retry:
+        raise UserError("argument --retry requires a sweep file; it cannot be combined with --compare")
     if arguments.workers < 1:
         raise UserError(f"argument --workers is {arguments.workers}; it must be 1 or more")
     missing = [name for name in REQUIRED_MODULES if find_spec(name) is None]
@@ -50,6 +53,7 @@ def _build_parser() -> CommandParser:
         prog="python -m lit_gpt_scratch.sweep",
         description="Run all trials of a sweep file, each run in its own process and folder, and report the "
         "results. Repeat the command to resume a sweep that was killed or stopped; finished runs are not repeated. "
+        "The exit code is 1 if a run failed. "
         "Several processes can run the command to share a sweep, even on several machines with --storage "
         "postgresql://...",
     )
@@ -60,6 +64,12 @@ def _build_parser() -> CommandParser:
         "--storage", help="storage for the study: a file (by default in the sweep's folder), sqlite:///FILE or "
         "postgresql://USER:PASSWORD@HOST/DATABASE",
     )  # fmt: skip
+    parser.add_argument(
+        "--retry",
+        choices=("failed",),
+        help="first discard the results of failed runs, so that they are executed again; runs that failed because of "
+        "their environment (killed, disk full, file missing) are always executed again",
+    )
     compare = parser.add_argument_group("comparison of existing runs")
     compare.add_argument("--compare", metavar="RUN", nargs="+", type=Path, help="run folders to compare")
     compare.add_argument("--metric", default="val/bits_per_byte", help="metric to compare: a key of summary.json")
@@ -99,17 +109,24 @@ def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
     previous_handlers = install_stop_handler(stop)
     try:
         with storage_errors(arguments.storage):
+            if arguments.retry:
+                log.info("%d failed runs will be executed again", study.reset_failed_runs())
             if not study.is_finished:
                 runner.run()
             report = build_study_report(study, arguments.file)
-            ended = sum(trial.state.is_finished() for trial in study.trials())
     finally:
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
-    log.info("%d of %d trials ended; report: %s", ended, sweep.n_trials, report.write(folder))
+    states = Counter(trial.state for trial in report.trials)
+    others = "".join(f", {states[state]} {state}" for state in ("failed", "pruned") if states[state])
+    log.info("%d of %d trials finished%s; report: %s", states["finished"], sweep.n_trials, others, report.write(folder))
+    if failures := report.describe_failures():
+        log.warning("%s", failures)
     if runner.stopping.is_set():
         log.info("stopped; repeat the command to resume")
         sys.exit(128 + (received[0] if received else signal.SIGTERM))
+    if failures:
+        sys.exit(1)
 
 
 def _precheck(sweep: "SweepConfig") -> "ResolvedBaseline":

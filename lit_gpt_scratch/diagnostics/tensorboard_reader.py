@@ -1,14 +1,24 @@
-"""Replay a run's TensorBoard events in a rule engine."""
+"""Read TensorBoard event files, and replay a run's events in a rule engine.
 
+Event files may be damaged or come from other programs, so nothing in them is trusted: the tensor of a scalar may claim
+to have any shape and type.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.compat.proto.event_pb2 import SessionLog
+from tensorboard import data_compat, dataclass_compat
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TEXT_SUFFIX: Final = "/text_summary"
 """Suffix that PyTorch's ``SummaryWriter`` appends to the tag of logged text."""
@@ -16,6 +26,49 @@ DIAGNOSES_NAME: Final = "doctor"
 """Name of the text that contains the table of diagnoses."""
 TEST_PREFIX: Final = "test/"
 """Prefix of test metrics. They are computed after training, so the rules do not use them."""
+HPARAMS_SUFFIX: Final = ".hparams"
+"""Suffix of event files that contain hyperparameters instead of scalars."""
+RECORD_OVERHEAD: Final = 16
+"""Number of bytes of a record in an event file in addition to its data: the length and two checksums."""
+
+
+def event_files(run: Path) -> list[Path]:
+    """Return a run's event files that may contain scalars, oldest session first."""
+    return [path for path in sorted(run.glob("*tfevents*")) if path.is_file() and path.suffix != HPARAMS_SUFFIX]
+
+
+def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
+    """Yield the events of a file up to the first damaged or incomplete record, and log a warning if there is one.
+
+    Args:
+        path: Path of the event file.
+        growing: Whether a process is still writing the file, so that an incomplete record is no damage.
+    """
+    size = 0
+    initial_metadata: dict[str, Any] = {}
+    try:
+        for record in RawEventFileLoader(str(path)).Load():
+            size += RECORD_OVERHEAD + len(record)
+            event = data_compat.migrate_event(Event.FromString(record))
+            yield from dataclass_compat.migrate_event(event, initial_metadata)
+        unread = path.stat().st_size - size
+        damage = f"its last {unread:,} bytes are an incomplete or damaged record" if unread > 0 and not growing else ""
+    except Exception as error:  # the file may contain anything
+        damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    if damage:
+        log.warning("%s cannot be read to its end (%s); later events are missing", path, damage)
+
+
+def scalar_value(value: Any) -> float | None:
+    """Return the number in a summary value; None if the value is not a scalar."""
+    # A tensor with a large shape may be stored as a single element, which `make_ndarray` would repeat.
+    n_elements = math.prod(dimension.size for dimension in value.tensor.tensor_shape.dim)
+    if value.metadata.plugin_data.plugin_name != "scalars" or n_elements != 1:
+        return None
+    try:
+        return float(make_ndarray(value.tensor).item())
+    except (TypeError, ValueError):
+        return None
 
 
 def replay_events(run: Path, engine: RuleEngine) -> None:
@@ -28,11 +81,11 @@ def replay_events(run: Path, engine: RuleEngine) -> None:
     Raises:
         UserError: The folder contains no events.
     """
-    files = [path for path in sorted(run.glob("*tfevents*")) if not path.name.endswith(".hparams")]
+    files = event_files(run)
     if not files:
         raise UserError(f"{run} contains no TensorBoard events; pass a run folder")
     for path in files:
-        for event in EventFileLoader(str(path)).Load():
+        for event in read_events(path):
             if event.HasField("session_log"):
                 if event.session_log.status == SessionLog.START:
                     engine.drop_from(event.step)
@@ -40,9 +93,8 @@ def replay_events(run: Path, engine: RuleEngine) -> None:
             for value in event.summary.value:
                 if value.tag.startswith(TEST_PREFIX):
                     continue
-                kind = value.metadata.plugin_data.plugin_name
-                if kind == "scalars":
-                    engine.add_metrics(event.step, {value.tag: make_ndarray(value.tensor).item()})
-                elif kind == "text":
-                    text = make_ndarray(value.tensor).ravel()[0].decode()
+                if (number := scalar_value(value)) is not None:
+                    engine.add_metrics(event.step, {value.tag: number})
+                elif value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
+                    text = value.tensor.string_val[0].decode(errors="replace")
                     engine.add_text(event.step, value.tag.removesuffix(TEXT_SUFFIX), text)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import optuna
-import yaml
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.bounded_yaml import load_yaml
 from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, format_flag_value, short_flag
 from lit_gpt_scratch.sweeps.report import SweepReport
 from lit_gpt_scratch.sweeps.run_results import RunResult, TrialResult, format_setting, logged_metrics, read_run_result
@@ -62,7 +62,8 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
         direction: Whether to ``minimize`` or ``maximize`` the metric.
 
     Raises:
-        UserError: A path contains no finished run, two runs have the same flags and seed, or a run lacks the metric.
+        UserError: A path contains no finished run, a run folder is damaged, two runs have the same flags and seed, or a
+            run lacks the metric.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _finished_runs(path)))
     configs = [_read_config(folder) for folder in folders]
@@ -77,7 +78,7 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
         assignment: Assignment = dict(zip(map(short_flag, varied), key, strict=True))
         flags = [f"--config={folder / 'config.yaml'}"]
         trial = trials.setdefault(key, TrialResult(len(trials), assignment, flags=flags))
-        run = _read_finished_run(folder, int(config["seed_everything"]), metric)
+        run = _read_finished_run(folder, config["seed_everything"], metric)
         same = next((other for other in trial.runs if other.seed == run.seed), None)
         if same is not None:
             raise UserError(f"{same.folder} and {folder} have the same flags and seed; pass only one of them")
@@ -151,18 +152,25 @@ def _finished_runs(path: Path) -> list[Path]:
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
+    """Read the flags of a run, keyed by dotted name; ``seed_everything`` is an integer."""
+    path = folder / "config.yaml"
     try:
-        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
-        raise UserError(f"--compare: cannot read {folder / 'config.yaml'}") from error
+        config, _ = load_yaml(path)
+    except UserError as error:
+        raise UserError(f"--compare: {error}") from error
+    flat = flatten(config) if isinstance(config, dict) else {}
+    seed = flat.get("seed_everything")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"--compare: {path} has no integer seed_everything; pass a run folder written by fit")
+    return flat
 
 
 def _read_finished_run(folder: Path, seed: int, metric: str) -> RunResult:
     try:
         run = read_run_result(folder, seed, metric)
         names = logged_metrics(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--compare: cannot read {folder / 'summary.json'}: {error}") from error
+    except UserError as error:
+        raise UserError(f"--compare: {error}") from error
     if metric not in names:
         raise UserError(
             f"--metric: {folder} does not log {metric}{suggest_closest(metric, names)}; it logs {', '.join(names)}"

@@ -142,11 +142,12 @@ class SweepReport:
     def _context(self) -> dict[str, Any]:
         """Variables of the report templates."""
         best = self.ranked[0] if self.ranked else None
+        failures = self.describe_failures()
         unfinished = sum(trial.state == "unfinished" for trial in self.trials)
         return {
             "title": self.title,
             "question": self.question,
-            "findings": self._describe_findings(),
+            "findings": f"{self._describe_findings()} {failures}".rstrip(),
             "comparison": [self._comparison_head(), *(self._comparison_row(trial) for trial in self.ranked)],
             "method": self._describe_method(),
             "diagnostics": list(summarize_diagnostics(self.trials)),
@@ -184,6 +185,21 @@ class SweepReport:
             f"Significantly better than the baseline ({self.baseline.label}): {by_verdict['better']}. "
             f"Significantly worse: {by_verdict['worse']}. Within noise: {by_verdict[WITHIN_NOISE]}."
         )
+
+    def describe_failures(self) -> str:
+        """Return the number of failed runs and how to repeat them; empty if no run failed."""
+        n_runs = sum(max(len(trial.runs), trial.expected_runs) for trial in self.trials)
+        failed = [(trial.number, run) for trial in self.trials for run in trial.runs if run.state == "failed"]
+        if not failed:
+            return ""
+        n_trials = len({number for number, _ in failed})
+        text = f"{len(failed)} of {n_runs} runs failed, in {n_trials} of {len(self.trials)} trials. "
+        n_retryable = sum(run.retryable for _, run in failed)
+        if n_retryable:
+            text += f"The cause of {n_retryable} may not be the settings; run the command again to retry. "
+        if n_retryable < len(failed):
+            text += "To repeat failed runs, add --retry failed to the command."
+        return text.rstrip()
 
     def _verdict(self, trial: TrialResult) -> str:
         if trial is self.baseline:

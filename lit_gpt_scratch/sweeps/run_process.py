@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
@@ -17,6 +19,16 @@ GRACE_SECONDS = 120.0
 """Time in seconds between SIGTERM and SIGKILL, during which a run can save a checkpoint and exit."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables that set the number of threads of PyTorch and of the tokenizers library."""
+ENVIRONMENT_EXIT_CODE: Final = 75
+"""Exit code (EX_TEMPFAIL) of a run that failed because of its environment; see ``is_environment_failure``."""
+USER_ERROR_EXIT_CODE: Final = 2
+"""Exit code of ``fit`` after a ``UserError``."""
+ENVIRONMENT_MESSAGES: Final = re.compile(
+    r"no space left on device|disk is full|disk quota exceeded|timed out|killed by signal|exited unexpectedly"
+    r"|connection (closed|reset|refused|aborted)|too many open files",
+    re.IGNORECASE,
+)
+"""Messages of environment failures that libraries raise as exceptions of other types than ``OSError``."""
 
 
 class RunProcess:
@@ -62,6 +74,18 @@ class RunProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
+    @property
+    def failed_by_environment(self) -> bool:
+        """Whether the run failed because of its environment, not its settings: it may succeed if it is repeated."""
+        return self._killed_by is not None or self._process.returncode == ENVIRONMENT_EXIT_CODE
+
+    @property
+    def _killed_by(self) -> str | None:
+        """Name of the signal that killed the process, or a process that it waited for; None if there was none."""
+        code: int = self._process.returncode
+        signum = -code if code < 0 else code - 128
+        return next((each.name for each in signal.Signals if each == signum), None)
+
     def failure_reason(self) -> str:
         """Return the reason why the run failed.
 
@@ -69,12 +93,44 @@ class RunProcess:
         there is none, the last line of output.
         """
         code = self._process.returncode
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+        if self._killed_by:
+            hint = ", possibly for lack of memory" if self._killed_by == "SIGKILL" else ""
+            return f"killed by {self._killed_by}{hint}"
         output = self._log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
         error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
         return (error or (lines[-1] if lines else f"exit code {code}")).removeprefix("error: ")
+
+
+def is_environment_failure(error: BaseException) -> bool:
+    """Return whether an exception was caused by the machine, its disks or the network, not by the settings of a run.
+
+    This is the case if the exception, or one that it was raised from, is an ``OSError`` (a missing or unreadable file,
+    a full disk, a lost connection), a ``MemoryError``, or has one of the ``ENVIRONMENT_MESSAGES``. If ``fit`` exits
+    because of a ``UserError``, the causes of that error count.
+    """
+    if isinstance(error, SystemExit) and error.code != USER_ERROR_EXIT_CODE:
+        return False
+    seen: set[int] = set()
+    link: BaseException | None = error.__context__ if isinstance(error, SystemExit) else error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, OSError | MemoryError) or ENVIRONMENT_MESSAGES.search(str(link)):
+            return True
+        seen.add(id(link))
+        link = link.__context__ if link.__cause__ is link else link.__cause__  # itself: ``raise error from error``
+    return False
+
+
+def run_module(module: str) -> None:
+    """Run a module as the main program; exit with ``ENVIRONMENT_EXIT_CODE`` if its environment makes it fail."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except BaseException as error:
+        if not is_environment_failure(error):
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.exit(ENVIRONMENT_EXIT_CODE)
 
 
 def _exit_with_parent() -> None:
@@ -86,4 +142,4 @@ def _exit_with_parent() -> None:
 if __name__ == "__main__":
     module = sys.argv.pop(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run_module(module)

@@ -1,14 +1,14 @@
 """Results of runs and trials, which are read from run folders, stored in the study and shown in TensorBoard."""
 
+import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
@@ -16,14 +16,22 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from typing_extensions import TypedDict
 
+from lit_gpt_scratch.diagnostics.tensorboard_reader import HPARAMS_SUFFIX, event_files, read_events, scalar_value
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.sweeps.statistics import Estimate, estimate_mean
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
-HPARAMS_SUFFIX: Final = ".hparams"
-"""Suffix of event files that contain hyperparameters instead of scalars."""
+log = logging.getLogger(__name__)
+
+SUMMARY_FILE: Final = "summary.json"
+MAX_METRIC: Final = 1e38
+"""Maximum absolute value of a metric, close to that of float32; larger values are not finite."""
 MAX_CURVE_POINTS: Final = 200
 """Maximum number of points per stored curve."""
+
+
+T = TypeVar("T")
 
 
 class CurvePoint(NamedTuple):
@@ -52,6 +60,8 @@ class RunResult:
         folder: Path of the run folder.
         diagnoses: Entries of ``doctor.json``, each with a symptom, its likely cause, and a flag to try.
         session: Package versions, hardware and code version of the run's last session, from ``provenance.json``.
+        retryable: Whether the run failed because of its environment, not its settings, so that repeating the sweep
+            executes it again.
     """
 
     seed: int
@@ -62,6 +72,7 @@ class RunResult:
     folder: str = ""
     diagnoses: list[dict[str, str]] = field(default_factory=list)
     session: dict[str, Any] = field(default_factory=dict)
+    retryable: bool = False
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -75,8 +86,10 @@ class RunResult:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "RunResult":
-        """Build a result from the output of ``to_dict``."""
-        return cls(**{**plain, "curve": [CurvePoint(*point) for point in plain["curve"]]})
+        """Build a result from the output of ``to_dict``; fields that a newer version added are ignored."""
+        known = {each.name for each in fields(cls)}
+        curve = [CurvePoint(*point) for point in plain["curve"]]
+        return cls(**{**{name: value for name, value in plain.items() if name in known}, "curve": curve})
 
 
 @dataclass(frozen=True)
@@ -107,12 +120,13 @@ class TrialResult:
         """State of the trial.
 
         The state is ``failed`` if any run failed, ``pruned`` if any run was pruned and none failed, ``finished`` if all
-        runs have finished, and otherwise ``unfinished``.
+        runs have finished, and otherwise ``unfinished``. Runs that will be executed again do not count.
         """
-        ended = [run.state for run in self.runs if run.state != "finished"]
-        if ended:
-            return "failed" if "failed" in ended else "pruned"
-        return "finished" if len(self.runs) >= self.expected_runs else "unfinished"
+        states = [run.state for run in self.runs if not run.retryable]
+        for state in ("failed", "pruned"):
+            if state in states:
+                return state
+        return "finished" if len(states) >= self.expected_runs else "unfinished"
 
     def values(self, metric: str) -> dict[int, float]:
         """Return the value of a metric for each finished run, keyed by seed."""
@@ -135,19 +149,24 @@ def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) ->
     return sorted(finished, key=lambda trial: sign * trial.mean(metric).mean)
 
 
-def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> RunResult:
-    """Read the result of a run from its folder; the state is ``failed`` if the metric is not finite.
+def read_run_result(
+    folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "", retryable: bool = False
+) -> RunResult:
+    """Read the result of a run from its folder.
+
+    The state is ``failed`` if the metric is not finite at the end of the run, or if the spike guard stopped the run.
 
     Raises:
-        OSError: A file cannot be read.
-        ValueError: ``summary.json`` is damaged.
+        UserError: ``summary.json`` exists, but cannot be read.
     """
-    metrics = {}
-    if (folder / "summary.json").is_file():
-        summary = read_json(folder / "summary.json", dict[str, Any])
-        metrics = {name: float(v) for name, v in summary.items() if _is_number(v)}
-        if metric in summary and summary[metric] is None:
-            state, reason = "failed", f"{metric} is not finite at the end of the run"
+    metrics: dict[str, float] = {}
+    if (folder / SUMMARY_FILE).is_file():
+        summary = read_summary(folder)
+        metrics = {name: float(value) for name, value in summary.items() if is_finite_number(value)}
+        if summary.get("stopped") == "guard":
+            state, reason, retryable = "failed", "the guard stopped the run, because steps were skipped in a row", False
+        elif metric in _names_of_metrics(summary) and metric not in metrics:
+            state, reason, retryable = "failed", f"{metric} is not finite at the end of the run", False
     points = list(read_curve(folder, metric))
     if not metrics and points:
         metrics = {metric: points[-1].value, "step": points[-1].step}
@@ -161,35 +180,86 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
         folder=str(folder),
         diagnoses=_read_diagnoses(folder),
         session=_read_last_session(folder),
+        retryable=retryable,
     )
 
 
-def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
+def read_curve(folder: Path, metric: str, growing: bool = False) -> Iterator[CurvePoint]:
     """Yield the metric of each validation run from event files.
 
     If steps were repeated after the run was resumed, the later values replace the earlier ones.
+
+    Args:
+        folder: Run folder.
+        metric: Name of the metric.
+        growing: Whether the run is still writing its event files.
     """
     points: dict[int, CurvePoint] = {}
-    for path in sorted(folder.glob("*tfevents*")):
-        if path.name.endswith(HPARAMS_SUFFIX):
-            continue
-        events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
-        start = events.FirstEventTimestamp() if events.Tags()["scalars"] else 0.0
-        scalars = events.Scalars(metric) if metric in events.Tags()["scalars"] else []
-        if not scalars:
-            continue
-        points = {step: point for step, point in points.items() if step < scalars[0].step + 1}
-        offset = max((point.seconds for point in points.values()), default=0.0)
-        for event in scalars:  # Lightning logs validation metrics at the 0-based index of the last step
-            if math.isfinite(event.value):
-                points[event.step + 1] = CurvePoint(event.step + 1, offset + event.wall_time - start, event.value)
+    for path in event_files(folder):
+        start: float | None = None
+        offset: float | None = None
+        for event in read_events(path, growing):
+            start = event.wall_time if start is None else start
+            for value in event.summary.value:
+                number = scalar_value(value) if value.tag == metric else None
+                if number is None or not is_finite_number(number) or not math.isfinite(event.wall_time - start):
+                    continue
+                step = event.step + 1  # Lightning logs validation metrics at the 0-based index of the last step
+                if offset is None:  # the first value of the session
+                    points = {at: point for at, point in points.items() if at < step}
+                    offset = max((point.seconds for point in points.values()), default=0.0)
+                points[step] = CurvePoint(step, offset + event.wall_time - start, number)
     yield from points.values()
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's ``summary.json``.
+
+    Raises:
+        UserError: The file is missing, or is not a JSON object.
+    """
+    return _read_json(folder / SUMMARY_FILE, dict[str, Any])
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run has written its summary; a damaged summary does not count, and is logged."""
+    if not (folder / SUMMARY_FILE).is_file():
+        return False
+    try:
+        read_summary(folder)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
 def logged_metrics(folder: Path) -> list[str]:
-    """Return the names of the metrics in a run's ``summary.json``."""
-    summary = read_json(folder / "summary.json", dict[str, Any])
-    return [name for name, value in summary.items() if value is None or _is_number(value)]
+    """Return the names of the metrics in a run's ``summary.json``.
+
+    Raises:
+        UserError: The file is missing, or is not a JSON object.
+    """
+    return _names_of_metrics(read_summary(folder))
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value from a file is a number that can be compared and plotted."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_METRIC
+
+
+def _names_of_metrics(summary: Mapping[str, Any]) -> list[str]:
+    """Return the names of numbers and of null, which ``fit`` writes for a metric that is not finite."""
+    return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
+
+
+def _read_json(path: Path, hint: type[T]) -> T:
+    try:
+        value = read_json(path, hint)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs cannot be written to a report
+        return value
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise UserError(f"cannot read {path}: {reason}; run fit again") from error
 
 
 def latest_run_folder(experiment: Path) -> Path | None:
@@ -219,10 +289,13 @@ def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
     end_summary = Summary(
         value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=end_metadata, tensor=metadata.NULL_TENSOR)]
     )
-    writer = EventFileWriter(str(folder), filename_suffix=HPARAMS_SUFFIX)
-    for summary in (start, end_summary):
-        writer.add_event(Event(wall_time=time.time(), summary=summary))
-    writer.close()
+    try:
+        writer = EventFileWriter(str(folder), filename_suffix=HPARAMS_SUFFIX)
+        for summary in (start, end_summary):
+            writer.add_event(Event(wall_time=time.time(), summary=summary))
+        writer.close()
+    except OSError as error:  # the results do not depend on this file
+        log.warning("cannot write the settings of %s for TensorBoard: %s", folder, error)
 
 
 def _as_number(setting: str | float) -> str | float:
@@ -231,10 +304,6 @@ def _as_number(setting: str | float) -> str | float:
         return float(setting)
     except ValueError:
         return setting
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 class RecordedDiagnosis(TypedDict):
@@ -260,16 +329,22 @@ class RecordedSessions(TypedDict):
 
 
 def _read_diagnoses(folder: Path) -> list[dict[str, str]]:
-    try:
-        diagnoses = read_json(folder / "doctor.json", list[RecordedDiagnosis])
-    except (OSError, ValueError):
-        return []
+    diagnoses = _read_optional_json(folder / "doctor.json", list[RecordedDiagnosis]) or []
     return [{"symptom": each["symptom"], "cause": each["cause"], "flag": each["flag"]} for each in diagnoses]
 
 
 def _read_last_session(folder: Path) -> dict[str, Any]:
-    try:
-        sessions = read_json(folder / "provenance.json", RecordedSessions)["sessions"]
-    except (OSError, ValueError):
-        return {}
+    provenance = _read_optional_json(folder / "provenance.json", RecordedSessions)
+    sessions = provenance["sessions"] if provenance else []
     return {key: value for key, value in (sessions or [{}])[-1].items() if key in RecordedSession.__annotations__}
+
+
+def _read_optional_json(path: Path, hint: type[T]) -> T | None:
+    """Return the content of a JSON file, or None if the file does not exist or is damaged, which is logged."""
+    if not path.is_file():
+        return None
+    try:
+        return _read_json(path, hint)
+    except UserError as error:
+        log.warning("%s", error)
+        return None

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +17,7 @@ from lit_gpt_scratch.sweeps.fit_command import FIT_MODULE, ResolvedBaseline, bui
 from lit_gpt_scratch.sweeps.run_process import RunProcess
 from lit_gpt_scratch.sweeps.run_results import (
     RunResult,
+    is_finished,
     latest_run_folder,
     logged_metrics,
     read_curve,
@@ -33,6 +35,19 @@ PRUNING_SECONDS = 1.0
 """Interval in seconds at which the event files of a run that may be pruned are read."""
 INTERRUPTED_CODES = [128 + signum for signum in STOP_SIGNALS]
 """Exit codes of runs stopped by a signal from outside the sweep; SLURM, for example, signals all processes of a job."""
+RETRY_DELAYS: Final = (1.0, 10.0)
+"""Time in seconds before each retry of a run that failed because of its environment, such as a full disk."""
+
+
+class RunEnd(NamedTuple):
+    """How an execution of a run ended."""
+
+    state: str = "finished"
+    """``finished``, ``pruned`` or ``failed``."""
+    reason: str = ""
+    """Reason why the run did not finish."""
+    retryable: bool = False
+    """Whether the run failed because of its environment, so that it may succeed if it is repeated."""
 
 
 class SweepRunner:
@@ -114,40 +129,23 @@ class SweepRunner:
             f"--seed_everything={claim.seed}",
             f"--runs={self.folder}",
             f"--experiment={name}",
-            "--ckpt_path=auto",
         ]
-        state, reason = "finished", ""
-        for from_scratch in (False, True):  # a run that fails after being resumed is retried from scratch
-            folder = latest_run_folder(experiment)
-            if folder and (folder / "summary.json").is_file():
+        end = self._execute(claim, run_arguments, experiment, output)
+        for delay in RETRY_DELAYS:
+            if end is None or not end.retryable:
                 break
-            resumes = folder is not None and any(folder.glob("checkpoints/*.ckpt"))
-            if folder and (from_scratch or not resumes):
-                shutil.rmtree(folder)
-                resumes = False
-            process = RunProcess(self.module, run_arguments, output, self.workers)
-            pruned = self._watch(process, claim, experiment)
-            if self.stopping.is_set():
-                return None
-            if pruned:
-                state, reason = "pruned", pruned
-                break
-            code = process.wait(0)
-            if code == 0:
-                break
-            if code in INTERRUPTED_CODES:
-                log.warning("%s received a termination signal; stopping the sweep", name)
-                self.stopping.set()
-                return None
-            state, reason = "failed", process.failure_reason()
-            if not resumes:
-                break
-            state, reason = "finished", ""
+            log.warning(
+                "trial %d, seed %d: %s; the cause may not be the settings; retrying in %g s",
+                claim.number, claim.seed, end.reason, delay,
+            )  # fmt: skip
+            end = None if self.stopping.wait(delay) else self._execute(claim, run_arguments, experiment, output)
+        if end is None:
+            return None
         folder = latest_run_folder(experiment)
         if folder is None:
-            result = RunResult(claim.seed, state, reason, folder=str(experiment))
+            result = RunResult(claim.seed, end.state, end.reason, folder=str(experiment), retryable=end.retryable)
         else:
-            result = read_run_result(folder, claim.seed, metric, state, reason)
+            result = read_run_result(folder, claim.seed, metric, *end)
             if result.state == "finished" and metric not in result.metrics:
                 names = logged_metrics(folder)
                 raise UserError(
@@ -155,6 +153,46 @@ class SweepRunner:
                 )
         write_hparams(result, claim.assignment, f"trial {claim.number}")
         return result
+
+    def _execute(self, claim: ClaimedRun, arguments: list[str], experiment: Path, output: Path) -> RunEnd | None:
+        """Execute or resume a run; a run that fails after being resumed is repeated in a new folder.
+
+        Returns:
+            How the run ended; None if the sweep is stopping.
+        """
+        for may_resume in (True, False):
+            resumes, folder = False, latest_run_folder(experiment)
+            if folder and str(folder) != claim.discarded:
+                if is_finished(folder):
+                    return RunEnd()
+                if not any(folder.glob("checkpoints/*.ckpt")):
+                    shutil.rmtree(folder)
+                else:
+                    resumes = may_resume
+            try:
+                resume = ["--ckpt_path=auto"] if resumes else []
+                process = RunProcess(self.module, [*arguments, *resume], output, self.workers)
+            except OSError as error:
+                return RunEnd("failed", f"cannot start the run: {error}", retryable=True)
+            pruned = self._watch(process, claim, experiment)
+            if self.stopping.is_set():
+                return None
+            if pruned:
+                return RunEnd("pruned", pruned)
+            code = process.wait(0)
+            folder = latest_run_folder(experiment)
+            if code == 0 and folder and is_finished(folder):
+                return RunEnd()
+            if code == 0:
+                return RunEnd("failed", f"the run wrote no summary to {experiment}", retryable=True)
+            if code in INTERRUPTED_CODES:
+                log.warning("%s received a termination signal; stopping the sweep", experiment.name)
+                self.stopping.set()
+                return None
+            end = RunEnd("failed", process.failure_reason(), process.failed_by_environment)
+            if end.retryable or not resumes or (folder and is_finished(folder)):
+                break
+        return end
 
     def _watch(self, process: RunProcess, claim: ClaimedRun, experiment: Path) -> str:
         """Wait for a run to end, and stop it if it is pruned or the sweep stops.
@@ -169,7 +207,7 @@ class SweepRunner:
                     process.stop()
                 elif claim.trial is not None and time.monotonic() - checked > PRUNING_SECONDS:
                     folder, checked = latest_run_folder(experiment), time.monotonic()
-                    for step, _, value in read_curve(folder, self.sweep.metric) if folder else ():
+                    for step, _, value in read_curve(folder, self.sweep.metric, growing=True) if folder else ():
                         if step > reported:
                             reported = step
                             if self.study.should_prune(claim, step, value):

@@ -4,9 +4,10 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -14,6 +15,13 @@ from lit_gpt_scratch.errors import UserError
 
 FitFlags = dict[str, Any]
 """Values of ``fit`` flags, keyed by flag name without leading dashes."""
+MAX_NUMBER: Final = 1e18
+"""Maximum absolute value of a number in a sweep file; Optuna and PyTorch store integers in 64 bits."""
+MAX_GRID_SIZE: Final = 10_000
+"""Maximum number of combinations in a grid search, each of which is a trial of several runs."""
+MAX_SHOWN: Final = 60
+"""Maximum number of characters of a value from a sweep file in an error message."""
+
 Setting = str | float
 """Value of a dimension in one trial: the label of a choice, or a number in a range."""
 
@@ -129,7 +137,13 @@ class NumericRange(SearchDimension):
         return round(middle) if self.is_integer else middle
 
     def grid(self) -> Sequence[Setting]:
-        """Return all grid values from low to high; empty if ``step`` is None."""
+        """Return all grid values from low to high; empty if ``step`` is None.
+
+        Raises:
+            UserError: There are more than ``MAX_GRID_SIZE`` values.
+        """
+        if self.step is not None and self._last_step() >= MAX_GRID_SIZE:
+            raise UserError(f"vary: {self.flag} has {_count(self._last_step() + 1)} values; use a larger step")
         return [self._at_step(index) for index in range(self._last_step() + 1)] if self.step is not None else []
 
     def to_flags(self, setting: Setting) -> FitFlags:
@@ -138,8 +152,9 @@ class NumericRange(SearchDimension):
 
     def contains(self, setting: Setting) -> bool:
         """Return whether a number is within the bounds and, if ``step`` is set, one of the grid values."""
-        within = not isinstance(setting, str) and self.low <= setting <= self.high
-        return within and (setting in self.grid() or self.step is None) and not (self.is_integer and setting % 1)
+        if isinstance(setting, str) or not self.low <= setting <= self.high or (self.is_integer and setting % 1):
+            return False
+        return self.step is None or setting == self._at_step(round((setting - self.low) / self.step))
 
     def example_settings(self) -> Sequence[Setting]:
         """Return both bounds."""
@@ -165,12 +180,13 @@ def parse_dimension(name: str, given: Any) -> SearchDimension:
     if isinstance(given, Mapping):
         for label, flags in given.items():
             if not isinstance(flags, Mapping):
-                raise UserError(f"{where}: {label} is {flags}; it must be a mapping of flags to values")
+                raise UserError(f"{where}: {label} is {shorten(flags)}; it must be a mapping of flags to values")
         return _parse_choices(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
         return _parse_choices(where, [(format_label(value), {name: value}) for value in given])
     raise UserError(
-        f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or a mapping of labels to flags"
+        f"{where} is {shorten(given)}; it must be a list, a range {{low: ..., high: ...}}, or "
+        "a mapping of labels to flags"
     )
 
 
@@ -178,7 +194,7 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
     """Return every combination of settings; the last dimension changes fastest.
 
     Raises:
-        UserError: A dimension is a range without a step.
+        UserError: A dimension is a range without a step, or there are more than ``MAX_GRID_SIZE`` combinations.
     """
     axes = {name: dimension.grid() for name, dimension in dimensions.items()}
     for name, axis in axes.items():
@@ -187,13 +203,19 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
                 f"vary: {name} is a range without a step, which grid search cannot enumerate; "
                 "set step, or list the values"
             )
+    size = math.prod(map(len, axes.values()))
+    if size > MAX_GRID_SIZE:
+        raise UserError(
+            f"vary: the grid has {_count(size)} combinations; list fewer settings, or set method to random or tpe"
+        )
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
 
 def format_label(value: Any) -> str:
     """Return a short label for the value of a flag; the label of a class contains its name and arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
-        arguments = ", ".join(f"{name} {format_label(each)}" for name, each in (value.get("init_args") or {}).items())
+        given = value.get("init_args")
+        arguments = ", ".join(f"{n} {format_label(v)}" for n, v in given.items()) if isinstance(given, Mapping) else ""
         name = str(value["class_path"]).rpartition(".")[2]
         return f"{name} ({arguments})" if arguments else name
     if value is None or isinstance(value, bool):
@@ -212,19 +234,28 @@ def parse_number(where: str, given: Any) -> float:
             raise ValueError
         value = given if isinstance(given, int) else float(given)
     except (TypeError, ValueError):
-        raise UserError(f"{where} is {given}; it must be a number") from None
-    if not math.isfinite(value):
-        raise UserError(f"{where} is {given}; it must be finite")
+        raise UserError(f"{where} is {shorten(given)}; it must be a number") from None
+    if not abs(value) <= MAX_NUMBER:
+        raise UserError(f"{where} is {shorten(given)}; it must be finite and at most {MAX_NUMBER:g}")
     return value
+
+
+def shorten(value: Any) -> str:
+    """Return a value from a sweep file as text for an error message, in a few characters whatever its size."""
+    text = str(value) if not isinstance(value, int) or abs(value) < MAX_NUMBER else "a number with too many digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 10**18 else "more than 10^18"
 
 
 def _parse_choices(where: str, options: list[tuple[str, FitFlags]]) -> Choices:
     if not options:
         raise UserError(f"{where} has no choices; list at least one")
-    labels = [label for label, _ in options]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"{where} lists {label} more than once; remove the duplicates")
+    for label, count in Counter(label for label, _ in options).items():
+        if count > 1:
+            raise UserError(f"{where} lists {shorten(label)} more than once; remove the duplicates")
     return Choices(dict(options))
 
 
@@ -233,17 +264,19 @@ def _parse_range(name: str, given: Mapping[str, Any]) -> NumericRange:
     unknown = given.keys() - {"low", "high", "log", "step"}
     if unknown or not {"low", "high"} <= given.keys():
         raise UserError(
-            f"{where}: a range consists of low, high, and optionally log and step, not {', '.join(map(str, given))}"
+            f"{where}: a range consists of low, high, and optionally log and step, not {shorten(', '.join(given))}"
         )
     low, high = parse_number(f"{where}: low", given["low"]), parse_number(f"{where}: high", given["high"])
     step = None if given.get("step") is None else parse_number(f"{where}: step", given["step"])
     log = given.get("log", False)
     if not isinstance(log, bool):
-        raise UserError(f"{where}: log is {log}; it must be true or false")
+        raise UserError(f"{where}: log is {shorten(log)}; it must be true or false")
     if not low < high:
         raise UserError(f"{where}: low is {low} and high is {high}; low must be less than high")
     if log and low <= 0:
         raise UserError(f"{where}: low is {low}; it must be positive if log is true")
     if step is not None and (log or not 0 < step <= high - low):
         raise UserError(f"{where}: step is {step}; it must be positive and at most high - low, and log must be false")
+    if step is not None and (high - low) / step > MAX_NUMBER:
+        raise UserError(f"{where}: step is {step}, which is too small for the range; use a larger step")
     return NumericRange(name, low, high, log, step)

@@ -66,10 +66,12 @@ def storage_errors(location: str | None) -> Iterator[None]:
     """Convert database errors raised in this context into a ``UserError`` with a one-line message.
 
     Raises:
-        UserError: The database cannot be reached, or the connection was closed.
+        UserError: The database cannot be reached, the connection was closed, or a file cannot be read or written.
     """
     try:
         yield
+    except OSError as error:
+        raise UserError(f"cannot access the files of the sweep ({error}); repeat the command to resume") from error
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # ImportError: driver missing
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         message = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__]

@@ -1,5 +1,6 @@
 """Study of a sweep, which assigns runs to processes and records their results; it uses Optuna for the search."""
 
+import logging
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from lit_gpt_scratch.sweeps.locks import StudyLocks
 from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 
+log = logging.getLogger(__name__)
+
 BASELINE_ATTRIBUTE: Final = "known"
 """Name of the Optuna study attribute that stores the ``ResolvedBaseline``."""
 
@@ -32,12 +35,14 @@ class ClaimedRun:
         assignment: Settings of the trial, keyed by the name of the search dimension.
         seed: Seed of the run.
         trial: Optuna trial to which the metric is reported during the run; None if the run cannot be pruned.
+        discarded: Path of the folder in which the run failed before, which must not be resumed; empty if there is none.
     """
 
     number: int
     assignment: Assignment
     seed: int
     trial: Trial | None
+    discarded: str = ""
 
     @property
     def lock_name(self) -> str:
@@ -50,7 +55,9 @@ class Study:
 
     A trial is one set of hyperparameter values, with one run per seed; processes claim runs, not trials. If a process
     is killed, Optuna still lists its trial as running, but the run's lock is released, so another process can claim and
-    resume the run.
+    resume the run. Optuna also lists trials with failed runs as running, because it cannot reopen a trial that has
+    ended, but failed runs can be repeated: those that failed because of their environment by the next process, and the
+    others on request.
 
     Args:
         sweep: The parsed sweep file.
@@ -63,6 +70,7 @@ class Study:
         self.name = f"{sweep.name}-{sweep.fingerprint}"
         self._storage = storage
         self._locks = locks
+        self._given_up: set[str] = set()  # lock names of runs that this process should not claim again
         self._study: optuna.Study | None = None
         if self.name in optuna.get_all_study_names(storage):
             self._study = optuna.load_study(study_name=self.name, storage=storage, pruner=sweep.build_pruner())
@@ -99,7 +107,9 @@ class Study:
     def is_finished(self) -> bool:
         """Whether all trials of the sweep have been created and have ended."""
         trials = self.trials()
-        return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
+        return len(trials) >= self.sweep.n_trials and all(
+            trial.state.is_finished() or not self._missing_seeds(trial) for trial in trials
+        )
 
     def claim_run(self) -> ClaimedRun | None:
         """Claim the next available run for this process; return None if no run is available."""
@@ -115,12 +125,33 @@ class Study:
             return self._claim_run_of(self.trials()[number])
 
     def record_run(self, claim: ClaimedRun, result: RunResult) -> None:
-        """Store the result of a run, release its lock, and end the trial if it has no remaining runs."""
+        """Store the result of a run, release its lock, and end the trial if it has no remaining runs.
+
+        A run that can be retried is not claimed again by this process.
+        """
         with self._locks.exclusive():
+            if result.retryable:
+                self._given_up.add(claim.lock_name)
             trial = self.trials()[claim.number]
             self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", result.to_dict())
             self._locks.release(claim.lock_name)
             self._finish_if_complete(self.trials()[claim.number])
+
+    def reset_failed_runs(self) -> int:
+        """Discard the results of failed runs, so that they are executed again, and return their number."""
+        count = 0
+        with self._locks.exclusive():
+            for trial in self.trials():
+                failed = [run for run in recorded_runs(trial).values() if run.state == "failed" and not run.retryable]
+                if failed and trial.state.is_finished():  # ended by an earlier version of this package
+                    log.warning(
+                        "trial %d cannot be retried; rename the sweep file to run all trials again", trial.number
+                    )
+                    continue
+                for run in failed:
+                    self._storage.set_trial_user_attr(trial._trial_id, f"run_{run.seed}", run.folder)
+                count += len(failed)
+        return count
 
     def release_run(self, claim: ClaimedRun) -> None:
         """Release the lock on a run without recording a result, so that another process can claim the run."""
@@ -138,15 +169,13 @@ class Study:
         """Claim a run of an unfinished trial for this process; return None if no run is available."""
         if self._finish_if_complete(trial):
             return None
-        recorded = recorded_runs(trial)
-        missing = [seed for seed in self.sweep.seeds if seed not in recorded]
-        if any(run.state != "finished" for run in recorded.values()):
-            return None
+        missing = self._missing_seeds(trial)
         first = self.sweep.seeds[0]
         prunable = bool(self.sweep.pruning) and first in missing  # run the first seed alone
         for seed in [first] if prunable else missing:
-            claim = ClaimedRun(trial.number, {}, seed, None)
-            if self._locks.try_acquire(claim.lock_name):
+            stored = trial.user_attrs.get(f"run_{seed}")
+            claim = ClaimedRun(trial.number, {}, seed, None, stored if isinstance(stored, str) else "")
+            if claim.lock_name not in self._given_up and self._locks.try_acquire(claim.lock_name):
                 own_trial = Trial(self.optuna_study, trial._trial_id)
                 claim.assignment = {name: self._suggest(own_trial, name) for name in self.sweep.vary}
                 claim.trial = own_trial if prunable else None
@@ -154,27 +183,31 @@ class Study:
         return None
 
     def _finish_if_complete(self, trial: FrozenTrial) -> bool:
-        """End a trial if all its runs are recorded, or if one failed or was pruned; return whether the trial was ended.
+        """End a trial if all its runs have finished, or if one was pruned; return whether it has no remaining runs.
 
-        A trial is not ended while another process is still executing one of its runs.
+        A trial is not ended while another process is still executing one of its runs, or if one of its runs failed.
         """
-        recorded = recorded_runs(trial)
-        missing = [seed for seed in self.sweep.seeds if seed not in recorded]
-        ended_early = [run for run in recorded.values() if run.state != "finished"]
-        if missing and not ended_early:
+        if self._missing_seeds(trial):
             return False
-        for lock_name in (f"{trial.number}_{seed}" for seed in missing):
+        recorded = recorded_runs(trial)
+        states = {run.state for run in recorded.values()}
+        for lock_name in (f"{trial.number}_{seed}" for seed in self.sweep.seeds if seed not in recorded):
             if not self._locks.try_acquire(lock_name):
                 return False  # the process that holds the lock will end the trial
             self._locks.release(lock_name)
-        if not ended_early:
+        if "pruned" in states:
+            self.optuna_study.tell(trial.number, state=TrialState.PRUNED)
+        elif "failed" not in states:
             value = fmean(run.metrics[self.sweep.metric] for run in recorded.values())
             self.optuna_study.tell(trial.number, value)
-        elif any(run.state == "failed" for run in ended_early):
-            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            self.optuna_study.tell(trial.number, state=TrialState.PRUNED)
         return True
+
+    def _missing_seeds(self, trial: FrozenTrial) -> list[int]:
+        """Return the seeds of the runs that remain to be executed; none if a run was pruned."""
+        recorded = recorded_runs(trial)
+        if any(run.state == "pruned" for run in recorded.values()):
+            return []
+        return [seed for seed in self.sweep.seeds if seed not in recorded or recorded[seed].retryable]
 
     def _suggest(self, trial: Trial, name: str) -> Any:
         """Return the setting of a trial in a search dimension; sample it if none is stored yet."""
@@ -205,7 +238,11 @@ class Study:
 
 
 def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
-    """Return the recorded results of a trial's runs, keyed by seed."""
+    """Return the recorded results of a trial's runs, keyed by seed.
+
+    A result that was discarded has been replaced with the path of the run folder.
+    """
     attributes: Mapping[str, Any] = trial.user_attrs
-    runs = [RunResult.from_dict(plain) for name, plain in attributes.items() if name.startswith("run_")]
+    results = [plain for name, plain in attributes.items() if name.startswith("run_") and isinstance(plain, Mapping)]
+    runs = [RunResult.from_dict(plain) for plain in results]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import optuna
-import yaml
 
-from lit_gpt_scratch.errors import UserError, describe_yaml_error
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.bounded_yaml import load_yaml
 from lit_gpt_scratch.sweeps.search_space import (
     FitFlags,
     NumericRange,
@@ -23,12 +23,15 @@ from lit_gpt_scratch.sweeps.search_space import (
     grid_product,
     parse_dimension,
     parse_number,
+    shorten,
 )
 
 METHODS: Final = ("grid", "random", "tpe")
 DIRECTIONS: Final = ("minimize", "maximize")
 RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan")
 """Flags of ``fit`` that only the sweep may set."""
+MAX_SEED: Final = 2**32 - 1
+"""Largest seed that ``fit`` accepts."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
 """Flag of ``fit`` that enforces a training budget, keyed by the unit of the budget."""
 
@@ -84,21 +87,21 @@ class SweepConfig:
         _require_one_of("direction", self.direction, DIRECTIONS)
         if not self.vary:
             raise UserError("vary is empty; it must contain at least one flag")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+        distinct = len(set(self.seeds)) == len(self.seeds)
+        if not self.seeds or not distinct or not all(0 <= seed <= MAX_SEED for seed in self.seeds):
             raise UserError(
-                f"seeds are {list(self.seeds)}; at least one is required, and they must be distinct and non-negative"
+                f"seeds are {shorten(list(self.seeds))}; at least one is required, and they must be distinct and "
+                f"between 0 and {MAX_SEED}"
             )
         if self.method == "grid" and self.trials is not None:
             raise UserError(
                 "trials is set, but grid search runs every combination; remove trials, or set method to random or tpe"
             )
         if self.method != "grid" and (self.trials is None or self.trials < 1):
-            raise UserError(f"trials is {self.trials}; method {self.method} requires a positive number of trials")
+            trials = shorten(self.trials)
+            raise UserError(f"trials is {trials}; method {self.method} requires a positive number of trials")
         for path in self.base:
-            if not path.is_file():
-                raise UserError(
-                    f"base: config file {path} not found (relative paths are resolved against {Path.cwd()})"
-                )
+            _read_config_file(path)
         self._validate_flags()
         self._validate_baseline()
         self.build_pruner()
@@ -169,19 +172,21 @@ class SweepConfig:
         if not self.pruning:
             return optuna.pruners.NopPruner()
         [(name, arguments)] = self.pruning.items()
+        if arguments is not None and not isinstance(arguments, Mapping):
+            raise UserError(f"pruning: {name} is {shorten(arguments)}; it must be a mapping of arguments to values")
         pruners = [each for each in optuna.pruners.__all__ if each.endswith("Pruner") and each != "BasePruner"]
         _require_one_of("pruning", name, pruners)
         try:
             return getattr(optuna.pruners, name)(**(arguments or {}))  # type: ignore[no-any-return]  # looked up by name
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # pruners do not check the types of their arguments
             parameters = ", ".join(inspect.signature(getattr(optuna.pruners, name)).parameters)
-            raise UserError(f"pruning: {name}: {error}; valid arguments are {parameters}") from error
+            raise UserError(f"pruning: {name}: {shorten(error)}; valid arguments are {parameters}") from error
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that defines the study, except ``trials``, so that trials can be added to a study."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("question", "trials", "vary")}
-        content["base"] = [path.read_text(encoding="utf-8") for path in self.base]
+        content["base"] = [_read_config_file(path) for path in self.base]
         content["vary"] = {name: asdict(each) for name, each in self.vary.items()}  # type: ignore[call-overload]  # dataclasses
         return short_hash(content)
 
@@ -192,13 +197,7 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises:
         UserError: The file cannot be read, is not valid YAML, or contains an invalid value.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        given = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {describe_yaml_error(error)}") from error
+    given, text = load_yaml(path)
     try:
         return _parse_sweep(path.stem, _leading_comment(text), given)
     except UserError as error:
@@ -207,7 +206,7 @@ def load_sweep(path: Path) -> SweepConfig:
 
 def suggest_closest(name: str, names: Any) -> str:
     """Return an error-message suffix that suggests the most similar known name; empty if no name is similar."""
-    close = get_close_matches(name, list(names), 1, 0.5)
+    close = get_close_matches(name[:100], list(names), 1, 0.5)
     return f"; the closest match is {close[0]}" if close else ""
 
 
@@ -223,7 +222,7 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
     for key in given:
         if key not in known:
             raise UserError(
-                f"unknown key {str(key)[:80]}{suggest_closest(str(key), known)}; valid keys are {', '.join(known)}"
+                f"unknown key {shorten(key)}{suggest_closest(str(key), known)}; valid keys are {', '.join(known)}"
             )
     types: dict[str, tuple[type, ...]] = {
         "base": (list, str), "fixed": (dict,), "vary": (dict,), "seeds": (list,), "budget": (dict,), "trials": (int,),
@@ -233,16 +232,17 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
         if given.get(key) is not None and not isinstance(given[key], accepted):
             type_names = {list: "a list", dict: "a mapping", str: "a string", int: "an integer"}
             raise UserError(
-                f"{key} is {str(given[key])[:80]}; it must be {' or '.join(type_names[each] for each in accepted)}"
+                f"{key} is {shorten(given[key])}; it must be {' or '.join(type_names[each] for each in accepted)}"
             )
     values = {key: value for key, value in given.items() if value is not None}
     if "base" in values:
-        values["base"] = tuple(
-            Path(p) for p in ([values["base"]] if isinstance(values["base"], str) else values["base"])
-        )
+        base = [values["base"]] if isinstance(values["base"], str) else values["base"]
+        if not all(isinstance(path, str) and path for path in base):
+            raise UserError(f"base is {shorten(base)}; it must be a path, or a list of paths")
+        values["base"] = tuple(map(Path, base))
     if "seeds" in values:
         if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in values["seeds"]):
-            raise UserError(f"seeds are {values['seeds']}; they must be integers")
+            raise UserError(f"seeds are {shorten(values['seeds'])}; they must be integers")
         values["seeds"] = tuple(values["seeds"])
     if isinstance(values.get("pruning"), str):
         values["pruning"] = {values["pruning"]: {}}
@@ -271,9 +271,21 @@ def _parse_budget(given: Mapping[str, Any]) -> dict[str, float]:
     return budget
 
 
-def _require_one_of(key: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise UserError(f"{key} is {value}; it must be one of {', '.join(allowed)}")
+def _read_config_file(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise UserError(f"base: config file {path} not found (relative paths are resolved against {Path.cwd()})")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"base: cannot read {shorten(path)}: {reason}") from error
+
+
+def _require_one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{key} is {shorten(value)}; it must be one of {', '.join(allowed)}")
 
 
 def _leading_comment(text: str) -> str:

@@ -264,7 +264,7 @@ class CorpusSpec:
         if n_left:
             return
         if not report.steps[0].documents_out:
-            raise UserError(no_text_message(self.name))
+            raise UserError(no_text_message(self.name)) from FileNotFoundError(self.name)
         if not any(step.rejected for step in report.steps):
             raise UserError(f"{self.name} contains too little text for a validation split; add text to data.source")
         rejected = [

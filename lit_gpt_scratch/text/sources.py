@@ -162,7 +162,7 @@ class DocumentSource:
             if not files:
                 raise UserError(
                     f"no such file or folder: {self.name}; set data.source to an existing one, or to '{STDLIB}'"
-                )
+                ) from FileNotFoundError(self.name)
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_document_name(path.relative_to(root)), path) for path in files)
         elif stat.S_ISDIR(mode):
@@ -206,7 +206,7 @@ def read_documents(name: str, column: str = "text") -> Iterator[Document]:
                 found = True
                 yield document
         if not found:
-            raise UserError(no_text_message(name))
+            raise UserError(no_text_message(name)) from FileNotFoundError(name)
 
     return read()
 

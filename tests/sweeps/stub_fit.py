@@ -1,9 +1,11 @@
 """A stub of ``fit`` for tests of sweeps: writes the same folders and files in a tenth of a second.
 
-Flags: ``x`` and ``kind`` determine the metric, ``seconds`` the duration, ``fails`` is the seed that fails. Every start
-appends its process id to ``started`` in the experiment's folder.
+Flags: ``x`` and ``kind`` determine the metric, ``seconds`` the duration, ``fails`` is the seed that fails, with the
+``failure`` (see ``fail``), unless the file ``repaired`` exists in the working directory. Every start appends its
+process id to ``started`` in the experiment's folder.
 """
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +17,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lit_gpt_scratch.cli import entrypoint
+from lit_gpt_scratch.errors import UserError
+
 METRIC = "val/bits_per_byte"
 STEPS = 5
 
@@ -22,6 +27,35 @@ STEPS = 5
 def metric_of(x: float, kind: str, seed: int) -> float:
     """The final metric: best at x = 3, with 0.01 between seeds."""
     return 1.0 + (x - 3.0) ** 2 + (0.5 if kind == "b" else 0.0) + 0.01 * (seed % 5)
+
+
+def fail(failure: str) -> None:
+    """Fail as ``fit`` may fail."""
+    match failure:
+        case "settings":
+            sys.exit("error: this seed fails")
+        case "user error":
+            raise UserError("this seed fails")
+        case "bug":
+            raise ZeroDivisionError("this seed fails")
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "disk full while writing":
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise UserError("cannot write the checkpoint") from error
+        case "text missing":
+            try:
+                Path("nothing").read_text()
+            except OSError as error:
+                raise UserError("no such file or folder: nothing") from error
+        case "timeout":
+            raise RuntimeError("[gloo] Timed out waiting 1800000ms for recv operation to complete")
+        case "worker killed":
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
 
 def main() -> None:
@@ -32,10 +66,11 @@ def main() -> None:
     experiment.mkdir(parents=True, exist_ok=True)
     with (experiment / "started").open("a") as started:
         started.write(f"{os.getpid()}\n")
-    if flags.get("fails") == str(seed):
-        sys.exit("error: this seed fails")
-    folder = experiment / "version_0"
-    folder.mkdir(exist_ok=True)
+    if flags.get("fails") == str(seed) and not Path("repaired").exists():
+        fail(flags.get("failure", "settings"))
+    versions = len(list(experiment.glob("version_*")))
+    folder = experiment / f"version_{versions}"
+    folder.mkdir()
     value = metric_of(float(flags.get("x", 0)), flags.get("kind", "a"), seed)
     writer = EventFileWriter(str(folder))
     for step in range(STEPS):
@@ -45,10 +80,15 @@ def main() -> None:
         time.sleep(float(flags.get("seconds", 0)) / STEPS)
     writer.close()
     summary = {METRIC: value, "val/loss": value, "step": STEPS, "tokens": 100 * STEPS, "seconds": 0.1}
+    stopped = flags.get("guard_stops") == str(seed) and not Path("repaired").exists()
+    if stopped:
+        summary["stopped"] = "guard"
     unfinished = folder / "unfinished"
     unfinished.write_text(json.dumps(summary))
     unfinished.replace(folder / "summary.json")
+    if stopped:
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    main()
+    entrypoint.run(main)

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from lit_gpt_scratch.cli import entrypoint
 from lit_gpt_scratch.cli.sweep import main
+from lit_gpt_scratch.sweeps import runner
 from lit_gpt_scratch.sweeps.storage import open_storage
 from lit_gpt_scratch.sweeps.study import Study
 from lit_gpt_scratch.sweeps.sweep_config import load_sweep
@@ -31,6 +32,8 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSweep:
     """Run a sweep of the stub in this process, in an empty folder, and return the exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    monkeypatch.setattr(runner, "RETRY_DELAYS", (0.0, 0.0))
 
     def run(text: str, *args: str) -> int:
         Path("s.yaml").write_text(text)
@@ -118,18 +121,103 @@ def test_sweep_stops_on_a_signal(tmp_path: Path, sweep_process: Start, signum: s
 
 
 def test_failed_runs_are_recorded_and_do_not_stop_the_sweep(run_sweep: RunSweep, tmp_path: Path) -> None:
+    """A failed seed does not stop the other seeds of its trial; bad settings are not tried again unasked."""
     text = "vary: {flags: {fine: {x: 1}, broken: {x: 2, fails: 1}}}\nseeds: [1, 2]\n"
-    assert run_sweep(text) == 0
+    assert run_sweep(text) == 1
     table = read_rows(tmp_path / "runs", "s")
     assert [(row["flags"], row["seed"], row["state"]) for row in table] == [
-        ("fine", "1", "finished"), ("fine", "2", "finished"), ("broken", "1", "failed"),
+        ("fine", "1", "finished"), ("fine", "2", "finished"), ("broken", "1", "failed"), ("broken", "2", "finished"),
     ]  # fmt: skip
-    assert table[-1]["reason"] == "this seed fails"
+    assert table[2]["reason"] == "this seed fails"
     report = (tmp_path / "runs" / "s" / "report.md").read_text()
     assert "| 1 | broken | 1 | failed | this seed fails |" in report
+    assert "1 of 4 runs failed, in 1 of 2 trials. To repeat failed runs, add --retry failed to the command." in report
     started = read_pids(tmp_path / "runs", "s")
-    assert run_sweep(text) == 0  # failed trials are not repeated
+    assert run_sweep(text) == 1  # failed trials are not repeated
     assert read_pids(tmp_path / "runs", "s") == started
+
+
+ENVIRONMENT = ("disk full", "disk full while writing", "text missing", "timeout", "worker killed")
+
+
+@pytest.mark.parametrize(
+    ("failure", "starts"),
+    [
+        ("killed", 3),
+        ("user error", 1),
+        *(pytest.param(failure, 3, marks=pytest.mark.slow) for failure in ENVIRONMENT),
+        *(pytest.param(failure, 1, marks=pytest.mark.slow) for failure in ("settings", "bug")),
+    ],
+)
+def test_only_failures_of_the_environment_are_retried(
+    run_sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: str, starts: int
+) -> None:
+    """A bounded number of times in each call; the next call executes the run again, once the cause is repaired."""
+    text = f"fixed: {{fails: 1, failure: {failure}}}\nvary: {{x: [1]}}\nseeds: [1, 2]\n"
+    assert run_sweep(text) == 1
+    first, second = read_rows(tmp_path / "runs", "s")
+    assert (first["state"], second["state"]) == ("failed", "finished")
+    report = (tmp_path / "runs" / "s" / "report.md").read_text()
+    assert "1 of 2 runs failed, in 1 of 1 trials." in report
+    assert sorted(map(len, read_pids(tmp_path / "runs", "s").values())) == sorted([starts, 1])
+    errors = capsys.readouterr().err
+    assert errors.count("retrying in") == starts - 1
+    (tmp_path / "repaired").touch()
+    assert run_sweep(text) == (0 if starts > 1 else 1)
+    states = [row["state"] for row in read_rows(tmp_path / "runs", "s")]
+    assert states == ["finished" if starts > 1 else "failed", "finished"]
+    assert ("run the command again to retry" in report) == (starts > 1)
+    assert sorted(map(len, read_pids(tmp_path / "runs", "s").values())) == sorted([starts + (starts > 1), 1])
+
+
+@pytest.mark.parametrize("how", ["fails", "guard_stops"])
+def test_retry_failed(run_sweep: RunSweep, tmp_path: Path, how: str) -> None:
+    """Failed runs start over in a new folder, even if they wrote a summary; finished runs are kept."""
+    text = f"fixed: {{{how}: 2}}\nvary: {{x: [1, 2]}}\nseeds: [1, 2]\nmethod: grid\n"
+    assert run_sweep(text) == 1
+    rows = read_rows(tmp_path / "runs", "s")
+    assert [row["state"] for row in rows] == ["finished", "failed"] * 2
+    assert run_sweep(text, "--retry", "failed") == 1
+    started = read_pids(tmp_path / "runs", "s")
+    assert {name: len(pids) for name, pids in started.items()} == {n: 2 if "seed_2" in n else 1 for n in started}
+    (tmp_path / "repaired").touch()
+    assert run_sweep(text, "--retry", "failed") == 0
+    rows = read_rows(tmp_path / "runs", "s")
+    assert [(row["state"], float(row[METRIC])) for row in rows] == [
+        ("finished", metric_of(x, "a", seed)) for x in (1, 2) for seed in (1, 2)
+    ]
+    assert run_sweep(text, "--retry", "failed") == 0
+    assert sorted(map(len, read_pids(tmp_path / "runs", "s").values())) == [1, 1, 3, 3]
+
+
+def test_run_stopped_by_the_guard_is_failed_and_not_retried(run_sweep: RunSweep, tmp_path: Path) -> None:
+    assert run_sweep("fixed: {guard_stops: 1}\nvary: {x: [1]}\nseeds: [1]\n") == 1
+    [row] = read_rows(tmp_path / "runs", "s")
+    assert row["state"] == "failed"
+    assert "guard" in row["reason"]
+    assert [len(pids) for pids in read_pids(tmp_path / "runs", "s").values()] == [1]
+    # As after a kill of the sweep between the end of the run and the record of its result.
+    (tmp_path / "runs" / "s" / "study.journal").unlink()
+    assert run_sweep("fixed: {guard_stops: 1}\nvary: {x: [1]}\nseeds: [1]\n") == 1
+    assert [len(pids) for pids in read_pids(tmp_path / "runs", "s").values()] == [1]
+
+
+def test_sweep_retries_a_run_that_cannot_be_started(
+    run_sweep: RunSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output file cannot be opened, as on a full disk."""
+    real, calls = runner.RunProcess, []
+
+    def start(*args: object) -> runner.RunProcess:
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(*args)  # type: ignore[arg-type]  # passed on unchanged
+
+    monkeypatch.setattr(runner, "RunProcess", start)
+    assert run_sweep("vary: {x: [1]}\nseeds: [1]\n") == 0
+    assert len(calls) == 2
+    assert [row["state"] for row in read_rows(tmp_path / "runs", "s")] == ["finished"]
 
 
 def test_unknown_metric(run_sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

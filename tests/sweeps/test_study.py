@@ -121,8 +121,37 @@ def test_trial_ends_after_its_last_run(tmp_path: Path) -> None:
     study.record_run(three, result_of(three, state="failed", reason="no memory"))
     assert study.trials()[1].state == TrialState.RUNNING  # its other run is still executing
     study.record_run(four, result_of(four))
-    assert study.trials()[1].state == TrialState.FAIL
+    assert study.trials()[1].state == TrialState.RUNNING  # Optuna could not reopen it for a retry
     assert study.claim_run() is None
+    assert study.is_finished
+    assert study.reset_failed_runs() == 1
+    assert not study.is_finished
+    retried = study.claim_run()
+    assert retried is not None
+    assert (retried.number, retried.seed, retried.assignment) == (1, 1, three.assignment)
+    study.record_run(retried, result_of(retried, 3.0))
+    assert study.trials()[1].value == 2.0
+
+
+def test_run_that_can_be_retried_is_claimed_by_the_next_process(tmp_path: Path) -> None:
+    sweep = load_text(tmp_path, "vary: {a: [1]}\nseeds: [1, 2]\n")
+    study = open_study(tmp_path, sweep)
+    killed = study.claim_run()
+    assert killed is not None
+    study.record_run(killed, RunResult(killed.seed, "failed", "killed by SIGKILL", retryable=True))
+    other = study.claim_run()
+    assert other is not None
+    assert other.seed == 2
+    study.record_run(other, result_of(other))
+    assert study.claim_run() is None
+    assert not study.is_finished
+    assert study.reset_failed_runs() == 0
+    study = open_study(tmp_path, sweep)
+    again = study.claim_run()
+    assert again is not None
+    assert (again.seed, again.discarded) == (1, "")  # its folder is resumed
+    study.record_run(again, result_of(again, 2.0))
+    assert study.trials()[0].value == 1.5
     assert study.is_finished
 
 

@@ -1,0 +1,109 @@
+"""Read YAML files whose content may be damaged or malicious, with bounded time and memory."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from lit_gpt_scratch.errors import UserError
+
+MAX_BYTES: Final = 2**18
+"""Maximum size of a file in bytes; PyYAML needs seconds for more."""
+MAX_NODES: Final = 100_000
+"""Maximum number of values in a file, counting the values of an alias each time it is used."""
+MAX_DEPTH: Final = 50
+"""Maximum nesting depth."""
+
+
+def load_yaml(path: Path) -> tuple[Any, str]:
+    """Read a YAML file that contains only mappings with text as keys, lists, text, numbers, true, false and null.
+
+    Keys that are numbers, booleans or null are converted to the text with which YAML writes them.
+
+    Returns:
+        The parsed content, and the text of the file.
+
+    Raises:
+        UserError: The file cannot be read, is too large or nested too deeply, or is not such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"cannot read {path}: it is larger than {MAX_BYTES >> 10} KB")
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, text
+        _count_nodes(node, {}, 1)  # before values are constructed, because merging mappings copies them
+        return _to_plain(loader.construct_document(node)), text
+    except RecursionError as error:
+        raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep") from error
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    except Exception as error:  # constructors raise many types, for example for a date with 13 months
+        message = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is not valid YAML: {message if len(message) <= 200 else message[:200] + '...'}"
+        ) from error
+
+
+def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
+    """Return the number of nodes below and including a node after aliases are replaced with copies.
+
+    Args:
+        node: Parsed, but not yet constructed node; nodes that are used repeatedly are the same object.
+        sizes: Results by node identity; None while a node is being counted.
+        depth: Nesting depth of the node.
+
+    Raises:
+        UserError: The node contains itself, too many nodes, or is nested too deeply.
+    """
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise UserError("contains an alias to a value that contains the alias; remove it")
+        return size
+    if depth > MAX_DEPTH:
+        raise UserError(f"is nested more than {MAX_DEPTH} levels deep")
+    sizes[id(node)], size = None, 1
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    for child in children:
+        for part in child if isinstance(child, tuple) else (child,):  # mappings have pairs
+            size += _count_nodes(part, sizes, depth + 1)
+    if size > MAX_NODES:
+        raise UserError(f"has more than {MAX_NODES:,} values, possibly because of repeated aliases; remove some")
+    sizes[id(node)] = size
+    return size
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert the keys of all mappings to text.
+
+    Raises:
+        UserError: A value has a type that JSON does not have, such as a date.
+    """
+    if isinstance(value, dict):
+        plain = {_key_to_text(key): _to_plain(each) for key, each in value.items()}
+        if len(plain) < len(value):
+            raise UserError("has a mapping with the same key twice; remove one of them")
+        return plain
+    if isinstance(value, list):
+        return [_to_plain(each) for each in value]
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        raise UserError(f"contains {value[:40]!r}, which cannot be passed on a command line; remove the character")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise UserError(f"contains {str(value)[:40]}, which YAML reads as a {type(value).__name__}; put it in quotes")
+
+
+def _key_to_text(key: Any) -> str:
+    if key is None or isinstance(key, bool):
+        return {None: "null", True: "true", False: "false"}[key]
+    if isinstance(key, str | int | float):
+        return str(_to_plain(key))
+    raise UserError(f"has the key {str(key)[:40]}, which is a {type(key).__name__}; use text as keys")
