@@ -259,9 +259,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
         self._saved_at = time.monotonic()
         if self.folder:
-            # A checkpoint that was copied to another run directory lists files that may not exist in it.
-            kept = {name: loss for name, loss in self.best.items() if (self.folder.checkpoints / name).is_file()}
-            self.best = trainer.strategy.broadcast(kept)
+            # A checkpoint that was copied to another run directory lists files that may not exist in it. Files outside
+            # of this directory are not ours, and must not be deleted when a better model is saved.
+            own = {path.name for path in self.folder.checkpoints.glob("step=*.ckpt")}
+            self.best = trainer.strategy.broadcast({name: loss for name, loss in self.best.items() if name in own})
             if trainer.is_global_zero:
                 self.folder.remove_unfinished()
         if self._validation_due or self.untested:

@@ -24,6 +24,7 @@ from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, replay_events
 from lit_gpt_scratch.lightning_compat import planned_steps
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.escaping import markdown_code
 from lit_gpt_scratch.text.markdown_table import format_compact_table
 
@@ -135,9 +136,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
 
 def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
     """Write the diagnoses to a JSON file atomically."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n")
 
 
 def format_table(found: list[Diagnosis]) -> str:

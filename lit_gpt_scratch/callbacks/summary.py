@@ -30,6 +30,7 @@ from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_to
 from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.atomic_files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,8 @@ class LossTrace(RunDirCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.folder and trainer.is_global_zero:
             losses = torch.tensor(self.losses, dtype=torch.float64)
-            torch.save({"losses": losses, "gradients": self.gradients}, self.folder.path / "trace.pt")
+            with atomic_file(self.folder.path / "trace.pt") as file:
+                torch.save({"losses": losses, "gradients": self.gradients}, file)
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

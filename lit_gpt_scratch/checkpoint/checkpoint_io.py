@@ -9,7 +9,6 @@ import os
 import struct
 import zipfile
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -20,6 +19,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import SingleThreadCheckpointIO
+from lit_gpt_scratch.text.atomic_files import atomic_file
 
 CHECKSUM_PREFIX: Final = b"sha256:"
 COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
@@ -33,48 +33,29 @@ END_RECORD_BYTES: Final = 22
 The record begins with ``END_RECORD_SIGNATURE``, and its last field is the length of the comment.
 """
 READ_BYTES: Final = 1 << 20
-PARTIAL_SUFFIX: Final = ".part"
-"""Suffix of a file that is still being written."""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its checksum to a file atomically.
 
-    The data is written to a temporary file, which is synced to disk and then renamed. If the process is killed or the
-    disk is full, the previous file is unchanged.
+    If the process is killed or the disk is full, the previous file is unchanged.
 
     Raises:
         UserError: The file cannot be written, or the checkpoint contains objects that could not be loaded again.
     """
-    # The temporary file is in the same folder, because a rename across file systems would not be atomic.
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with atomic_file(path) as file:
             writer = _HashingWriter(file)
             torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
             file.seek(-len(NO_COMMENT), os.SEEK_CUR)
             file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + writer.digest.hexdigest().encode())
             file.flush()
-            os.fsync(file.fileno())
-        _reject_unsafe_globals(partial, path)
-        partial.replace(path)
-    except UserError:
-        partial.unlink()
-        raise
+            _reject_unsafe_globals(Path(file.name), path)
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
-        with suppress(OSError):
-            partial.unlink()
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"cannot save {path}: {reason}; the previous checkpoint is unchanged") from error
-    if os.name == "posix":  # make the rename survive a power failure if the file system supports this
-        with suppress(OSError):
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
 
 def _reject_unsafe_globals(partial: Path, path: Path) -> None:

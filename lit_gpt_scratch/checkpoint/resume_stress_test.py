@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX
 from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, compare_curves, iterate_leaves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.atomic_files import find_unfinished
 
 STARTUP_KILL_SHARE: Final = 0.2
 """Fraction of kills that are scheduled for the startup of a run, before its first step."""
@@ -191,7 +191,7 @@ def _kill_group(process: "subprocess.Popen[str]") -> None:
 
 
 def _describe_phase(run: RunFolder) -> str:
-    if any(run.checkpoints.glob(f".*{PARTIAL_SUFFIX}")):
+    if find_unfinished(run.checkpoints):
         return "while saving"
     last: dict[str, Any] = load_checkpoint(run.last) if run.last.exists() else {"callbacks": {}}
     validating = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())

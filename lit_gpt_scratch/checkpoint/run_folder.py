@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_checksum
+from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json, validate
+from lit_gpt_scratch.text.atomic_files import is_unfinished, remove_unfinished, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,10 @@ class RunFolder:
                 raise UserError(f"cannot create a run folder in {runs}: {error.strerror}; change --runs") from error
 
     def delete(self) -> None:
-        """Delete the folder, and also its two parent folders if they are empty."""
+        """Delete the folder, and also its two parent folders if they are empty; keep a folder with a checkpoint."""
+        saved = [path for path in self.checkpoints.glob("*") if not is_unfinished(path)]
+        if saved or any(self.path.rglob("*.ckpt")):
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             self.path.parent.rmdir()
@@ -153,10 +157,8 @@ class RunFolder:
         Raises:
             UserError: The file cannot be written.
         """
-        partial = self.path / f".{name}{PARTIAL_SUFFIX}"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
+            write_atomically(self.path / name, text)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path / name}: {error.strerror}; check the permissions and the free disk space"
@@ -174,10 +176,8 @@ class RunFolder:
             return []
 
     def remove_unfinished(self) -> None:
-        """Remove partial files left by killed processes. The folder must be locked."""
-        for folder in (self.path, self.checkpoints):
-            for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
-                path.unlink(missing_ok=True)
+        """Remove temporary files left by killed processes."""
+        remove_unfinished(self.path)
 
     def order_events(self) -> None:
         """Rename the event files of earlier sessions so that they sort before those of a session that starts now.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import parse_json
+from lit_gpt_scratch.text.atomic_files import write_atomically
 
 SAFETENSORS_SUFFIX: Final = ".safetensors"
 
@@ -36,13 +35,10 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
     state = {name: weight for name, weight in checkpoint["state_dict"].items() if name.startswith(prefix)}
     weights = {name.removeprefix(prefix): w.clone() for name, w in state.items()}  # tied weights are stored twice
     metadata = json.dumps(checkpoint[METADATA_KEY], sort_keys=True)
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    content = save(weights, {METADATA_KEY: metadata, "sha256": compute_digest(metadata, weights)})
     try:
-        partial.write_bytes(save(weights, {METADATA_KEY: metadata, "sha256": compute_digest(metadata, weights)}))
-        partial.replace(path)
+        write_atomically(path, content)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise UserError(
             f"cannot write {path}: {error.strerror}; check the permissions and the free disk space"
         ) from error

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json, validate
-from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.corpus import SPLITS
 from lit_gpt_scratch.text.token_shards import (
     MANIFEST_FILE,
@@ -128,8 +128,7 @@ class TokenStore:
     def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         """Write the manifest. Call this method only after all shards have been written."""
         manifest = {"format": STORE_FORMAT, **manifest}
-        with atomic_file(folder / MANIFEST_FILE) as file:
-            file.write(json.dumps(manifest | {"sha256": hash_json(manifest)}, indent=2).encode())
+        write_atomically(folder / MANIFEST_FILE, json.dumps(manifest | {"sha256": hash_json(manifest)}, indent=2))
         store = TokenStore.read_unverified(folder)
         store._save_verified(store._file_signatures())
 
@@ -176,8 +175,8 @@ class TokenStore:
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
         """Record that files with these signatures have been verified."""
-        with suppress(OSError), atomic_file(self.folder / VERIFIED_FILE) as file:  # the folder may be read-only
-            file.write(json.dumps(signatures).encode())
+        with suppress(OSError):  # the folder may be read-only
+            write_atomically(self.folder / VERIFIED_FILE, json.dumps(signatures))
 
     def _file_signatures(self) -> dict[str, list[int]]:
         return {shard.file(part): _file_signature(shard, part) for shard in self.shards for part in SHARD_PARTS}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
     path = folder.path / RESULTS_FOLDER / f"{name}-{digest}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False))
         _write_scalars(path.parent, name, result, request["step"])
     except OSError as error:  # e.g. the run belongs to another user; the result is still printed
         log.warning("the results are not saved, because %s cannot be written (%s)", path, error.strerror)

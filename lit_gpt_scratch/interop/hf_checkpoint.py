@@ -119,12 +119,11 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
         save_file(hf_weights, place / WEIGHTS_FILE, metadata={"format": "pt"})
+        (place / WEIGHTS_FILE).chmod((place / TOKENIZER_FILE).stat().st_mode)  # safetensors ignores the umask
 
     try:
         place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_dir():
-            place.rmdir()
         fill_folder_atomically(place, fill)
     except (OSError, SafetensorError) as error:
         raise UserError(

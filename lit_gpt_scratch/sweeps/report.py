@@ -24,6 +24,7 @@ from lit_gpt_scratch.sweeps.plots import (
 )
 from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.escaping import Markdown, escape_markdown, escape_terminal, markdown_code_block
 from lit_gpt_scratch.text.markdown_table import format_compact_table
 from lit_gpt_scratch.text.redaction import redact
@@ -76,9 +77,7 @@ class SweepReport:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                unfinished = folder / f".{name}.unfinished"
-                unfinished.write_text(content, encoding="utf-8")
-                unfinished.replace(folder / name)
+                write_atomically(folder / name, content)
         except OSError as error:
             raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
         return folder / "report.html"

@@ -1,37 +1,70 @@
-"""Atomic creation of files and folders: even if the process is killed, they are either complete or missing."""
+"""Atomic creation of files and folders: even if the process is killed, they are either complete or missing.
 
+Everything is first written under a temporary name in the same folder and then renamed, so that a symbolic link at the
+final name is replaced, and its target stays unchanged. Temporary names are random, and are created exclusively, so that
+no existing file is opened and no link is followed. A killed process leaves its temporary files behind; the next process
+removes them. It recognizes them by a checksum in their names, and leaves everything else alone.
+"""
+
+import hashlib
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import BinaryIO, Final
 
 from filelock import FileLock
 
 from lit_gpt_scratch.errors import UserError
 
+if os.name == "posix":
+    import fcntl
+
 PURPOSE_FILE: Final = "begun"
 """Name of the file that stores the ``purpose`` of an incomplete folder; see ``create_folder_atomically``."""
-TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
+UNFINISHED: Final = re.compile(r"\.(.*)\.([0-9a-f]{16})([0-9a-f]{16})\.unfinished", re.DOTALL)
+"""Pattern of temporary names: the first characters of the final name, a random token, and a checksum of both."""
+KEPT_CHARACTERS: Final = 40
+"""Number of characters of the final name that a temporary name contains; file systems limit the length of names."""
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file next to ``path``; on success, flush it to disk and rename it to ``path``."""
-    temporary = path.with_name(TEMPORARY_NAME.format(name=path.name, writer=secrets.token_hex(4)))
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file next to ``path``; on success, flush it to disk and rename it to ``path``.
+
+    The permissions are those of the file that is replaced, or follow the umask.
+    """
+    for leftover in find_unfinished(path.parent, path.name):
+        _remove_if_unused(leftover)
+    file = _create_locked(path)
+    temporary = Path(file.name)
     try:
-        with temporary.open("wb") as file:
+        with file:
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(mode := path.lstat().st_mode):
+                    temporary.chmod(stat.S_IMODE(mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            if os.name == "nt":  # an open file cannot be renamed
+                file.close()
+            temporary.replace(path)  # before closing the file, which releases its lock
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file atomically; a string is encoded as UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: str, purpose: str | None = None) -> None:
@@ -58,9 +91,7 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-            if not folder.exists():
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
                 fill_folder_atomically(folder, fill, purpose)
     except BrokenProcessPool as error:
         retry = "run the same command again to resume" if purpose is not None else "run the command again"
@@ -76,28 +107,132 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
 def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
     """Create a folder atomically without a lock; see ``create_folder_atomically`` for the arguments.
 
-    The folder must not exist, and no other process may write to it.
+    The folder must be missing or empty, and no other process may write to it.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    purpose_file = partial / PURPOSE_FILE
-    if purpose is None or not purpose_file.is_file() or purpose_file.read_text(encoding="utf-8") != purpose:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = None
+    for leftover in find_unfinished(folder.parent, folder.name):
+        if partial is None and purpose is not None and _read_purpose(leftover) == purpose:
+            partial = leftover
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    if partial is None:
+        partial = _temporary_path(folder)
         partial.mkdir()
         if purpose is not None:
-            with atomic_file(purpose_file) as file:
-                file.write(purpose.encode())
-    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # left by a killed process
-        leftover.unlink(missing_ok=True)
+            write_atomically(partial / PURPOSE_FILE, purpose)
     try:
         fill(partial)
+        remove_unfinished(partial)
         for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        purpose_file.unlink(missing_ok=True)
+        (partial / PURPOSE_FILE).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # it is empty
         partial.rename(folder)
     except BaseException as error:  # includes Ctrl-C; a folder that cannot be resumed wastes disk space
         interrupted = isinstance(error, BrokenProcessPool) or not isinstance(error, Exception)
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    _sync_folder(folder.parent)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a path has a temporary name that this module created."""
+    return _final_name(path) is not None
+
+
+def find_unfinished(folder: Path, name: str | None = None) -> list[Path]:
+    """Return the files and folders in a folder that this module has not finished, of processes running or killed.
+
+    Args:
+        folder: Folder to search; it may be missing.
+        name: Final name of the files and folders; None finds all.
+    """
+    if not folder.is_dir():
+        return []
+    prefix = "." if name is None else f".{name[:KEPT_CHARACTERS]}."
+    with os.scandir(folder) as entries:
+        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and not entry.is_symlink()]
+    return [path for path in found if is_unfinished(path) and (name is None or _final_name(path) == prefix[1:-1])]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files in a folder and its subfolders, unless another process is still writing them."""
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]:
+        for leftover in find_unfinished(path):
+            _remove_if_unused(leftover)
+
+
+def _final_name(path: Path) -> str | None:
+    """Return the start of the final name of an unfinished file or folder; None for all other paths."""
+    match = UNFINISHED.fullmatch(path.name)
+    return match[1] if match and _checksum(match[1], match[2]) == match[3] else None
+
+
+def _temporary_path(path: Path) -> Path:
+    name, token = path.name[:KEPT_CHARACTERS], secrets.token_hex(8)
+    return path.with_name(f".{name}.{token}{_checksum(name, token)}.unfinished")
+
+
+def _checksum(name: str, token: str) -> str:
+    """Return the part of a temporary name that the name of any other file does not have by accident."""
+    return hashlib.sha256(f"lit_gpt_scratch {token} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    """Create a temporary file that is locked for as long as it is open, so that no other process removes it."""
+    while True:
+        file = _temporary_path(path).open("xb")  # exclusive: fails if the name exists, even as a dangling link
+        if _try_lock(file.fileno()) is not False and os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another process has removed it before it was locked
+
+
+def _remove_if_unused(leftover: Path) -> None:
+    """Remove a temporary file, unless the process that created it is still writing it."""
+    if not leftover.is_file():
+        return
+    with suppress(OSError):
+        if os.name == "nt":
+            leftover.unlink()  # fails if the file is open
+            return
+        descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            if _try_lock(descriptor):
+                leftover.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock an open file; return False if another process has locked it, and None if it cannot be locked."""
+    if os.name != "posix":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has no locks
+        return None
+    return True
+
+
+def _read_purpose(partial: Path) -> str | None:
+    try:
+        return (partial / PURPOSE_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power failure, if the file system supports this."""
+    if os.name == "posix":
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

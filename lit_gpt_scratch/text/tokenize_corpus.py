@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_gpt_scratch.schema import read_json
-from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, SplitName
 from lit_gpt_scratch.text.parquet_io import read_parquet_documents, row_group_sizes
 from lit_gpt_scratch.text.process_pool import start_process_pool
@@ -130,8 +130,7 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
             n_tokens += 1 + len(ids)
         on_progress(sum(sizes))
     shard = TokenShard.write(job.folder, job.name, np.concatenate(tokens), np.array(documents, dtype="<u8"))
-    with atomic_file(job.marker) as file:
-        file.write(json.dumps(shard.metadata).encode())
+    write_atomically(job.marker, json.dumps(shard.metadata))
     return shard
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
-from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.text_bytes import share_bytes
 from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_tokenizer
 from lit_gpt_scratch.text.tokenizer_validation import validate_tokenizer_json
@@ -107,8 +107,7 @@ class Tokenizer:
         """Write a ``tokenizer.json``, and next to it a checksum file that ``sha256sum -c`` can read."""
         content = self.to_json().encode()
         for target, data in ((path, content), (_checksum_path(path), _checksum(content, path))):
-            with atomic_file(target) as file:
-                file.write(data)
+            write_atomically(target, data)
 
     @classmethod
     def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":

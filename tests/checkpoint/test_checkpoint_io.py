@@ -144,7 +144,8 @@ HUNDRED_KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_checksum, save_checkpoint
+from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum, save_checkpoint
+from lit_gpt_scratch.text.atomic_files import find_unfinished, remove_unfinished
 
 path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
 save_checkpoint({"step": 0, "weights": torch.full((300_000,), 0)}, path)
@@ -160,7 +161,8 @@ while inside < 100:
     time.sleep(rng.uniform(0.0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    inside += path.with_name(f".{path.name}{PARTIAL_SUFFIX}").exists()
+    inside += bool(find_unfinished(path.parent))
+    remove_unfinished(path.parent)
     verify_checksum(path)
     loaded = torch.load(path)
     assert loaded["step"] > step, (loaded["step"], step)

@@ -18,6 +18,7 @@ import pytest
 from lit_gpt_scratch.data.token_store import STORE_FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import parquet_io, tokenize_corpus
+from lit_gpt_scratch.text.atomic_files import find_unfinished
 from tests.data.test_token_store import texts_of, token_preparation
 
 SMALL = 2_000
@@ -92,13 +93,13 @@ def test_preparation_resumes_after_a_kill(corpus: Path, tmp_path: Path) -> None:
         process.kill()
         process.join()
         assert not folder.exists() or contents(folder) == expected
-        finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"{n}.partial/train-*.json")}
+        finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f".{n}.*.unfinished/train-*.json")}
         store = token_preparation(corpus, vocab_size=None).prepare(tmp_path, folder)
         assert contents(folder) == expected
         for note, written in finished.items():
             kept += 1
             assert Path(folder, note.with_suffix(".tokens.npy").name).stat().st_mtime_ns <= written
-        assert not list(tmp_path.glob("*.partial"))
+        assert not find_unfinished(tmp_path)
         assert texts_of(store, "train")
     assert kept > 0
 
@@ -117,7 +118,7 @@ def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
     def begin(folder: Path) -> tuple[subprocess.Popen[bytes], float]:
         """Wait until writing of the store has begun."""
         process = start(folder)
-        while not (folder / "store.partial").exists() and process.poll() is None:
+        while not find_unfinished(folder) and process.poll() is None:
             time.sleep(0.01)
         return process, time.perf_counter()
 
@@ -132,8 +133,8 @@ def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
         time.sleep(1.05 * duration * rng.random())
         process.send_signal(signal.SIGKILL)
         process.wait()
-        unfinished += (folder / "store.partial").exists()
-        resumed += any((folder / "store.partial").glob("*.tokens.npy"))
+        unfinished += len(find_unfinished(folder))
+        resumed += any(any(partial.glob("*.tokens.npy")) for partial in find_unfinished(folder))
         assert start(folder).wait() == 0
         assert contents(folder / "store") == expected
     print(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_gpt_scratch.text.atomic_files import find_unfinished
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
 from tests.text.test_corpus import check_report_adds_up
@@ -115,4 +116,4 @@ def test_mistake_is_one_line_and_leaves_no_files(
     assert failed.out == ""
     leftovers = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock" and path.name != "corpora"]
     assert leftovers == []
-    assert not list(tmp_path.glob("cache/corpora/*.partial"))
+    assert not find_unfinished(tmp_path / "cache" / "corpora")
