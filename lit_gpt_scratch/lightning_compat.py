@@ -7,12 +7,15 @@ if another module of this package accesses a private attribute.
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from jsonargparse import set_parsing_settings
+from jsonargparse._common import parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -154,6 +157,26 @@ def start_as_scripts(strategy: DDPStrategy) -> None:
     """Replace the launcher of a strategy with that of ``ddp``, which runs the current script in each process."""
     strategy._start_method = "popen"
     strategy._configure_launcher()
+
+
+@contextmanager
+def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
+    """Let ``LightningCLI``'s parser import nothing but these packages, classes and functions, and what is in them.
+
+    The parser imports each class and function that a config names, and reads the other configs that it names. Other
+    names are an error that contains ``Importing 'NAME' is not allowed``. The parser's settings are global and can only
+    be extended, so they are restored from a copy.
+    """
+    before = dict(parsing_settings)
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[name for name in allowed if name.partition(".")[0] != "jsonargparse"],  # not accepted
+        validate_subclass_spec_in_any=True,
+    )
+    try:
+        yield
+    finally:
+        parsing_settings.update(before)
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):

@@ -33,6 +33,14 @@ def _reset_seed() -> None:
     os.environ.pop("PL_GLOBAL_SEED", None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``fit`` records the configs that it writes; tests leave the user's record alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _single_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small tests are slower with several threads, above all when other tests run in parallel."""

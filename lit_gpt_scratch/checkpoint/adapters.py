@@ -14,6 +14,7 @@ from lit_gpt_scratch.interop.hf_weights import validate_tensors
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.trust import Trusted
 
 HEAD_WEIGHT = "head.weight"
 ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
@@ -60,18 +61,20 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
     export_safetensors(adapter, STATE_PREFIX, path)
 
 
-def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
+def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> LoadedModel:
     """Merge an adapter into a copy of its base model.
 
     Args:
         base: The base model that the adapter was trained on.
         adapter: Path of a file written by ``save_adapter``.
+        trusted: Import paths of the code that the file may name, such as a custom attention class.
 
     Returns:
         The merged model; ``base`` is unchanged.
 
     Raises:
-        UserError: The file contains no adapter, the adapter is incomplete, or it was trained on another base model.
+        UserError: The file contains no adapter, names code that is not trusted, or is incomplete, or it was trained on
+            another base model.
     """
     loaded = load_safetensors(adapter, "")
     metadata = CheckpointMetadata.from_checkpoint(loaded)
@@ -79,13 +82,13 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
         raise UserError(
             f"{adapter} contains a complete model, not adapters; pass it as the checkpoint, without --adapter"
         )
+    gpt, lora = metadata.build_configs(adapter, trusted)
+    assert lora is not None
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
         raise UserError(
             f"{adapter} belongs to another base model: it was trained on different weights; "
             "as the checkpoint, pass the model that the adapter was trained on"
         )
-    gpt, lora = metadata.build_configs(adapter)
-    assert lora is not None
     weights, trained = loaded["state_dict"], base.net.state_dict()
     try:  # before memory is allocated, since the sizes in the metadata may be wrong
         expected = expected_weights(trained, gpt, base.net.vocab_size, metadata.block_size, metadata.head, lora)

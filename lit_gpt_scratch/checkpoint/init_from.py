@@ -1,5 +1,7 @@
 """Load the pretrained model that initializes a run (``--model.init_from``)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
@@ -56,20 +59,34 @@ class InitialModel:
         """The model's tokenizer."""
         return self.metadata.load_tokenizer(self.path)
 
-    def build(self, trusted: str | None = None) -> LoadedModel:
+    def build_config(self, trusted: Trusted = None) -> GPTConfig:
+        """Build the config of the network; see ``build`` for the argument and the errors."""
+        with explain_untrusted("model.init_from"):
+            return self.metadata.build_configs(self.path, trusted)[0]
+
+    def build(self, trusted: Trusted = None) -> LoadedModel:
         """Build the network.
 
         Args:
-            trusted: Import path of the custom attention class that the checkpoint may use. Building the network runs
-                the code of this class.
+            trusted: Import paths of the code that the checkpoint may name, such as a custom attention class. Building
+                the network runs this code.
 
         Raises:
-            UserError: The checkpoint uses a class that is not trusted, or its config and weights are inconsistent.
+            UserError: The checkpoint names code that is not trusted, or its config and weights are inconsistent.
         """
-        try:
+        with explain_untrusted("model.init_from"):
             return build_model(self.checkpoint, self.path, trusted)
-        except UserError as error:
-            raise UserError(f"model.init_from: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
+
+
+@contextmanager
+def explain_untrusted(argument: str) -> Iterator[None]:
+    """Name the argument of a task in errors of loading its file, and the flag that trusts a custom attention class."""
+    try:
+        yield
+    except UntrustedCodeError as error:
+        raise UserError(f"{argument}: {error}, or pass --model.gpt.attention {error.name}") from error
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
 
 
 def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:

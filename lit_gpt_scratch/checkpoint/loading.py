@@ -21,6 +21,7 @@ from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.trust import Trusted
 
 log = logging.getLogger(__name__)
 
@@ -115,33 +116,29 @@ def load_hf_checkpoint(path: Path) -> dict[str, Any]:
     return {METADATA_KEY: asdict(metadata), "state_dict": {STATE_PREFIX + name: weights[name] for name in weights}}
 
 
-def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = None) -> LoadedModel:
+def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) -> LoadedModel:
     """Build the model from a loaded checkpoint.
 
     Args:
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
         path: Path of the checkpoint, for error messages.
-        trusted: Import path of the custom attention class that the checkpoint may use. Building the model runs the code
-            of this class.
+        trusted: Import paths of the code that the checkpoint may name, such as a custom attention class. Building the
+            model runs this code.
 
     Raises:
-        UserError: The checkpoint uses a class that is not trusted, or its config and weights are inconsistent.
+        UserError: The checkpoint names code that is not trusted, or its config and weights are inconsistent.
     """
     metadata = CheckpointMetadata.from_checkpoint(checkpoint)
     if not metadata.tokenizer:
         raise UserError(
             f"{path} contains only adapters; pass the base model as the checkpoint and this file as --adapter"
         )
-    if (attention := metadata.gpt.get("attention")) not in (None, trusted):
-        raise UserError(
-            f"{path} uses the custom attention class {attention}; if you trust its code, pass --trust {attention}"
-        )
+    gpt, lora = metadata.build_configs(path, trusted)
     weights = {
         name.removeprefix(STATE_PREFIX): weight
         for name, weight in checkpoint["state_dict"].items()
         if name.startswith(STATE_PREFIX)
     }
-    gpt, lora = metadata.build_configs(path)
     try:  # before memory is allocated, since the sizes in the metadata may be wrong
         expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:
@@ -162,7 +159,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = No
     return LoadedModel(net.eval(), tokenizer, metadata, step if isinstance(step, int) else 0)
 
 
-def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
+def load_model(path: Path, trusted: Trusted = None) -> tuple[GPT, Tokenizer]:
     """Load a language model, in evaluation mode, and its tokenizer.
 
     Args:
@@ -170,13 +167,13 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
         trusted: See ``build_model``.
 
     Raises:
-        UserError: The file is missing or not a checkpoint, uses a class that is not trusted, or does not contain a
+        UserError: The file is missing or not a checkpoint, names code that is not trusted, or does not contain a
             valid language model.
     """
     return build_model(load_checkpoint(path), path, trusted).require_language_model()
 
 
-def load_reward_model(place: str, tokenizer_json: str, trusted: str | None = None) -> GPT:
+def load_reward_model(place: str, tokenizer_json: str, trusted: Trusted = None) -> GPT:
     """Load a reward model (a network with a ``ScalarHead``), frozen and in evaluation mode.
 
     Args:

@@ -11,6 +11,7 @@ from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
 from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.trust import Trusted, require_trusted
 
 METADATA_KEY: Final = "lit_gpt_scratch"
 
@@ -69,6 +70,22 @@ class CheckpointMetadata:
         # Fields that were added to GPTConfig after the checkpoint was written have their defaults.
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
+    def build_configs(self, path: Path, trusted: Trusted) -> tuple[GPTConfig, LoRA | None]:
+        """Build the settings of the network and of its adapters; nothing else builds them from a file.
+
+        Args:
+            path: Path of the file that contains the metadata, for error messages.
+            trusted: Import paths of the code that the file may name; building the network runs this code.
+
+        Raises:
+            UserError: The file names code that is not trusted, or a setting is out of range.
+        """
+        require_trusted(self.gpt.get("attention"), trusted, path)
+        try:
+            return GPTConfig(**self.gpt), None if self.lora is None else LoRA(**self.lora)
+        except UserError as error:
+            raise UserError(f"{path} contains an invalid config: {error}") from error
+
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "CheckpointMetadata":
         """Read the metadata of a loaded checkpoint, and validate its types. No class that it names is imported.
@@ -91,20 +108,6 @@ class CheckpointMetadata:
         except ValueError as error:
             raise UserError(f"the checkpoint is damaged ({error}); use a checkpoint written by fit") from error
         return metadata
-
-    def build_configs(self, path: Path) -> tuple[GPTConfig, LoRA | None]:
-        """Build the configs of the network and of its adapters, if it has any.
-
-        Args:
-            path: Path of the checkpoint, for error messages.
-
-        Raises:
-            UserError: A setting is out of range.
-        """
-        try:
-            return GPTConfig(**self.gpt), None if self.lora is None else LoRA(**self.lora)
-        except UserError as error:
-            raise UserError(f"{path} contains an invalid config: {error}") from error
 
     def load_tokenizer(self, path: Path) -> Tokenizer:
         """Load the tokenizer.

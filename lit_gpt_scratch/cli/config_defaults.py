@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
-from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -18,6 +17,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
+from lit_gpt_scratch.trust import Trusted, UntrustedCodeError, import_object, require_trusted
 
 MAX_STEPS: Final = 900
 """Default of ``trainer.max_steps`` if none of ``max_steps``, ``max_epochs`` and ``max_time`` is set."""
@@ -61,7 +61,7 @@ def apply_preset(parser: ArgumentParser, name: str | None) -> None:
 
 
 def apply_init_from(
-    parser: ArgumentParser, place: str | None, task: str | None, preset: str | None
+    parser: ArgumentParser, place: str | None, task: str | None, preset: str | None, trusted: Trusted = None
 ) -> InitialModel | None:
     """Set the parser's default architecture and context length to those of the pretrained model, if there is one.
 
@@ -70,6 +70,7 @@ def apply_init_from(
         place: Value of ``model.init_from``, the path of the pretrained model; None if there is none.
         task: Class name or import path of the task; None for the default task.
         preset: Value of ``--preset``.
+        trusted: Import paths of the code that the pretrained model may name.
 
     Returns:
         The pretrained model, or None if ``place`` is None.
@@ -83,8 +84,11 @@ def apply_init_from(
         raise UserError("--preset and model.init_from both specify an architecture; omit one of them")
     initial = InitialModel.read(place)
     metadata = initial.metadata
-    # A checkpoint must not choose the code that runs; only flags and configs may.
-    gpt = {**asdict(GPTConfig()), **metadata.gpt, "attention": None}
+    gpt = {**asdict(GPTConfig()), **metadata.gpt}
+    try:
+        require_trusted(gpt["attention"], trusted, initial.path)
+    except UntrustedCodeError:  # reported when the model is built, unless a flag names the same class
+        gpt["attention"] = None
     if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
         gpt["dropout"] = 0.0
     _set_default_arguments(parser, "model", gpt=gpt)
@@ -108,10 +112,9 @@ def import_class(name: str, package: str) -> Any:
 
     Importing a class named by a flag executes its module, which the parser would do anyway.
     """
-    module, _, leaf = name.rpartition(".")
     try:
-        return getattr(import_module(module or package), leaf, None)
-    except (ImportError, ValueError):
+        return import_object(name if "." in name else f"{package}.{name}")
+    except (ImportError, AttributeError, ValueError):
         return None
 
 

@@ -1,7 +1,10 @@
 """Config files: shipped experiments, files specified by the user, and the ``config.yaml`` of a run."""
 
 import json
+import re
 import textwrap
+from argparse import ArgumentError
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +18,16 @@ from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.cli.config_defaults import unset_defaults
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 from lit_gpt_scratch.errors import UserError, describe_yaml_error
+from lit_gpt_scratch.lightning_compat import restrict_imports
+from lit_gpt_scratch.tasks.rl.reward_functions import is_checkpoint_path
+from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_REWARDS
+from lit_gpt_scratch.trust import (
+    OWN_PACKAGES,
+    UntrustedCodeError,
+    record_written_config,
+    require_trusted,
+    was_written_here,
+)
 
 EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
 """Folder of the shipped experiments, which exists in a clone of the repository but not in an installed package."""
@@ -124,6 +137,40 @@ def read_config(path: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str]) -> Namespace:
+    """Parse the ``config.yaml`` of a run that is resumed, which imports the classes that it names.
+
+    A config that ``fit`` has written for this user may name any code, as the user's own configs may.
+
+    Args:
+        parser: Parser of ``fit``.
+        path: Path of the config.
+        trusted: Import paths of the code that the config may name if somebody else may have written it.
+
+    Raises:
+        UserError: The config names code that is not trusted.
+    """
+    arguments = ["--config", str(path)]
+    try:
+        own = was_written_here(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):  # reported by the parser
+        own = False
+    if own:
+        return parser.parse_args(arguments)
+    try:
+        with restrict_imports([*OWN_PACKAGES, *trusted]):
+            config = parser.parse_args(arguments)
+    except ArgumentError as error:
+        if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
+            raise UntrustedCodeError(str(path), denied[1]) from error
+        raise
+    require_trusted(config.get("model.init_args.gpt.attention"), trusted, path)
+    reward = config.get("model.init_args.reward")
+    if not (reward is None or is_checkpoint_path(reward) or reward in VERIFIABLE_REWARDS):
+        require_trusted(reward, trusted, path)
+    return config
+
+
 class SaveConfig(RunDirCallback):
     """Callback that writes ``config.yaml`` into the run folder when training starts, after all checks have passed.
 
@@ -137,11 +184,13 @@ class SaveConfig(RunDirCallback):
         self.config = config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write all flags except ``ckpt_path`` and ``force``, so that the file can start a new, identical run."""
+        """Write all flags except ``ckpt_path``, ``force`` and ``trust``; the file can start a new, identical run."""
         if self.folder and trainer.is_global_zero:
             config = self.config.clone()
-            config.ckpt_path, config.force = None, False
-            self.folder.write_text(self.folder.config.name, self.parser.dump(config, skip_unset=False))
+            config.ckpt_path, config.force, config.trust = None, False, None
+            text = self.parser.dump(config, skip_unset=False)
+            record_written_config(text)
+            self.folder.write_text(self.folder.config.name, text)
 
 
 def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt_scratch.cli.entrypoint import CommandParser
+from lit_gpt_scratch.cli.entrypoint import TRUST, CommandParser
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
+    from lit_gpt_scratch.trust import Trusted
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     to_safetensors.add_argument("checkpoint", **checkpoint)
     to_safetensors.add_argument("file", **file)
+    to_safetensors.add_argument("--trust", **TRUST)
     to_hf = formats.add_parser(
         "to-hf",
         help="export a folder for Hugging Face transformers",
@@ -89,7 +91,7 @@ def _to_safetensors(given: Namespace) -> None:
 
     _require_safetensors_suffix(given.file)
     path = find_checkpoint(given.checkpoint, Path(), None)
-    export_safetensors(_merge_adapters(load_checkpoint(path), path), STATE_PREFIX, given.file)
+    export_safetensors(_merge_adapters(load_checkpoint(path), path, given.trust), STATE_PREFIX, given.file)
 
 
 def _to_hf(given: Namespace) -> None:
@@ -124,9 +126,12 @@ def _open_model(path: Path) -> "PortableModel":
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
 
-    checkpoint = _merge_adapters(load_checkpoint(path), path)
+    checkpoint = load_checkpoint(path)
+    if attention := CheckpointMetadata.from_checkpoint(checkpoint).gpt.get("attention"):
+        raise UserError(f"{path} has the custom attention class {attention}, which no published architecture has")
+    checkpoint = _merge_adapters(checkpoint, path)
     contents, state = CheckpointMetadata.from_checkpoint(checkpoint), checkpoint["state_dict"]
-    gpt, _ = contents.build_configs(path)
+    gpt, _ = contents.build_configs(path, None)
     if contents.non_lm_task is not None:
         raise UserError(f"the model in {path} {contents.non_lm_task}; only language models can be converted")
     weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
@@ -134,7 +139,7 @@ def _open_model(path: Path) -> "PortableModel":
     return PortableModel(shape, weights, contents.load_tokenizer(path))
 
 
-def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+def _merge_adapters(checkpoint: dict[str, Any], path: Path, trusted: "Trusted" = None) -> dict[str, Any]:
     """Return a checkpoint with its LoRA adapters merged into the weights, so that it does not require a base model."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model
     from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
@@ -142,7 +147,7 @@ def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     contents = CheckpointMetadata.from_checkpoint(checkpoint)
     if contents.lora is None:
         return checkpoint
-    net = build_model(checkpoint, path, contents.gpt.get("attention")).net
+    net = build_model(checkpoint, path, trusted).net
     own = replace(contents, lora=None, base=None, new_head=False)
     return {
         METADATA_KEY: asdict(own),

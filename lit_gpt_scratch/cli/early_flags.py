@@ -1,12 +1,15 @@
 """Flags that affect how other flags are parsed; they are read before the parser runs."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.cli.config_files import find_config, read_config
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
+from lit_gpt_scratch.trust import find_import_paths
 
 LIST: Final = "list"
 """Value of ``--config`` and ``--preset`` that lists all choices."""
@@ -78,6 +81,17 @@ class EarlyFlags:
     def on_command_line(self, name: str) -> str | None:
         """Return the last value of a flag on the command line, or None if it is not given there."""
         return self._given.get(f"--{name}")
+
+    @property
+    def trusted(self) -> frozenset[str]:
+        """Import paths of the classes and functions that the user names: in ``--trust``, other flags and own configs.
+
+        Existing paths are skipped, because the name of a file or folder may come from somebody else.
+        """
+        values = [flag.partition("=")[2] if flag.startswith("-") else flag for flag in self.flags]
+        values += [str(value) for config in self._configs for value in flatten(config).values()]
+        named = (value for value in values if not os.path.exists(value))  # noqa: PTH110 - values may be no valid paths
+        return frozenset(path for value in named for path in find_import_paths(value))
 
     def class_of(self, part: str) -> str | None:
         """Return the class name or import path given for ``model`` or ``data``, or None."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
+TRUST: Final[dict[str, Any]] = {
+    "metavar": "CLASS", "action": "append",
+    "help": "allow importing this custom class, which the checkpoint or adapter names; may be repeated",
+}  # fmt: skip
+"""Settings of the argument ``--trust``."""
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 """Dtypes that inference supports, keyed by Lightning's precision name."""
 MAX_ERROR_LENGTH = 2000
@@ -111,9 +116,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(
             "--adapter", metavar="FILE", type=Path, help="LoRA adapters to apply, exported by convert to-adapter"
         )
-        self.add_argument(
-            "--trust", metavar="CLASS", help="allow importing this custom attention class, which the checkpoint uses"
-        )
+        self.add_argument("--trust", **TRUST)
 
 
 def validate_utf8(given: argparse.Namespace, *names: str) -> None:
@@ -155,7 +158,7 @@ def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     trained = build_model(load_checkpoint(path), path, given.trust)
     if given.adapter is not None:
-        trained = apply_adapter(trained, given.adapter)
+        trained = apply_adapter(trained, given.adapter, given.trust)
     device = find_device(given.device)
     try:
         trained.net.to(device, getattr(torch, PRECISIONS[given.precision]))

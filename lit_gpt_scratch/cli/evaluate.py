@@ -19,6 +19,7 @@ from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.escaping import dump_json
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.trust import UntrustedCodeError, require_trusted
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,11 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "stop": ("--stop", {"action": "append", "help": "end a generated text before this string; may be repeated"}),
     "include_path": (
         "--include_path",
-        {"type": Path, "metavar": "DIR", "help": "folder with YAML files that define additional benchmarks"},
+        {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "folder with YAML files that define additional benchmarks; requires --trust DIR",
+        },
     ),
 }
 """Flag and argparse settings of each option, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
@@ -126,6 +131,14 @@ def _benchmark(given: Namespace) -> None:
         raise UserError(f"argument --benchmark: {error}; install it with: pip install -e '.[eval]'") from error
     names = given.benchmark.split(",")
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
+    if "include_path" in given:
+        try:
+            require_trusted(str(given.include_path), given.trust, given.include_path)
+        except UntrustedCodeError as error:
+            raise UserError(
+                f"argument --include_path: lm-eval runs the code in the task files of {error.name}; "
+                f"if you trust it, pass --trust {error.name}"
+            ) from error
     model, tokenizer, _, _ = _open_checkpoint(given)
     if isinstance(model.output_head, ClassificationHead):
         raise UserError(

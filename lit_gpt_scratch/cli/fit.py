@@ -41,6 +41,7 @@ from lit_gpt_scratch.cli.config_files import (
     SaveConfig,
     config_to_dict,
     describe_experiments,
+    parse_run_config,
     read_config,
 )
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
@@ -155,6 +156,13 @@ class FitCLI(LightningCLI):
             "different architecture, tokenizer or optimizer class is always an error.",
         )
         parser.add_argument(
+            "--trust",
+            type=str | list[str] | None,
+            default=None,
+            help="Import path of a custom class or function that files of others may name: the config.yaml of a run "
+            "to resume, model.init_from or a reward model. Naming it in another flag or --config has the same effect.",
+        )
+        parser.add_argument(
             "--plan",
             action="store_true",
             help="Print a description of the run, estimate its duration from a few steps, and exit without creating a "
@@ -189,20 +197,23 @@ class FitCLI(LightningCLI):
                 self.resumed.require_folder(early.on_command_line("runs"), early.on_command_line("experiment"))
         if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
             before = ["--config", str(self.resumed.folder.config)]
-            self.config_before = parser.parse_args(before)
+            self.config_before = parse_run_config(parser, self.resumed.folder.config, early.trusted)
             restore_defaults_0_1(self.config_before, read_config(before[1]))
             resolve_defaults(self.config_before)
         apply_preset(parser, early.get("preset"))
         init_from = early.get("model.init_from")
         self.initial_model: InitialModel | None = None
+        self.trusted = early.trusted
         if self.resumed is None:
-            self.initial_model = apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
+            task, preset = early.class_of("model"), early.get("preset")
+            self.initial_model = apply_init_from(parser, init_from, task, preset, self.trusted)
         self.config = parser.parse_args([*before, *early.flags])
         found = self.config.get("model.init_args.init_from")
         if (
             self.resumed is None and found is not None and found != init_from
         ):  # set in a file that only the parser opens
-            self.initial_model = apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
+            task, preset = self.config.model.class_path, self.config.preset
+            self.initial_model = apply_init_from(parser, found, task, preset, self.trusted)
             self.config = parser.parse_args(early.flags)
         resolve_defaults(self.config)
         validate_trainer_flags(self.config.trainer)
@@ -252,6 +263,7 @@ class FitCLI(LightningCLI):
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
             log.info("starting the processes as --trainer.strategy ddp does, instead of with %s", method)
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
+            self.model.trusted |= self.trusted
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)

@@ -1,6 +1,5 @@
 """Causal self-attention: attention masks, attention backends and the module ``Attention``."""
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, Final, NamedTuple
@@ -19,6 +18,7 @@ from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
+from lit_gpt_scratch.trust import import_object
 
 FLEX_MIN_HEAD_DIM: Final = 16
 """Smallest head dimension that FlexAttention's kernels support."""
@@ -372,9 +372,8 @@ def resolve_attention_class(path: str | None) -> type[Attention]:
     """
     if path is None:
         return Attention
-    module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = import_object(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"model.gpt.attention is {path}, which cannot be imported ({error}); set it to an import path such as "

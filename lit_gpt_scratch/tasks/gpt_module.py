@@ -159,6 +159,9 @@ class GPTModule(L.LightningModule):
         self.initial_model: InitialModel | None = None
         """Model read from ``init_from``; None before it is read and after the network is built. Callers that have
         already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
+        self.trusted: frozenset[str] = frozenset([gpt.attention] if gpt and gpt.attention else ())
+        """Import paths of the code that ``init_from`` and other checkpoints may name: by default, only the attention
+        class in ``gpt``; ``fit`` adds those of ``--trust``."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
@@ -249,11 +252,15 @@ class GPTModule(L.LightningModule):
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """Architecture of the network."""
+        """Architecture of the network.
+
+        Raises:
+            UserError: It is that of ``init_from``, which names code that is not trusted.
+        """
         if self._gpt is not None:
             return self._gpt
         initial = self._initial_model()
-        gpt = GPTConfig() if initial is None else initial.metadata.build_configs(initial.path)[0]
+        gpt = GPTConfig() if initial is None else initial.build_config(self.trusted)
         return gpt if self.allows_dropout else replace(gpt, dropout=0.0)
 
     def _initial_model(self) -> InitialModel | None:
@@ -275,7 +282,7 @@ class GPTModule(L.LightningModule):
         device, data = self.trainer.strategy.root_device, self.data_info
         vocab_size, block_size = data.vocab_size, data.block_size
         initial = self._initial_model()
-        pretrained = None if initial is None else initial.build(self.gpt.attention)
+        pretrained = None if initial is None else initial.build(self.trusted)
         if pretrained is not None:
             require_same_tokenizer(pretrained.metadata, data.tokenizer_json)
             vocab_size, block_size = pretrained.net.vocab_size, resolve_context(pretrained, self.gpt, block_size)

@@ -7,7 +7,6 @@ or digit never satisfies a preference.
 """
 
 import ast
-import importlib
 import re
 import unicodedata
 import warnings
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.trust import import_object
 
 MAX_SHORT_CHARACTERS: Final = 8
 """Maximum number of characters in a short reply."""
@@ -149,12 +149,11 @@ def load_text_reward(name: str) -> TextReward:
     if name in VERIFIABLE_REWARDS:
         satisfied = VERIFIABLE_REWARDS[name].satisfied
         return TextReward(name, lambda prompts, replies: [float(satisfied(reply)) for reply in replies], 0.0)
-    module, _, attribute = name.rpartition(".")
     choices = f"set it to a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_REWARDS)}"
-    if not module:
+    if "." not in name:
         raise UserError(f"model.reward is {name}, which does not exist; {choices}")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = import_object(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"model.reward is {name}, which cannot be imported: {error}; {choices}") from error
     if not callable(function):

@@ -67,6 +67,7 @@ NULLS = {
     # run
     "ckpt_path": "off: a new run",
     "preset": "not given",
+    "trust": "no code that files of others name",
     "tensor_parallel": "not given: decided by trainer.strategy",
     "checkpoint.every_minutes": "off",
     "inspect.prompts": "not given: prompts from the data",

@@ -210,7 +210,7 @@ class OnPolicyModule(GPTModule):
             return None
         data = self.data_info
         scorer = RewardModelScorer(
-            str(self.reward), data.tokenizer_json, data.block_size, self.rows_at_once, self.gpt.attention
+            str(self.reward), data.tokenizer_json, data.block_size, self.rows_at_once, self.trusted
         )
         scorer.net.to(self.trainer.strategy.root_device)
         return scorer

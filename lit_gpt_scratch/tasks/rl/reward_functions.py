@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import TextRewardFunction
+from lit_gpt_scratch.checkpoint.init_from import explain_untrusted
 from lit_gpt_scratch.checkpoint.loading import load_reward_model
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
+from lit_gpt_scratch.trust import Trusted
 
 
 class RewardFunction(Protocol):
@@ -36,19 +38,17 @@ class RewardModelScorer:
         tokenizer_json: Content of the policy's tokenizer file.
         max_length: Maximum number of tokens in a prompt and its reply.
         batch_size: Number of replies per forward pass.
-        trusted: Import path of the only custom attention class that the checkpoint may use, because building the
-            model runs the code of this class; None allows no custom class.
+        trusted: Import paths of the code that the checkpoint may name, such as a custom attention class, because
+            building the model runs this code.
 
     Raises:
         UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
-            short a context, or uses an attention class that is not trusted.
+            short a context, or names code that is not trusted.
     """
 
-    def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: str | None) -> None:
-        try:
+    def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: Trusted) -> None:
+        with explain_untrusted("model.reward"):
             self.net = load_reward_model(place, tokenizer_json, trusted)
-        except UserError as error:
-            raise UserError(f"model.reward: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
         if self.net.block_size < max_length:
             raise UserError(
                 f"model.reward: the reward model {place} has a context of {self.net.block_size} tokens, but "

@@ -1,0 +1,100 @@
+"""Code that files may name: who decides which classes and functions are imported.
+
+A checkpoint, an adapter, a reward model or the config of a run can name a class, such as a custom attention class, and
+importing a class runs the code of its module. Files come from other people, so only the user decides: ``--trust NAME``
+allows exactly this import path, and so does naming it in an own flag or config. Every file is checked by
+``require_trusted`` before anything is built from it, and ``import_object`` is the only function that imports by name.
+"""
+
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from platformdirs import user_state_path
+
+from lit_gpt_scratch.errors import UserError
+
+OWN_PACKAGES: Final = ("lit_gpt_scratch", "lightning")
+"""Packages whose classes every config may name."""
+IMPORT_PATH: Final = re.compile(r"(?<![\w./\\-])[^\W\d]\w*(?:\.[^\W\d]\w*)+(?![\w./\\-])")
+"""Pattern of an import path that is not part of the path of a file."""
+RECORD_FILE: Final = "written_configs"
+"""Name of the file in the user's state folder that lists the SHA-256 digests of configs written by ``fit``."""
+
+Trusted = str | Collection[str] | None
+"""Import paths that the user allows files to name."""
+
+
+class UntrustedCodeError(UserError):
+    """Error raised if a file names code that the user does not trust; ``name`` is its import path."""
+
+    def __init__(self, file: str, name: str) -> None:
+        super().__init__(f"{file} names the custom code {name}, which would run; if you trust it, pass --trust {name}")
+        self.name = name
+
+
+def require_trusted(name: object, trusted: Trusted, file: object) -> None:
+    """Check that the user allows a file to name a class or function.
+
+    Args:
+        name: Import path that the file contains; None if it names no code.
+        trusted: Import paths that the user allows.
+        file: Path of the file, for the error message.
+
+    Raises:
+        UntrustedCodeError: The import path is not in ``trusted``.
+    """
+    allowed = {trusted} if isinstance(trusted, str) else frozenset(trusted or ())
+    if name is not None and not (isinstance(name, str) and name in allowed):
+        raise UntrustedCodeError(str(file), str(name))
+
+
+def import_object(path: str) -> Any:
+    """Import a class or function by its import path, which runs the code of its module.
+
+    Raises:
+        ImportError, AttributeError, ValueError: The path cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def find_import_paths(text: str) -> set[str]:
+    """Return everything in a text that has the form of an import path, such as ``my_file.MyAttention``."""
+    return set(IMPORT_PATH.findall(text))
+
+
+def record_written_config(text: str) -> None:
+    """Record that ``fit`` has written a config, so that the user can resume its run without trusting its code again.
+
+    Only configs that name code outside of ``OWN_PACKAGES`` are recorded.
+    """
+    if all(path.partition(".")[0] in OWN_PACKAGES for path in find_import_paths(text)):
+        return
+    record = _record()
+    with suppress(OSError):  # without a record, resuming requires --trust
+        record.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(record, flags, 0o600), "w", encoding="ascii") as file:  # noqa: PTH123 - a descriptor
+            file.write(f"{_digest(text)}\n")
+
+
+def was_written_here(text: str) -> bool:
+    """Return whether ``fit`` has written this config for this user on this machine, and nobody has changed it."""
+    try:
+        return _digest(text) in _record().read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _record() -> Path:
+    return user_state_path("lit_gpt_scratch") / RECORD_FILE
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
