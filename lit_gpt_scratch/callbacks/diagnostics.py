@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from pathlib import Path
 from typing import Any, Final
 
 import lightning as L
@@ -121,7 +120,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             log_text(trainer, DIAGNOSES_NAME, format_table(found), found[-1].step)
         if self.folder:
             with tolerate_write_errors(FILE_NAME):
-                write_diagnoses(found, self.folder.path / FILE_NAME)
+                self.folder.write_text(FILE_NAME, json.dumps([each.to_dict() for each in found], indent=2) + "\n")
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
         """Log the properties of the run that are new or have changed since earlier sessions, e.g. the step count."""
@@ -132,11 +131,6 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         if facts:
             for logger in trainer.loggers:
                 logger.log_metrics(facts, max(trainer.global_step - 1, 0))
-
-
-def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
-    """Write the diagnoses to a JSON file atomically."""
-    write_atomically(path, json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n")
 
 
 def format_table(found: list[Diagnosis]) -> str:

@@ -141,14 +141,17 @@ class EventSummaryWriter(SummaryWriter):
 
     file_writer: Any
     all_writers: Any
+    purge_step: Any
 
     @override
     def _get_file_writer(self) -> EventFileWriter:
         if self.file_writer is None:
             self.file_writer = EventFileWriter(self.log_dir)
             self.all_writers = {self.log_dir: self.file_writer}
-            start = SessionLog(status=SessionLog.START)
-            self.file_writer.add_event(Event(step=self.purge_step, session_log=start))
+            if self.purge_step is not None:  # only in the first file, because TensorBoard discards points from there
+                start = SessionLog(status=SessionLog.START)
+                self.file_writer.add_event(Event(step=self.purge_step, session_log=start))
+                self.purge_step = None
         writer: EventFileWriter = self.file_writer
         return writer
 

@@ -35,6 +35,15 @@ The record begins with ``END_RECORD_SIGNATURE``, and its last field is the lengt
 READ_BYTES: Final = 1 << 20
 
 
+_saving: set[Path] = set()
+"""Paths of the checkpoints that are being written in this process."""
+
+
+def is_saving() -> bool:
+    """Return whether this process is writing a checkpoint, in any thread."""
+    return bool(_saving)
+
+
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its checksum to a file atomically.
 
@@ -43,6 +52,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: The file cannot be written, or the checkpoint contains objects that could not be loaded again.
     """
+    _saving.add(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
@@ -56,6 +66,8 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"cannot save {path}: {reason}; the previous checkpoint is unchanged") from error
+    finally:
+        _saving.discard(path)
 
 
 def _reject_unsafe_globals(partial: Path, path: Path) -> None:

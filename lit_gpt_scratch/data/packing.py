@@ -384,12 +384,12 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
     @property
     def _pieces(self) -> Integers:
-        require_file_size(str(self.folder / "pieces"), self._mapped_pieces.nbytes)
+        require_file_size(f"{self.folder}/pieces", self._mapped_pieces.nbytes)
         return self._mapped_pieces
 
     @property
     def _windows(self) -> Integers:
-        require_file_size(str(self.folder / "windows"), self._mapped_windows.nbytes)
+        require_file_size(f"{self.folder}/windows", self._mapped_windows.nbytes)
         return self._mapped_windows
 
     @cached_property

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Final
@@ -20,6 +21,7 @@ from typing import Final
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lit_gpt_scratch.checkpoint.checkpoint_io import is_saving
 from lit_gpt_scratch.errors import UserError, exception_chain
 
 log = logging.getLogger(__name__)
@@ -30,23 +32,26 @@ UNRESPONSIVE_SECONDS: Final = 8.0
 """Time in seconds after which a rank counts as unresponsive."""
 GRACE_SECONDS: Final = 3.0
 """Time in seconds that a process that waits for the other ranks to connect has to exit by itself after a signal."""
-STUCK_SECONDS: Final = 120.0
-"""Time in seconds without CPU use after which a process that has received a signal is considered hung.
+STUCK_SECONDS: Final = 60.0
+"""Time in seconds without CPU use after which a process that has received a signal waits for a rank that hangs.
 
-Writing a large checkpoint to a slow disk also takes long, and uses little CPU time.
+The time in which any rank writes a checkpoint does not count.
 """
 IDLE_SHARE: Final = 0.02
 """Fraction of a CPU core below which a process counts as idle."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds after which waiting for other ranks to connect is reported; True for several machines."""
-LOST_RANK: Final = r"(?i)gloo|nccl|connection (closed|reset|refused)|timed? ?out|clients joined|TCPStore"
+LOST_RANK: Final = r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
 """Pattern of the messages of errors that occur if a rank ends or does not respond."""
+DONE: Final = b"done"
+SAVING: Final = b"saving"
+"""Prefix of the values of a rank that is writing a checkpoint."""
 
 
 class RankMonitor:
     """Context manager with a thread that reports unresponsive ranks, and ends the process if it waits for them.
 
-    The process ends after a signal if it still waits for other ranks to connect, if a rank is unresponsive, or if
+    After a signal, the process ends if it still waits for other ranks to connect, if a rank is unresponsive, or if
     nothing has happened for ``STUCK_SECONDS``. Otherwise, the callbacks end it.
 
     Args:
@@ -114,7 +119,8 @@ class RankMonitor:
         now = time.monotonic()
         if self._store_lost:
             return [0]
-        return [rank for rank, (_, at) in sorted(self._seen.items()) if now - at > seconds and rank != self.rank]
+        late = (rank for rank, (value, at) in self._seen.items() if now - at > seconds and value != DONE)
+        return sorted(set(late) - {self.rank})
 
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
@@ -140,6 +146,9 @@ class RankMonitor:
                 self._watch_ranks()
             else:
                 self._watch_connecting()
+        if self._store is not None and not self._store_lost:
+            with suppress(RuntimeError):
+                self._store.set(f"lit_gpt_scratch/{self.rank}", DONE.decode())
 
     def _receive(self, signums: bytes) -> None:
         stops = [signum for signum in signums if signum in self._signals]
@@ -162,7 +171,7 @@ class RankMonitor:
                     timeout=timedelta(seconds=UNRESPONSIVE_SECONDS),
                 )
             self._beats += 1
-            self._store.set(f"lit_gpt_scratch/{self.rank}", str(self._beats))
+            self._store.set(f"lit_gpt_scratch/{self.rank}", f"{SAVING.decode() if is_saving() else ''}{self._beats}")
             keys = [f"lit_gpt_scratch/{rank}" for rank in range(self.ranks)]
             if (self.rank == 0 or self._signum or self._failing) and self._store.check(keys):
                 now = time.monotonic()
@@ -184,7 +193,7 @@ class RankMonitor:
         now = time.monotonic()
         ranks = self.unresponsive_ranks()
         new = set(ranks) - self._reported
-        if new and self.rank == min(set(range(self.ranks)) - set(ranks)):
+        if new and self.rank == 0:
             log.warning("%s does not respond; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
         self._reported |= new
         if not self._signum:
@@ -192,11 +201,14 @@ class RankMonitor:
         if ranks and now - self._signaled_at > GRACE_SECONDS:
             self._abort(f"while it waited for {_name_ranks(ranks)}")
         cpu_seconds = time.process_time()
-        if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL:
+        if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL or self._any_rank_saves():
             self._busy_at = now
         self._cpu_seconds = cpu_seconds
         if now - self._busy_at > STUCK_SECONDS:
             self._abort(f"after it had done nothing for {STUCK_SECONDS:.0f} s; a rank hangs")
+
+    def _any_rank_saves(self) -> bool:
+        return any(value.startswith(SAVING) for value, _ in self._seen.values())
 
     def _abort(self, circumstances: str) -> None:
         name = signal.Signals(self._signum).name

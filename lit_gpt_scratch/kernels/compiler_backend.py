@@ -67,5 +67,8 @@ def _compile_with_inductor(graph: fx.GraphModule, example_inputs: list[Any]) -> 
 def _describe_failure(error: Exception) -> str:
     """Return the line of an exception's messages that names the cause, such as the compiler's first error."""
     lines = [line.strip() for each in exception_chain(error) for line in str(each).splitlines() if line.strip()]
-    causes = (line for line in lines if re.search(r"No space left|Disk quota|Too many open|[Ee]rror: |not found", line))
-    return next(causes, lines[0] if lines else type(error).__name__)[:200]
+    for pattern in (r"No space left|Disk quota|Too many open", r"[Ee]rror: |not found", r""):
+        for line in lines:
+            if re.search(pattern, line):
+                return line[:200]
+    return type(error).__name__

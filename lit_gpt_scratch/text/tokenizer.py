@@ -262,9 +262,8 @@ class Tokenizer:
             for id_, name in special.items()
             if any(id_ in self.encode(text) for text in {name, self.decode([id_])})
         }
-        if found:
-            found.pop(self.unknown_id, None)
-        return list(found.values())
+        unknown = self.unknown_id if found else None
+        return [name for id_, name in found.items() if id_ != unknown]
 
 
 def _decoded_byte_counter(backend: Backend) -> Callable[[str], int]:

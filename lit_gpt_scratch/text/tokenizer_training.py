@@ -1,8 +1,10 @@
 """Training of BPE, WordPiece, Unigram, character and byte tokenizers."""
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import accumulate, repeat
 from typing import Final
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -19,28 +21,39 @@ BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONTINUATION: Final = "\u203f"
 """Prefix of WordPiece tokens that continue a word. Unlike the usual "##", it cannot occur in byte-level text."""
 MAX_WORD_BYTES: Final = 64
-"""Maximum number of bytes per word for WordPiece, which cannot encode long words; longer words are split."""
-MAX_TRAINING_WORD_BYTES: Final = 256
-"""Maximum number of bytes per word when training BPE and Unigram, and therefore the maximum number of bytes per token.
+"""Maximum number of bytes per word for WordPiece and Unigram. Longer words, as in genomes, Base64 and minified code, are
+split; WordPiece, which cannot encode long words, also splits them for encoding."""
+MAX_BPE_WORD_BYTES: Final = 256
+"""Maximum number of bytes per word in training BPE, and therefore of a token; longer words are split for training only.
 
-Longer words, as in genomes, Base64 and minified code, are split for training only. The run time of the trainers of
-``tokenizers`` is quadratic in the length of a word, and its Unigram trainer overflows the stack.
+The run time of the trainer of ``tokenizers`` is quadratic in the length of a word.
 """
+LONG_WORD_BYTES: Final = 48
+"""Number of bytes from which a word is long; natural language and code have few different words of this length."""
+MAX_LONG_WORDS_BYTES: Final = 2**16
+"""Maximum total number of bytes of the different long words on which WordPiece and Unigram are trained.
+
+The run time is proportional to the number of bytes of all different words. In text without spaces, almost all words
+differ, and a small part of them has the same statistics.
+"""
+UNIGRAM_BYTES: Final = 2**18
+"""Minimum total number of bytes of the different words on which Unigram is trained, starting with the most frequent."""
+UNIGRAM_BYTES_PER_TOKEN: Final = 64
 
 
 def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train byte-level BPE, which merges the most frequent pair (Sennrich et al. 2016; Radford et al. 2019)."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer, backend.decoder = _byte_level(MAX_BPE_WORD_BYTES), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False)
-    return _train_byte_level(models.BPE(), trainer, texts)
+    backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = _byte_level()
+    return backend
 
 
 def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train byte-level WordPiece, which merges pairs to maximize the likelihood (Schuster and Nakajima 2012)."""
-    pre_tokenizer = _byte_level(MAX_WORD_BYTES)
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
-    pieces = [*special, *train_wordpiece(counts, BYTES, size - len(special), prefix=CONTINUATION)]
+    pieces = [*special, *train_wordpiece(_count_words(texts), BYTES, size - len(special), prefix=CONTINUATION)]
     model = models.WordPiece(  # every byte is a token, so no text is unknown
         {piece: id_ for id_, piece in enumerate(pieces)},
         unk_token=special[0],
@@ -48,7 +61,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
         continuing_subword_prefix=CONTINUATION,
     )
     backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizer
+    backend.pre_tokenizer = _byte_level(MAX_WORD_BYTES)
     backend.decoder = decoders.Sequence([decoders.Replace(CONTINUATION, ""), decoders.ByteLevel()])
     backend.add_special_tokens(special)
     return backend
@@ -56,10 +69,18 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
 
 def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """Train a byte-level Unigram tokenizer, which prunes a large vocabulary to maximize the likelihood (Kudo 2018)."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("\n", "removed"), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False
     )
-    return _train_byte_level(models.Unigram(), trainer, texts)
+    room = max(UNIGRAM_BYTES, UNIGRAM_BYTES_PER_TOKEN * size)
+    counts = _count_words(texts).most_common()
+    n_words = bisect_right(list(accumulate(len(word) for word, _ in counts)), room)
+    # A byte-level word contains no line break. The trainer counts the words again.
+    backend.train_from_iterator(("\n".join(repeat(word, count)) for word, count in counts[:n_words]), trainer)
+    backend.pre_tokenizer = _byte_level()
+    return backend
 
 
 def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
@@ -82,13 +103,28 @@ def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     return _train_bpe([], len(special) + len(BYTES), special)
 
 
-def _train_byte_level(model: models.Model, trainer: trainers.Trainer, texts: Iterable[str]) -> Backend:
-    """Train a byte-level model of ``tokenizers`` on words of at most ``MAX_TRAINING_WORD_BYTES`` bytes."""
-    backend = Backend(model)
-    backend.pre_tokenizer, backend.decoder = _byte_level(MAX_TRAINING_WORD_BYTES), decoders.ByteLevel()
-    backend.train_from_iterator(texts, trainer)
-    backend.pre_tokenizer = _byte_level()
-    return backend
+def _count_words(texts: Iterable[str]) -> Counter[str]:
+    """Count the byte-level words of at most ``MAX_WORD_BYTES`` bytes in a text; longer words are split.
+
+    Different long words of more than ``MAX_LONG_WORDS_BYTES`` in total are omitted.
+    """
+    pre_tokenizer = _byte_level()
+    counts: Counter[str] = Counter()
+    long: dict[str, str] = {}  # the part of each long word that is counted
+    room = MAX_LONG_WORDS_BYTES
+    for text in texts:
+        words: list[str] = []
+        for word, _ in pre_tokenizer.pre_tokenize_str(text):
+            if len(word) < LONG_WORD_BYTES:
+                words.append(word)
+                continue
+            if word not in long and room:
+                long[word] = word[:room]
+                room -= len(long[word])
+            part = long.get(word, "")
+            words += [part[start : start + MAX_WORD_BYTES] for start in range(0, len(part), MAX_WORD_BYTES)]
+        counts.update(words)
+    return counts
 
 
 def _byte_level(max_word_bytes: int | None = None) -> pre_tokenizers.PreTokenizer:

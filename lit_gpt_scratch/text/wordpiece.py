@@ -154,7 +154,8 @@ def _without_overlaps(found: Int64Array) -> Int64Array:
     """Keep every other one of consecutive positions, as when merging ``a a`` in ``a a a`` from the left."""
     begins = np.diff(found, prepend=-2) != 1
     run_start = found[np.flatnonzero(begins)][np.cumsum(begins) - 1]
-    return found[(found - run_start) % 2 == 0]
+    kept: Int64Array = found[(found - run_start) % 2 == 0]
+    return kept
 
 
 class _GrowableCounts:

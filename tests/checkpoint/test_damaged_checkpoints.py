@@ -20,7 +20,7 @@ import torch
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
 from lit_gpt_scratch.callbacks.spike_guard import SpikeGuard
-from lit_gpt_scratch.callbacks.summary import RunMetadata, Summary
+from lit_gpt_scratch.callbacks.summary import RunMetadata, RunSummary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.adapters import apply_adapter, save_adapter
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, save_checkpoint
@@ -44,7 +44,7 @@ def make_trainer(folder: Path) -> L.Trainer:
         accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         use_distributed_sampler=False, plugins=[AtomicCheckpointIO()],
-        callbacks=[RunMetadata(), SpikeGuard("warn"), Throughput(), Summary(), Checkpointing()],
+        callbacks=[RunMetadata(), SpikeGuard("warn"), Throughput(), RunSummary(), Checkpointing()],
     )  # fmt: skip
 
 

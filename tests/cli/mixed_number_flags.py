@@ -57,13 +57,13 @@ def main() -> None:
         parser = FitParser(exit_on_error=False)
         parser.add_class_arguments(kind, "x", fail_untyped=False)
         for action in parser._actions:
-            if mixes_numbers(hint := getattr(action, "_typehint", None)):
+            if mixes_numbers(getattr(action, "_typehint", None)):
                 required = {each.dest: "1" for each in parser._actions if each.required}
                 flags = [f"--{name}={value}" for name, value in required.items()]
                 given = [parser.parse_args([*flags, f"--{action.dest}={text}"]) for text in ("1", "1.0")]
                 in_file = [parser.parse_object({**required, action.dest: value}) for value in (1, 1.0)]
                 values = [config[action.dest] for config in (*given, *in_file)]
-                found[f"{kind.__name__}.{action.dest.removeprefix('x.')}"] = [str(hint), *values]
+                found[f"{kind.__name__}.{action.dest.removeprefix('x.')}"] = values
     print(json.dumps(found))
 
 

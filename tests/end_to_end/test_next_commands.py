@@ -14,7 +14,7 @@ EARLY_STOPPING = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.moni
                   "--trainer.val_check_interval=2"]  # fmt: skip
 TIMER = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:00:00:01"]
 ATTENTION = "tests.custom_attention.DoubledAttention"
-QUICK = "max_steps", "early stopping", "quoted path"
+QUICK = "early stopping", "quoted path"
 ENDINGS: dict[str, tuple[list[str], list[str]]] = {
     "max_steps": (["--trainer.max_steps=3"], ["generate", "fit --trainer.max_steps 6", "tensorboard"]),
     "max_epochs": (

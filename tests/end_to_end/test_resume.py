@@ -437,8 +437,9 @@ def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], l
 def test_one_of_four_automatic_runs_trains(small: list[str], tmp_path: Path) -> None:
     """A new run is started once, and a run with a checkpoint is resumed once; the others are refused in one line."""
     runs = tmp_path / "runs"
-    for steps in (300, 600):
+    for steps in (20, 40):
         flags = [*small, "--ckpt_path=auto", f"--trainer.max_steps={steps}", f"--runs={runs}"]
+        flags += ["--trainer.limit_val_batches=0", "--inspect.every_n_steps=0"]
         folders = [tmp_path / f"{steps} {n}" for n in range(4)]
         for folder in folders:
             folder.mkdir()

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.cli.config_files import FitParser
+from lit_gpt_scratch.distributed.strategies import TENSOR_PARALLEL_SIZES
 from tests.end_to_end.conftest import Command
 
 EPOCHS = "--trainer.max_steps=-1 --trainer.max_epochs=2 --trainer.limit_train_batches=4"
@@ -153,19 +154,19 @@ CALLBACKS: dict[str, dict[str, str]] = {
 }
 
 
-def cases() -> Iterator[tuple[list[str], str]]:
-    """Yield flags with the words of the refusal, empty if the run succeeds."""
-    for name, values in FLAGS.items():
+def cases(group: str) -> Iterator[tuple[list[str], str]]:
+    """Yield flags with the words of the refusal, empty if the run succeeds; groups: flags, callbacks, strategies."""
+    for name, values in FLAGS.items() if group == "flags" else ():
         for value, refusal in values.items():
             first, *others = value.split(" --")
             yield [f"--trainer.{name}={first}", *(f"--{other}" for other in others)], refusal
-    for name, values in CALLBACKS.items():
+    for name, values in CALLBACKS.items() if group == "callbacks" else ():
         for arguments, refusal in values.items():
             parts = arguments.split(" ") if "{" not in arguments else [arguments]
             flags = [f"--trainer.callbacks.{part}" for part in parts if part]
             yield [f"--trainer.callbacks={name}", *flags, "--trainer.val_check_interval=2"], refusal
-    for name in StrategyRegistry.available_strategies():
-        unsupported = name.startswith(("fsdp", "deepspeed", "xla", "single_xla")) and name not in ("fsdp2", "fsdp2_tp")
+    for name in StrategyRegistry.available_strategies() if group == "strategies" else ():
+        unsupported = name.startswith(("fsdp", "deepspeed", "xla", "single_xla")) and name not in TENSOR_PARALLEL_SIZES
         yield [f"--trainer.strategy={name}", "--trainer.devices=2", "--data.batch_size=2"], name if unsupported else ""
 
 
@@ -204,14 +205,15 @@ def outcome_of(command: Command, flags: list[str], refusal: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("group", ["flags", "callbacks", "strategies"])
 def test_every_trainer_flag_works_or_is_refused_in_one_line(
-    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch, group: str
 ) -> None:
     monkeypatch.setattr(_SubprocessScriptLauncher, "launch", launch)
     counts: Counter[str] = Counter()
     wrong = []
     shorter = ["--trainer.max_steps=6", "--trainer.val_check_interval=4", "--inspect.every_n_steps=0"]
-    for flags, refusal in cases():
+    for flags, refusal in cases(group):
         given = [flag for flag in (*small, *shorter) if not flag.startswith("--trainer.val_check_interval=8")]
         if any(flag.startswith("--trainer.check_val_every_n_epoch=") for flag in flags):
             given.remove("--trainer.val_check_interval=4")

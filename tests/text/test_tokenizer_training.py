@@ -20,9 +20,11 @@ from lit_gpt_scratch.text.tokenizer_training import (
     BYTES,
     CONTINUATION,
     END_OF_TEXT,
-    MAX_TRAINING_WORD_BYTES,
+    MAX_BPE_WORD_BYTES,
+    MAX_LONG_WORDS_BYTES,
     MAX_WORD_BYTES,
     TOKENIZER_KINDS,
+    _count_words,
 )
 from lit_gpt_scratch.text.wordpiece import train_wordpiece
 from tests.conftest import sentences
@@ -73,27 +75,40 @@ LONG_WORDS = {
 @pytest.mark.parametrize("word", LONG_WORDS)
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_long_words_are_learned_and_encoded_in_seconds(kind: str, word: str) -> None:
-    """The trainers of ``tokenizers`` take minutes for one word of this length, or overflow the stack."""
+    """The trainers of ``tokenizers`` take minutes for such words, or overflow the stack."""
     text = LONG_WORDS[word]
     tokenizer = Tokenizer.train([f"{text} {text}"], 600, kind)
-    most = {"bpe": MAX_TRAINING_WORD_BYTES, "unigram": MAX_TRAINING_WORD_BYTES, "wordpiece": MAX_WORD_BYTES, "byte": 1}
+    most = {"bpe": MAX_BPE_WORD_BYTES, "unigram": 16, "wordpiece": MAX_WORD_BYTES, "byte": 1}
     assert max(tokenizer.token_bytes()) <= most[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert kind == "byte" or len(ids) < 0.8 * len(text)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_tokenizer_of_ordinary_text_is_that_of_the_library(kind: str) -> None:
+def test_different_long_words_are_limited_and_other_words_are_not() -> None:
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("ACGT", k=60)) for _ in range(3 * MAX_LONG_WORDS_BYTES // 60)]
+    texts = [f"{TEXTS[0]} {lines[0]} {line} {lines[0]}" for line in lines]
+    words = _count_words(texts)
+    words_of_text = Counter(word for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(TEXTS[0]))
+    assert words[f"Ġ{lines[0]}"] == 2 * len(lines) + 1
+    assert all(words[word] == count * len(texts) for word, count in words_of_text.items())
+    assert sum(len(word) for word in words if word not in words_of_text) == MAX_LONG_WORDS_BYTES + 1  # "Ċ" before
+
+
+def test_bpe_of_ordinary_text_is_that_of_the_library() -> None:
     """Bit for bit: words of ordinary length are not split."""
-    longest = "x" * MAX_TRAINING_WORD_BYTES
-    texts = [*TEXTS, f"{longest} {longest}", "Où est 東京?"]
-    backend = Backend(models.BPE() if kind == "bpe" else models.Unigram())
+    longest = "x" * MAX_BPE_WORD_BYTES
+    texts = [*TEXTS, f"{longest}\n{longest}", "Où est 東京?"]
+    backend = Backend(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    settings = {"vocab_size": 320, "special_tokens": [END_OF_TEXT], "initial_alphabet": BYTES, "show_progress": False}
-    trainer = trainers.BpeTrainer(**settings) if kind == "bpe" else trainers.UnigramTrainer(**settings)
-    backend.train_from_iterator(texts, trainer)
-    assert Tokenizer.train(texts, 320, kind).to_json() == backend.to_str()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=[END_OF_TEXT], initial_alphabet=BYTES, show_progress=False
+        ),
+    )
+    assert Tokenizer.train(texts, 320).to_json() == backend.to_str()
 
 
 ORDINARY = [
