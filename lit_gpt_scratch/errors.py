@@ -1,4 +1,4 @@
-"""Exception for user errors, and descriptions of invalid YAML and of failures of the environment, such as a full disk."""
+"""Exception for user errors, and descriptions of invalid YAML and of environment failures, such as a full disk."""
 
 import errno
 import os

@@ -361,8 +361,8 @@ def chart_layout(trainer: L.Trainer) -> dict[str, dict[str, list[Any]]]:
 def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, RunPlan) and callback.lines:
-            rows = [line for line in callback.lines if line[0] != "folder"]
-            yield "plan", format_markdown_table([("item", "value"), *rows], "<<")
+            lines = [line for line in callback.lines if line[0] != "folder"]
+            yield "plan", format_markdown_table([("item", "value"), *lines], "<<")
     if isinstance(data, BaseDataModule):
         if reports := data.cleaning_reports:
             yield "audit", "\n\n".join(reports)

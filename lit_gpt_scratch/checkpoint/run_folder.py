@@ -160,8 +160,6 @@ class RunFolder:
         try:
             write_atomically(self.path / name, text)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise UserError(
                 f"cannot write {self.path / name}: {error.strerror}; check the permissions and the free disk space"
             ) from error

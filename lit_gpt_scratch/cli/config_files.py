@@ -1,10 +1,13 @@
 """Config files: shipped experiments, files specified by the user, and the ``config.yaml`` of a run."""
 
 import json
+import os
 import re
+import sys
 import textwrap
 from argparse import ArgumentError
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lit_gpt_scratch
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.cli.config_defaults import unset_defaults
+from lit_gpt_scratch.cli.error_formatting import parser_keys
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
-from lit_gpt_scratch.errors import UserError, describe_yaml_error
+from lit_gpt_scratch.errors import UserError, describe_yaml_error, exception_chain
 from lit_gpt_scratch.lightning_compat import restrict_imports
 from lit_gpt_scratch.tasks.rl.reward_functions import is_checkpoint_path
 from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_REWARDS
@@ -52,6 +56,23 @@ _typehints.union_subtype_sort_key = _rank_numbers_first  # type: ignore[assignme
 class FitParser(LightningArgumentParser):
     """Lightning's parser, extended to read configs from earlier versions of this package and from existing runs."""
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse the command line.
+
+        Raises:
+            UserError: A flag names a file that does not contain its settings. The parser's own error would quote the
+                file.
+        """
+        try:
+            config: Namespace = super().parse_args(args, *rest, **kwargs)
+        except (ArgumentError, UnicodeDecodeError) as error:
+            concerned = f"--{'.'.join(parser_keys(exception_chain(error)))}"
+            for flag, value in _flags_with_files(sys.argv[1:] if args is None else args):
+                if flag == concerned or _is_undecodable(value, error):
+                    raise UserError(f"{flag} {value}: the file does not contain valid settings of {flag}") from error
+            raise
+        return config
+
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
         """Parse the content of a config file.
 
@@ -78,6 +99,23 @@ def _require_mapping(content: str, path: Any) -> None:
         raise UserError(f"{where}: not valid YAML: {describe_yaml_error(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{where} is not a config, which is a YAML mapping of flags to values")
+
+
+def _flags_with_files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each flag whose value is the path of a file, with the value."""
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, equals, value = argument.partition("=")
+        value = value if equals else following
+        if flag.startswith("--") and os.path.isfile(value):
+            yield flag, value
+
+
+def _is_undecodable(path: str, error: Exception) -> bool:
+    """Return whether an error is about decoding the content of a file."""
+    if not isinstance(error, UnicodeDecodeError):
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(len(error.object)) == error.object
 
 
 def find_config(name: str) -> str:

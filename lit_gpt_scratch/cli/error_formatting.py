@@ -5,7 +5,7 @@ import re
 import textwrap
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -83,7 +83,7 @@ def user_errors() -> Iterator[None]:
             flag = _flag(chain)
             if not flag and (component := find_component(error)) and component[1] != "NoneType":
                 flag = f"--trainer.{' '.join(component)}: "
-            raise UserError(flag + _plain(_reason(chain), prefix=".".join(_keys(chain)))) from error
+            raise UserError(flag + _plain(_reason(chain), prefix=".".join(parser_keys(chain)))) from error
         raise
 
 
@@ -98,7 +98,7 @@ def _raised_by_a_library(error: BaseException) -> bool:
     return where.startswith(("lightning.pytorch.", "jsonargparse."))
 
 
-def _keys(chain: list[BaseException]) -> list[str]:
+def parser_keys(chain: Iterable[BaseException]) -> list[str]:
     """Return the parts of a flag's name, one for each nested parser, such as ``model``, ``optimizer`` and ``lr``."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
     keys = [match[1] for match in found if match]
@@ -106,7 +106,7 @@ def _keys(chain: list[BaseException]) -> list[str]:
 
 
 def _flag(chain: list[BaseException]) -> str:
-    keys = _keys(chain)
+    keys = parser_keys(chain)
     return f"--{'.'.join(keys)}: " if keys else ""
 
 

@@ -84,9 +84,10 @@ class OutputStream:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Log formatter that hides passwords, and escapes line breaks in the arguments of a message, so that they cannot forge log lines.
+    """Log formatter that hides passwords, and escapes line breaks in the arguments of a message.
 
-    Line breaks in the message itself are kept, and all other control characters are escaped by ``OutputStream``.
+    Such line breaks could forge log lines. Line breaks in the message itself are kept, and all other control characters
+    are escaped.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -109,7 +110,7 @@ def output_streams() -> Iterator[None]:
         if reconfigure := getattr(stream, "reconfigure", None):  # a pipe's encoding may lack characters
             reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115,PTH123 - kept open
-    sys.stdout, sys.stderr = OutputStream(before[0], True), OutputStream(before[1], False)  # type: ignore[assignment]  # duck-typed
+    sys.stdout, sys.stderr = OutputStream(before[0], True), OutputStream(before[1], False)
     try:
         yield
     except SystemExit:

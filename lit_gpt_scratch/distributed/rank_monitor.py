@@ -41,7 +41,9 @@ IDLE_SHARE: Final = 0.02
 """Fraction of a CPU core below which a process counts as idle."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds after which waiting for other ranks to connect is reported; True for several machines."""
-LOST_RANK: Final = r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
+LOST_RANK: Final = (
+    r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
+)
 """Pattern of the messages of errors that occur if a rank ends or does not respond."""
 DONE: Final = b"done"
 SAVING: Final = b"saving"

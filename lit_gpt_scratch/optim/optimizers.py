@@ -38,7 +38,8 @@ def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     to 150 times as long as in float32 on an AMD Zen 3, and most of a training step. Older GPUs emulate bfloat16.
     """
     if device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fast = available and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
         fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -1,7 +1,7 @@
 """Escaping of text from documents, files, models and users: for terminals, for Markdown and for JSON.
 
-Such text may contain terminal escape sequences, Markdown or HTML, which must be displayed, not interpreted. HTML reports
-are escaped by the autoescape of ``jinja2``.
+Such text may contain terminal escape sequences, Markdown or HTML, which must be displayed, not interpreted. In HTML
+reports, ``jinja2`` escapes it.
 """
 
 import json

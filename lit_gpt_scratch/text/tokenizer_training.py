@@ -21,8 +21,8 @@ BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONTINUATION: Final = "\u203f"
 """Prefix of WordPiece tokens that continue a word. Unlike the usual "##", it cannot occur in byte-level text."""
 MAX_WORD_BYTES: Final = 64
-"""Maximum number of bytes per word for WordPiece and Unigram. Longer words, as in genomes, Base64 and minified code, are
-split; WordPiece, which cannot encode long words, also splits them for encoding."""
+"""Maximum number of bytes per word for WordPiece and Unigram. Longer words, as in genomes, Base64 and minified code,
+are split; WordPiece, which cannot encode long words, also splits them for encoding."""
 MAX_BPE_WORD_BYTES: Final = 256
 """Maximum number of bytes per word in training BPE, and therefore of a token; longer words are split for training only.
 

@@ -25,12 +25,12 @@ def stream(condition: str) -> Iterator[TextIO | None]:
     if condition == "closed":
         yield None
     elif condition == "full":
-        with open("/dev/full", "w", encoding="utf-8") as file:
+        with Path("/dev/full").open("w", encoding="utf-8") as file:
             yield file
     else:
         reader, writer = os.pipe()
         os.close(reader)
-        with open(writer, "w", encoding="utf-8") as file:
+        with os.fdopen(writer, "w", encoding="utf-8") as file:
             yield file
 
 
@@ -59,10 +59,10 @@ def test_results_that_cannot_be_written(
         assert "Traceback" not in done.err
         errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert [line[:38] for line in errors] == ["error: cannot write to standard output"] * (condition != "pipe")
-        with stream(condition) as err, monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", err)
-            done = command(name, *args)
-        assert (done.code, bool(done.out)) == (0, True)
+    with stream("pipe") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        done = command(name, *args)
+    assert (done.code, bool(done.out)) == (0, True)
 
 
 def test_evaluation_results_are_saved_before_they_are_printed(
@@ -75,11 +75,11 @@ def test_evaluation_results_are_saved_before_they_are_printed(
     assert list(RUN.glob("evaluations/*.json"))
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(("out_is", "err_is"), [("closed", "pipe"), ("full", "full")])
 def test_runs_continue_and_save(
-    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch, condition: str
+    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch, out_is: str, err_is: str
 ) -> None:
-    with stream(condition) as out, stream(condition) as err, monkeypatch.context() as patch:
+    with stream(out_is) as out, stream(err_is) as err, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         assert command("fit", *small).code == 0
@@ -90,11 +90,10 @@ def test_runs_continue_and_save(
 def test_sweeps_continue(command: Command, trained: Trained, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     trained(*small)
-    for condition in CONDITIONS:
-        with stream(condition) as err, monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", err)
-            assert command("sweep", "--compare", RUN).code == 0
-        assert Path("runs/comparison/report.html").is_file()
+    with stream("full") as err, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        assert command("sweep", "--compare", RUN).code == 0
+    assert Path("runs/comparison/report.html").is_file()
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from tests.hostile import HOSTILE
 
 TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
 PIECES = st.lists(
-    st.sampled_from([*HOSTILE.values(), *"\\`*_[]()<>&#!|~-+.={}:$@ \t\nab01é", "    ", "```", "---", "1. ", "<!--", "-->",
-                     "<?", "<![CDATA[", "]]>", "&lt;", "</", "\x02", "\x03", "klzzwxh:0001"]),
+    st.sampled_from([*HOSTILE.values(), *"\\`*_[]()<>&#!|~-+.={}:$@ \t\nab01é", "    ", "```", "---", "1. ", "<!--",
+                     "-->", "<?", "<![CDATA[", "]]>", "&lt;", "</", "\x02", "\x03", "klzzwxh:0001"]),
     max_size=8,
 ).map("".join)  # fmt: skip
 

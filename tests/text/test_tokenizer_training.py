@@ -104,9 +104,7 @@ def test_bpe_of_ordinary_text_is_that_of_the_library() -> None:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=320, special_tokens=[END_OF_TEXT], initial_alphabet=BYTES, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=320, special_tokens=[END_OF_TEXT], initial_alphabet=BYTES, show_progress=False),
     )
     assert Tokenizer.train(texts, 320).to_json() == backend.to_str()
 
