@@ -68,7 +68,7 @@ def test_mapping_becomes_a_dataclass() -> None:
         ({"limits": [1, None]}, "content.limits[1] is null; it must be an integer"),
         ({"table": {"k": "v"}}, "content.table.k is 'v'; it must be an integer or null"),
         ({"table": {3: 1}}, "a key of content.table is 3; it must be text"),
-        ({"table": {"a b" * 99: "v"}}, "content.table.'a ba ba ba ba ba ba ba ba ba ba ba ba a...' is 'v'"),
+        ({"table": {"a b" * 99: "v"}}, "content.table.'a ba ba ba ba ba ba ba ba ba ba ba ba...' is 'v'"),
     ],
 )
 def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lit_gpt_scratch"
 
 READERS = {
-    "EventAccumulator", "EventFileLoader", "JournalStorage", "ParquetFile", "RDBStorage", "TaskManager", "from_file",
-    "fromfile", "load_dataset", "load_dataset_builder", "memmap", "open", "parse_string", "read_bytes", "read_metadata",
-    "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "np.load", "torch.load", "json.load",
+    "EventAccumulator", "EventFileLoader", "JournalStorage", "ParquetFile", "RDBStorage", "TaskManager",
+    "from_file", "fromfile", "load_dataset", "load_dataset_builder", "load_yaml", "memmap", "open",
+    "open_memmap", "parse_string", "read_bytes", "read_events", "read_json", "read_metadata", "read_schema",
+    "read_text", "safe_load", "safe_open", "simple_evaluate", "np.load", "torch.load", "json.load",
     "sqlite3.connect", "mmap.mmap",
 }  # fmt: skip
 """Calls that read a file: names of functions and methods, with their module if the name alone means other things."""
@@ -24,9 +25,10 @@ OWN_OPEN = {"TokenStore.open", "CleanedCorpus.open", "os.open"}
 IMPORTERS = {
     "trust.import_object": {"importlib.import_module"},
     "__main__._dispatch": {"import_module"},  # a command of this package
+    "cli.entrypoint.run_command": {"import_module"},  # a command of this package
     "cli.help.HelpPage._of_other_classes": {"import_module"},  # packages in a table
     "cli.help.class_flags": {"import_module"},
-    "sweeps.run_process": {"runpy.run_module"},  # fit, in a child process
+    "sweeps.run_process.run_module": {"runpy.run_module"},  # fit, in a child process
 }
 """Functions that run code by name, and how."""
 CODE = {
@@ -42,7 +44,7 @@ DELETERS = {
     "checkpoint.run_folder.RunFolder.delete": "a run folder that this call has made, without a checkpoint",
     "checkpoint.run_folder.RunFolder.order_events": "event files of the run, renamed to unused names",
     "data.prepare_tokens.TokenPreparation._write_texts_and_tokens": "a file in the unfinished store",
-    "sweeps.runner.SweepRunner._run_locked": "a run folder of this sweep, without a checkpoint",
+    "sweeps.runner.SweepRunner._execute": "a run folder of this sweep, without a checkpoint",
     "text.atomic_files.atomic_file": "its own temporary file",
     "text.atomic_files.fill_folder_atomically": "its own temporary folder",
     "text.atomic_files._remove_if_unused": "temporary files of this program",

@@ -318,17 +318,15 @@ class RunSummary(RunDirCallback):
             others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, others)
         if sample:
-            log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.split("\n")))
+            log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")))
         losses = [value.item() for name, value in trainer.callback_metrics.items() if name.endswith("/loss")]
         diverged = not all(map(math.isfinite, losses))
         commands = list(next_commands(trainer, folder, diverged, self.max_time_is_a_flag))
-        suggestions = "".join(f"\n  {command}" for command in commands)
-        log.info(
-            "\n%.0f s. Run directory: %s%s",
-            summary["seconds"],
-            folder.path,
-            f"\n\nNext:{suggestions}" if commands else "",
-        )
+        log.info("\n%.0f s. Run directory: %s", summary["seconds"], folder.path)
+        if commands:
+            log.info("\nNext:")
+        for command in commands:
+            log.info("  %s", command)
 
 
 def _find_callback(trainer: L.Trainer, kind: type[CallbackT]) -> CallbackT | None:

@@ -129,7 +129,7 @@ def validate_training_state(checkpoint: dict[str, Any]) -> None:
         if layout and (layout.keys() != SavedLayout.__annotations__.keys() or min(layout.values()) < 1):
             raise ValueError("checkpoint.layout is not a batch layout")
         for schedule in state["lr_schedulers"]:
-            if replaced := [name for name in schedule if hasattr(LambdaLR, name)]:
+            if replaced := [name for name in schedule if callable(getattr(LambdaLR, name, None))]:
                 raise ValueError(f"checkpoint.lr_schedulers contains the method {replaced[0]}")
     except ValueError as error:
         raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error

@@ -134,7 +134,7 @@ def explain_trainer_error(error: Exception, trainer: Mapping[str, Any], defaults
     mentioned = [name for name in trainer if re.search(rf"\b{name}\b", text)]
     changed = [name for name in trainer if trainer[name] != defaults.get(name)]
     flags = [name for name in mentioned if name in changed] or mentioned
-    if not flags and (component := find_component(error)):
+    if not flags and (component := find_component(error)) and component[1] != "NoneType":
         flags = [component[0]]
     values = {name: trainer[name] for name in flags or [name for name in HARDWARE if name in changed] or HARDWARE}
     is_plain = str, int, float, list, dict

@@ -178,6 +178,10 @@ def _eager_step(model: GPT) -> DecodeStep:
     return step
 
 
+_inductor = CompilerBackend(required=True)
+_single_row_cpu = CompilerBackend(required=True, compile=single_row_backend)
+
+
 def _compiled_step(model: GPT, rows: int) -> DecodeStep:
     """Return a compiled version of ``_eager_step`` for a fixed cache size and batch size.
 
@@ -188,8 +192,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
 
     on_cpu = model.embedding.weight.device.type == "cpu"
-    backend = CompilerBackend(required=True, compile=single_row_backend if rows == 1 and on_cpu else None)
-    program = torch.compile(decode, dynamic=False, backend=backend)
+    program = torch.compile(decode, dynamic=False, backend=_single_row_cpu if rows == 1 and on_cpu else _inductor)
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         cache.begin_forward(1)

@@ -130,7 +130,7 @@ def run(
         data = packed_text(batch_size=batch_size, tokens_per_step=windows * 32)
         of_run.fit(task(optimizer=AdamW()), data, ckpt_path=checkpoint, weights_only=True)
         assert of_run.global_step == until
-        assert len(data.train_dataset) == 401
+        assert len(data.train_dataset) == 387
         path = tmp_path / f"{until}-{batch_size}.ckpt"
         of_run.save_checkpoint(path)
         return seen, path, of_run
@@ -163,9 +163,9 @@ def test_trainer_resumes_with_other_micro_batches(
 def test_epoch_without_enough_windows_for_a_larger_step_ends(
     run: Callable[..., tuple[WindowRecorder, Path, L.Trainer]],
 ) -> None:
-    """Three steps of 96 windows leave 113 of 401; a step of 400 then begins the next epoch."""
+    """Three steps of 96 windows leave 99 of 387; a step of 360 then begins the next epoch."""
     _, checkpoint, _ = run(3, 96, None)
-    seen, _, of_run = run(4, 40, checkpoint, windows=400)
+    seen, _, of_run = run(4, 40, checkpoint, windows=360)
     [windows] = seen.steps.values()
-    assert len(windows) == 400
+    assert len(windows) == 360
     assert of_run.fit_loop.epoch_progress.current.processed == 2

@@ -12,6 +12,7 @@ from lit_gpt_scratch.cli import collect_preferences
 from lit_gpt_scratch.cli.collect_preferences import QUESTION
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
+from lit_gpt_scratch.text.escaping import escape_terminal
 from tests.end_to_end.conftest import Command
 
 FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
@@ -52,7 +53,8 @@ def test_answers_become_preference_pairs(command: Command, type_lines: Callable[
     for row, block, n, better in ((second, blocks[0], 0, 2), (first, blocks[2], 2, 1)):
         one, _, two = block.partition(QUESTION)[0].rstrip("\n").partition("\n\n[2] ")
         assert row["prompt"] == f"Say {n}."
-        assert [row["chosen"], row["rejected"]] == ([two, one] if better == 2 else [one, two])
+        shown = [escape_terminal(row["chosen"]), escape_terminal(row["rejected"])]
+        assert shown == ([two, one] if better == 2 else [one, two])
     assert len(Preferences(source="ranked.jsonl").records) == 3
 
 

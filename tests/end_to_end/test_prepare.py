@@ -87,7 +87,7 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
         ("a.txt", b"fine\n\xe9\n", [], "a.txt is not UTF-8 text (byte 0xe9 in line 2)"),
         ("a.txt", b"one\0two", [], "a.txt contains a NUL byte"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a\\u0000"}\n', [], "a.jsonl:2 contains a NUL byte"),
-        ("a.jsonl", b'{"text": "' + b"x" * 34_000_000 + b'"}\n', [], "a.jsonl: row 1: the text is 32 MB long"),
+        ("a.jsonl", b'{"text": "' + b"x" * 34_000_000 + b'"}\n', [], "a.jsonl: line 1 is longer than 32 MB"),
         ("a.txt", b"fine\n" + b"x" * 34_000_000, [], "a.txt: line 2 is longer than 32 MB"),
         ("a.txt", b"some text", ["--data.cleaning+=Length", "--data.cleaning.at_least=99"], "Length rejected 1"),
         ("a.txt", b"some text", ["--data.vocab_size=5000"], "data.vocab_size is 5,000, but"),

@@ -150,6 +150,11 @@ def set_reward(config: dict[str, Any]) -> None:
     config["data"] = {"class_path": "lit_gpt_scratch.data.Prompts"}
 
 
+def set_trusted_class(config: dict[str, Any]) -> None:
+    """A config that trusts its own code."""
+    config["model"]["class_path"] = config["trust"] = "planted.Task"
+
+
 def set_nested_config(config: dict[str, Any]) -> None:
     """The code is named in a second file, which the first one names."""
     (RUN / "model.yaml").write_text(yaml.safe_dump(config["model"] | {"class_path": "planted.Task"}))
@@ -212,11 +217,7 @@ WAYS = {
     "resumed callback": WayIn(edit_config(set_callback({"class_path": "planted.Watch"})), name="planted.Watch"),
     "resumed function": WayIn(edit_config(set_callback(LAMBDA)), name="planted.start"),
     "resumed reward": WayIn(edit_config(set_reward), name="planted.reward", then="data changed"),
-    "resumed class that the config trusts": WayIn(
-        edit_config(lambda config: config.update(model={"class_path": "planted.Task"}, trust="planted.Task")),
-        name="planted.Task",
-        then="different model",
-    ),
+    "resumed class that the config trusts": WayIn(edit_config(set_trusted_class), name="planted.Task"),
     "resumed nested config": WayIn(edit_config(set_nested_config), name="planted.Task"),
 }  # fmt: skip
 

@@ -203,7 +203,7 @@ def compare(runs: Path, target: Path) -> None:
         ("config.yaml", "seed_everything: 1\na: &a [*a]\n", "contains an alias to a value"),
         ("config.yaml", None, ""),  # not a finished run
         ("summary.json", "{", "summary.json: Expecting property name"),
-        ("summary.json", "[]", "summary.json: it is not a JSON object"),
+        ("summary.json", "[]", "summary.json: the content is a list; it must be an object"),
         ("summary.json", "{}", "does not log val/bits_per_byte"),
         ("summary.json", b"\xff", "summary.json: 'utf-8' codec"),
         ("summary.json", "[" * 100_000, "summary.json: "),

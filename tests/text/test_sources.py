@@ -133,7 +133,8 @@ def test_patterns_match_glob_where_there_are_no_links(
     pattern = "/".join(
         data.draw(st.lists(st.sampled_from(["**", "*", "a", "a*", "?", "[ab]", ".*", "*.txt"]), min_size=1, max_size=4))
     )
-    expected = {Path(found) for found in glob.glob(f"{root}/{pattern}", recursive=True)}  # noqa: PTH207
+    matches = glob.glob(f"{root}/{pattern}", recursive=True)  # noqa: PTH207
+    expected = {Path(match) for match in matches if not match.endswith("/")}  # glob finds "a/" for a/** if a is a file
     if not glob.has_magic(pattern):
         return
     found = set(sources._expand_pattern(root / pattern))

@@ -82,7 +82,8 @@ def test_long_words_are_learned_and_encoded_in_seconds(kind: str, word: str) -> 
     assert max(tokenizer.token_bytes()) <= most[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert kind == "byte" or len(ids) < 0.8 * len(text)
+    if kind in ("bpe", "wordpiece"):  # Unigram learns nothing from a text that has only one different word
+        assert len(ids) < 0.8 * len(text)
 
 
 def test_different_long_words_are_limited_and_other_words_are_not() -> None:
@@ -93,7 +94,7 @@ def test_different_long_words_are_limited_and_other_words_are_not() -> None:
     words_of_text = Counter(word for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(TEXTS[0]))
     assert words[f"Ġ{lines[0]}"] == 2 * len(lines) + 1
     assert all(words[word] == count * len(texts) for word, count in words_of_text.items())
-    assert sum(len(word) for word in words if word not in words_of_text) == MAX_LONG_WORDS_BYTES + 1  # "Ċ" before
+    assert sum(len(word) for word in words if word not in words_of_text) == MAX_LONG_WORDS_BYTES
 
 
 def test_bpe_of_ordinary_text_is_that_of_the_library() -> None:
