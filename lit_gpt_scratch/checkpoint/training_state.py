@@ -168,9 +168,15 @@ def validate_like(saved: Any, fresh: Any, name: str) -> None:
 
 
 def _find_counts(loops: Any) -> Iterator[int]:
-    """Yield all integers in nested mappings."""
-    for value in loops.values():
+    """Yield all integers in nested mappings.
+
+    Raises:
+        ValueError: A count of one of Lightning's progress trackers is not an integer.
+    """
+    for name, value in loops.items():
         if isinstance(value, dict):
             yield from _find_counts(value)
         elif isinstance(value, int):
             yield value
+        elif name in ("ready", "started", "processed", "completed"):
+            raise ValueError(f"a count of {name} batches or steps is {describe(value)}; it must be an integer")

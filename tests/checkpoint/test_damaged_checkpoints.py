@@ -41,7 +41,7 @@ Build = Callable[..., L.Trainer]
 
 def make_trainer(folder: Path) -> L.Trainer:
     return L.Trainer(
-        accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=1, max_steps=3, logger=False, enable_checkpointing=True,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         use_distributed_sampler=False, plugins=[AtomicCheckpointIO()],
         callbacks=[RunMetadata(), SpikeGuard("warn"), Throughput(), RunSummary(), Checkpointing()],
@@ -128,7 +128,7 @@ SIZES = [
     {"gpt__vocab_multiple": 2**31 - 1}, {"gpt__bigram_rows": 2**31 - 1}, {"gpt__head_dim": 2**30},
     {"gpt__n_head": 50_000, "gpt__head_dim": 1, "gpt__position": "alibi"}, {"vocab_size": 10**12},
     {"block_size": 2**31 - 1}, {"block_size": 10**18}, {"block_size": 2**31 - 1, "gpt__position": "learned"},
-    {"block_size": 2**31 - 1, "gpt__position": "sinusoidal"}, {"lora": asdict(LoRA(rank=10**12))},
+    {"block_size": 2**31 - 1, "gpt__position": "sinusoidal"}, {"lora": asdict(LoRA(rank=8)) | {"rank": 10**12}},
     {"lora": asdict(LoRA(rank=8)) | {"pattern": "(([a-z.]+)+)+$x"}}, {"classes": ["a"] * 100_000},
     {"gpt__rotary_base": 1e308, "gpt__rotary_scaling": "ntk", "gpt__rotary_factor": 1e308},
     {"gpt__rotary_share": 1e-300},

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from lit_gpt_scratch.callbacks.diagnostics import write_diagnoses
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -55,7 +54,6 @@ FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda path: export_safetensors({METADATA_KEY: {}, "state_dict": {"net.a": torch.zeros(3)}}, "net.", path),
     ),
     "run folder": ("summary.json", lambda path: RunFolder(path.parent).write_text(path.name, "{}")),
-    "diagnoses": ("doctor.json", lambda path: write_diagnoses([], path)),
     "tokenizer": ("tokenizer.json", lambda path: TOKENIZER.save(path)),
     "checksum of a tokenizer": ("tokenizer.json.sha256", lambda path: TOKENIZER.save(path.with_suffix(""))),
     "shard": (
