@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import yaml
 
-from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.errors import UserError, describe_yaml_error
 
 MAX_BYTES: Final = 2**18
 """Maximum size of a file in bytes; PyYAML needs seconds for more."""
@@ -46,7 +46,8 @@ def load_yaml(path: Path) -> tuple[Any, str]:
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     except Exception as error:  # constructors raise many types, for example for a date with 13 months
-        message = " ".join(str(error).split())
+        is_syntax = isinstance(error, yaml.YAMLError)
+        message = describe_yaml_error(error) if is_syntax else " ".join(str(error).split())
         raise UserError(
             f"{path} is not valid YAML: {message if len(message) <= 200 else message[:200] + '...'}"
         ) from error

@@ -122,7 +122,10 @@ def test_missing_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
         (["s.yaml", "--workers", "0"], "--workers is 0"),
         (["s.yaml", "--compare", "runs"], "pass either a sweep file, or run folders after --compare"),
         (["--compare", "runs"], "runs contains no finished run"),
-        (["s.yaml", "--storage", "postgresql://x@127.0.0.1:9/y"], "--storage: cannot reach postgresql://x@127.0.0.1:9"),
+        (
+            ["s.yaml", "--storage", "postgresql://x@127.0.0.1:9/y"],
+            "--storage: cannot reach postgresql://***@127.0.0.1:9",
+        ),
         (["s.yaml", "--runz", "x"], "--runz"),
     ],
 )
