@@ -109,7 +109,7 @@ MERGE_BOMB = "a0: &a0 {k0: 1}\n" + "".join(
         ("vary: {a: [1]}\n" + "# " + "x" * 2**20, "it is larger than 256 KB"),
         ("vary: {a: [2024-01-01]}\n", "contains 2024-01-01, which YAML reads as a date; put it in quotes"),
         ("vary: {a: [2024-99-99]}\n", "is not valid YAML: month must be in 1..12"),
-        ("vary: {a: [!!python/object/apply:os.system [ls]]}\n", "is not valid YAML: line 1: could not determine a constructor"),
+        ("vary: {a: [!!python/object/apply:os.system [ls]]}\n", "line 1: could not determine a constructor"),
         ("vary: {a: [!!binary aGk=]}\n", "which YAML reads as a bytes"),
         ("vary: {? [1] : 2}\n", "is not valid YAML: line 1: found unhashable key"),
         ('vary: {a: ["x\\0"]}\n', "cannot be passed on a command line"),
