@@ -159,7 +159,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
         if isinstance(batch, dict) and "input_ids" in batch:
             facts |= _label_facts(batch["input_ids"], batch["labels"])
     if getattr(task, "kl_target", None) is not None:
-        facts["run/kl_target"] = float(task.kl_target)  # type: ignore[arg-type]
+        facts["run/kl_target"] = float(task.kl_target)  # type: ignore[arg-type]  # only RL tasks have it
     if isinstance(data, BaseDataModule) and (passages := data.sample_train_tokens(MAX_SEARCHED_TOKENS)) is not None:
         facts["run/repeated_passages"] = repeated_passage_share(passages)
         if validation := data.split_counts.get("validation"):

@@ -125,7 +125,7 @@ def run_module(module: str) -> None:
     """Run a module as the main program; exit with ``ENVIRONMENT_EXIT_CODE`` if its environment makes it fail."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except BaseException as error:
+    except BaseException as error:  # fit reports a failure as SystemExit
         if not is_environment_failure(error):
             raise
         if not isinstance(error, SystemExit):

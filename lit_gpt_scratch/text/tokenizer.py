@@ -296,7 +296,7 @@ def _library_errors(problem: str) -> Iterator[None]:
     """Convert the errors of ``tokenizers``, which are plain Exceptions and panics, to ``UserError``."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # a panic in Rust is not an Exception
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{problem}: {error}") from error

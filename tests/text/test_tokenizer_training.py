@@ -75,7 +75,7 @@ LONG_WORDS = {
 @pytest.mark.parametrize("word", LONG_WORDS)
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_long_words_are_learned_and_encoded_in_seconds(kind: str, word: str) -> None:
-    """The trainers of ``tokenizers`` take minutes for such words, or overflow the stack."""
+    """The trainers of ``tokenizers`` take up to minutes for such words, because their run time is quadratic."""
     text = LONG_WORDS[word]
     tokenizer = Tokenizer.train([f"{text} {text}"], 600, kind)
     most = {"bpe": MAX_BPE_WORD_BYTES, "unigram": 16, "wordpiece": MAX_WORD_BYTES, "byte": 1}
