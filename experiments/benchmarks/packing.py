@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, best_fit_decreasing, compute_packing_cost
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import format_markdown_table
 
 SAMPLED = 10_000_000
 

@@ -23,8 +23,7 @@ from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, replay_events
 from lit_gpt_scratch.lightning_compat import planned_steps
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.escaping import markdown_code
-from lit_gpt_scratch.text.markdown_table import format_compact_table
+from lit_gpt_scratch.text.markdown import format_compact_table, markdown_code
 
 log = logging.getLogger(__name__)
 

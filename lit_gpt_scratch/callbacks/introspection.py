@@ -34,8 +34,7 @@ from lit_gpt_scratch.model.output_heads import ClassificationHead, ScalarHead, T
 from lit_gpt_scratch.optim.dtensor import to_local
 from lit_gpt_scratch.optim.gradient_clipping import total_grad_norm
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.escaping import Markdown, markdown_code
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import Markdown, format_markdown_table, markdown_code
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 PARAMETER_PARTS: Final = ("embedding", "attention", "feed_forward", "norms", "head")

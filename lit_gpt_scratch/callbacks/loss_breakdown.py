@@ -14,7 +14,7 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.text.escaping import markdown_code_block
+from lit_gpt_scratch.text.markdown import markdown_code_block
 
 PASSAGE_LENGTH: Final = 32
 """Number of labels per passage."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_gpt_scratch.text.escaping import escape_line
+from lit_gpt_scratch.terminal_output import escape_line
 
 Pixels = NDArray[np.uint8]
 """RGB image as a (height, width, 3) uint8 array."""

@@ -32,8 +32,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import (
     training_flops_per_token,
 )
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.escaping import markdown_code
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import format_markdown_table, markdown_code
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model.output_heads import TokenHead
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.escaping import markdown_code_block
+from lit_gpt_scratch.text.markdown import markdown_code_block
 
 
 class Samples(Callback):

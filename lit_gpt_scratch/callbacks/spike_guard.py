@@ -23,7 +23,7 @@ from lit_gpt_scratch.lightning_compat import (
 )
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.escaping import escape_markdown, markdown_code
+from lit_gpt_scratch.text.markdown import escape_markdown, markdown_code
 
 log = logging.getLogger(__name__)
 

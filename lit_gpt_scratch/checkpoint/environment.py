@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from lit_gpt_scratch.text.redaction import redact_command
+from lit_gpt_scratch.terminal_output import redact_command
 
 PACKAGE: Final = Path(__file__).parent.parent
 LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics", "jsonargparse")

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lit_gpt_scratch.cli.output_streams import EscapingFormatter, output_streams
 from lit_gpt_scratch.errors import UserError, describe_environment_error, exception_chain
-from lit_gpt_scratch.text.escaping import escape_line
-from lit_gpt_scratch.text.redaction import redact
+from lit_gpt_scratch.terminal_output import EscapingFormatter, escape_line, output_streams, redact
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.checkpoint.loading import LoadedModel

@@ -16,8 +16,8 @@ from lit_gpt_scratch.evaluation.registry import EVAL_TASKS, EvalRequest, evaluat
 from lit_gpt_scratch.evaluation.results_table import format_results, save_results
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
-from lit_gpt_scratch.text.escaping import dump_json
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.terminal_output import dump_json
+from lit_gpt_scratch.text.markdown import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import UntrustedCodeError, require_trusted
 

@@ -47,7 +47,6 @@ from lit_gpt_scratch.cli.config_files import (
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.help import HelpPage
-from lit_gpt_scratch.cli.output_streams import training_output
 from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.cli.trainer_flags import explain_trainer_error, validate_callbacks, validate_trainer_flags
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
@@ -67,6 +66,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.terminal_output import training_output
 
 log = logging.getLogger(__name__)
 

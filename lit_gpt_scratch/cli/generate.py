@@ -6,12 +6,11 @@ from pathlib import Path
 from lit_gpt_scratch.cli.chat import build_chat_prompts, chat_session, read_stdin_lines
 from lit_gpt_scratch.cli.collect_preferences import collect_preferences
 from lit_gpt_scratch.cli.entrypoint import CommandParser, load_language_model, validate_utf8
-from lit_gpt_scratch.cli.output_streams import write_generated
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
-from lit_gpt_scratch.text.escaping import dump_json
+from lit_gpt_scratch.terminal_output import dump_json, write_generated
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.help import HelpPage
-from lit_gpt_scratch.cli.output_streams import write_exact
 from lit_gpt_scratch.cli.show_packing import render_windows, supports_colors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, compute_packing_cost
@@ -20,9 +19,9 @@ from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
+from lit_gpt_scratch.terminal_output import write_exact
 from lit_gpt_scratch.text.cleaning_report import StoredAudit, format_step_table, read_remarks
-from lit_gpt_scratch.text.escaping import Markdown
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import Markdown, format_markdown_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 

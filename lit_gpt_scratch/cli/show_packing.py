@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.text.escaping import escape_terminal
+from lit_gpt_scratch.terminal_output import escape_terminal
 
 COLORS: Final = (36, 33, 35, 32, 34)
 """ANSI codes for cyan, yellow, magenta, green and blue; consecutive documents cycle through them."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.text.atomic_files import write_atomically
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import format_markdown_table
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, TrialResult
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, paired_differences
-from lit_gpt_scratch.text.escaping import escape_line
+from lit_gpt_scratch.terminal_output import escape_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

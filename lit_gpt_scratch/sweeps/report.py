@@ -24,10 +24,9 @@ from lit_gpt_scratch.sweeps.plots import (
 )
 from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
+from lit_gpt_scratch.terminal_output import escape_terminal, redact
 from lit_gpt_scratch.text.atomic_files import write_atomically
-from lit_gpt_scratch.text.escaping import Markdown, escape_markdown, escape_terminal, markdown_code_block
-from lit_gpt_scratch.text.markdown_table import format_compact_table
-from lit_gpt_scratch.text.redaction import redact
+from lit_gpt_scratch.text.markdown import Markdown, escape_markdown, format_compact_table, markdown_code_block
 
 MIN_SHOWN_P: Final = 0.0001
 """Smallest p-value that is reported as a number; smaller ones are reported as "< 0.0001"."""

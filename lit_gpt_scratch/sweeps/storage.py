@@ -16,7 +16,7 @@ from optuna.storages.journal._file import BaseJournalFileLock  # private, but th
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks
-from lit_gpt_scratch.text.redaction import HIDDEN
+from lit_gpt_scratch.terminal_output import HIDDEN
 
 JOURNAL = "study.journal"
 URL_SYNTAX = (

@@ -13,8 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
 from lit_gpt_scratch.text.document import RejectedDocument
-from lit_gpt_scratch.text.escaping import escape_markdown, markdown_code
-from lit_gpt_scratch.text.markdown_table import format_markdown_table
+from lit_gpt_scratch.text.markdown import escape_markdown, format_markdown_table, markdown_code
 
 MAX_EXAMPLES: Final = 3
 """Maximum number of example documents per rejection reason."""

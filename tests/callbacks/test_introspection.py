@@ -44,7 +44,7 @@ from lit_gpt_scratch.model.activation_hooks import CapturedActivations, capture_
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks import LanguageModel
-from lit_gpt_scratch.text.escaping import markdown_code
+from lit_gpt_scratch.text.markdown import markdown_code
 
 Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")

@@ -12,7 +12,7 @@ from lit_gpt_scratch.cli import collect_preferences
 from lit_gpt_scratch.cli.collect_preferences import QUESTION
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
-from lit_gpt_scratch.text.escaping import escape_terminal
+from lit_gpt_scratch.terminal_output import escape_terminal
 from tests.end_to_end.conftest import Command
 
 FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]

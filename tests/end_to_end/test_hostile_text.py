@@ -10,7 +10,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command, Outcome
 from tests.hostile import HOSTILE
-from tests.text.test_escaping import is_control
+from tests.text.test_markdown import is_control
 
 RUN = Path("runs/pretrain/version_0")
 TEXTS = [text for name, text in HOSTILE.items() if name != "surrogate"]  # not valid UTF-8, so never in a file

@@ -17,9 +17,9 @@ pytest.importorskip("optuna")
 from lit_gpt_scratch.sweeps.plots import plot_curves, plot_differences, plot_differences_over, robust_limits
 from lit_gpt_scratch.sweeps.report import SweepReport
 from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, TrialResult
-from lit_gpt_scratch.text.escaping import escape_line
+from lit_gpt_scratch.terminal_output import escape_line
 from tests.hostile import HOSTILE
-from tests.text.test_escaping import is_control
+from tests.text.test_markdown import is_control
 
 METRIC = "val/bits_per_byte"
 SESSION = {"versions": {"torch": "2.13.0"}, "hardware": {"system": "Linux", "threads": 2}, "code": {"commit": "abc"}}

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lit_gpt_scratch.text.redaction import redact, redact_command
+from lit_gpt_scratch.terminal_output import redact, redact_command
 
 SECRET = "hunter2"
 

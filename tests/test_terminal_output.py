@@ -12,10 +12,10 @@ import pytest
 from tqdm import tqdm
 
 from lit_gpt_scratch.cli import entrypoint
-from lit_gpt_scratch.cli.output_streams import OutputStream, training_output, write_exact, write_generated
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.terminal_output import OutputStream, training_output, write_exact, write_generated
 from tests.hostile import HOSTILE
-from tests.text.test_escaping import is_control
+from tests.text.test_markdown import is_control
 
 log = logging.getLogger("lit_gpt_scratch.tests")
 

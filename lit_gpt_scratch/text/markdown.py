@@ -1,19 +1,13 @@
-"""Escaping of text from documents, files, models and users: for terminals, for Markdown and for JSON.
+"""Markdown: escaping of text from documents, files, models and users; code; tables.
 
-Such text may contain terminal escape sequences, Markdown or HTML, which must be displayed, not interpreted. In HTML
-reports, ``jinja2`` escapes it.
+Such text may contain Markdown or HTML, which must be displayed, not interpreted. ``jinja2`` escapes HTML reports.
 """
 
-import json
 import re
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-CONTROLS: Final = "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff"
-"""Ranges of a regular expression: control characters except tab and newline, line separators, bidirectional controls,
-which reorder the text around them (https://trojansource.codes), and surrogates, which have no encoding."""
-_UNSAFE: Final = re.compile(f"(?!\r\n)[{CONTROLS}]")
-_UNSAFE_IN_LINE: Final = re.compile(f"[\t\n{CONTROLS}]")
-_UNSAFE_IN_JSON: Final = re.compile(f"[{CONTROLS}]")
+from lit_gpt_scratch.terminal_output import escape_line, escape_terminal
 
 # Only what would be interpreted is escaped, so that Markdown stays readable as plain text. Python-Markdown, which
 # TensorBoard uses, supports backslashes before fewer characters than CommonMark, so the others become entities.
@@ -26,16 +20,6 @@ class Markdown(str):
     """Text that is Markdown already: ``escape_markdown`` does not change it."""
 
     __slots__ = ()
-
-
-def escape_terminal(text: str) -> str:
-    r"""Replace control characters with visible escapes such as ``\x1b``, except tabs and the ends of lines."""
-    return _UNSAFE.sub(_visible, text)
-
-
-def escape_line(text: str) -> str:
-    r"""Replace control characters with visible escapes such as ``\x1b`` and ``\n``, so that the text is one line."""
-    return _UNSAFE_IN_LINE.sub(_visible, text)
 
 
 def escape_markdown(text: str) -> Markdown:
@@ -66,13 +50,27 @@ def markdown_code_block(text: str, language: str = "") -> Markdown:
     return Markdown(f"{fence}{language}\n{escape_terminal(text)}\n{fence}")
 
 
-def dump_json(value: Any) -> str:
-    """Serialize a value as one line of readable JSON that is safe to print on a terminal."""
-    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+def format_markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Format rows as an aligned Markdown table; the first row is the header.
+
+    Args:
+        rows: Cells of each row: text, which is escaped, or ``Markdown``.
+        alignment: One character per column: ``<`` for left alignment or ``>`` for right alignment.
+    """
+    rows = [[escape_markdown(cell) for cell in row] for row in rows]
+    widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = ["-" * width if a == "<" else "-" * (width - 1) + ":" for a, width in zip(alignment, widths, strict=True)]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
-def _visible(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
+def format_compact_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows like ``format_markdown_table``, but without alignment, so that each line depends only on its row."""
+    lines = [f"| {' | '.join(map(escape_markdown, row))} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def _longest_run_of_backticks(text: str) -> int:

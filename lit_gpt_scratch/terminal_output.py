@@ -1,27 +1,76 @@
-"""Standard output and standard error of the commands: escape control characters, and handle failed writes.
+"""Text on a terminal: escape control characters, hide passwords, and handle failed writes.
 
 Every command prints through these streams, so a new message cannot forget to escape text from files and models.
 """
 
 import copy
 import errno
+import json
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.escaping import escape_line, escape_terminal
-from lit_gpt_scratch.text.redaction import redact
+
+CONTROLS: Final = "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff"
+"""Ranges of a regular expression: control characters except tab and newline, line separators, bidirectional controls,
+which reorder the text around them (https://trojansource.codes), and surrogates, which have no encoding."""
+_UNSAFE: Final = re.compile(f"(?!\r\n)[{CONTROLS}]")
+_UNSAFE_IN_LINE: Final = re.compile(f"[\t\n{CONTROLS}]")
+_UNSAFE_IN_JSON: Final = re.compile(f"[{CONTROLS}]")
+
+HIDDEN: Final = "***"
+_NAME: Final = (
+    r"(?:(?:pg|ssl)?pass(?:word|wd|phrase|file)?|pwd|secret|(?:auth|access)?token|credentials?|signature|sig|sslkey|"
+    r"(?:api|access|secret|private)[_-]?key(?:[_-]?id)?)"
+)
+"""Last part of the names of secrets, such as ``sslpassword``, ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
+_VALUE: Final = r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}]+)"
+_URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)[^\s\"']*@")
+_SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=){_VALUE}", re.IGNORECASE)
+_JSON_FIELD: Final = re.compile(rf"(?<![^\W_])({_NAME}[\"']\s*:\s*){_VALUE}", re.IGNORECASE)
+_FLAG: Final = re.compile(rf"--(?:.*[._-])?{_NAME}", re.IGNORECASE)
 
 CURSOR_MOVEMENT: Final = re.compile("\r|(?:\x1b\\[A)+")
 """Characters that ``tqdm`` writes at the start of a text to redraw a progress bar."""
 CLOSED_PIPE_CODE: Final = 128 + getattr(signal, "SIGPIPE", 13)
 """Exit code if the reader of standard output has closed its pipe, as in ``generate | head -1``; shells use the same."""
+
+
+def escape_terminal(text: str) -> str:
+    r"""Replace control characters with visible escapes such as ``\x1b``, except tabs and the ends of lines."""
+    return _UNSAFE.sub(_visible, text)
+
+
+def escape_line(text: str) -> str:
+    r"""Replace control characters with visible escapes such as ``\x1b`` and ``\n``, so that the text is one line."""
+    return _UNSAFE_IN_LINE.sub(_visible, text)
+
+
+def dump_json(value: Any) -> str:
+    """Serialize a value as one line of readable JSON that is safe to print on a terminal."""
+    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _visible(found: re.Match[str]) -> str:
+    return repr(found[0])[1:-1]
+
+
+def redact(text: str) -> str:
+    """Replace the user and password of each URL, and each value that is named as a secret, with ``***``."""
+    text = _URL.sub(rf"\1{HIDDEN}@", text)
+    return _JSON_FIELD.sub(rf"\1{HIDDEN}", _SETTING.sub(rf"\1{HIDDEN}", text))
+
+
+def redact_command(arguments: Sequence[str]) -> list[str]:
+    """Apply ``redact`` to command-line arguments, and hide the argument after a flag that takes a secret."""
+    follows = (False, *(bool(_FLAG.fullmatch(argument)) for argument in arguments))
+    return [HIDDEN if secret else redact(argument) for argument, secret in zip(arguments, follows, strict=False)]
 
 
 class OutputStream:

@@ -11,16 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from lit_gpt_scratch.text.escaping import (
+from lit_gpt_scratch.terminal_output import dump_json, escape_line, escape_terminal
+from lit_gpt_scratch.text.markdown import (
     Markdown,
-    dump_json,
-    escape_line,
     escape_markdown,
-    escape_terminal,
+    format_compact_table,
+    format_markdown_table,
     markdown_code,
     markdown_code_block,
 )
-from lit_gpt_scratch.text.markdown_table import format_compact_table, format_markdown_table
 from tests.hostile import HOSTILE
 
 TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
