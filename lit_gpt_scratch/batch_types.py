@@ -38,12 +38,17 @@ class Batch(TypedDict):
 
 
 class LabelledBatch(TypedDict):
-    """``B`` documents with one class label each, right-padded to a common length ``T``."""
+    """``B`` documents with one class label each, in ``W`` windows that are right-padded to a common length ``T``.
+
+    Without ``window_counts``, each document has one window, and ``W`` equals ``B``.
+    """
 
     input_ids: Tensor
-    """(B, T) int64"""
+    """(W, T) int64"""
     lengths: Tensor
-    """(B,) int64, number of tokens in each document; 0 for a padding row"""
+    """(W,) int64, number of tokens in each window; 0 for a padding row"""
+    window_counts: NotRequired[Tensor]
+    """(B,) int64, number of windows of each document; the windows of a document are contiguous"""
     labels: Tensor
     """(B,) int64, class index of each document; ``IGNORE_INDEX`` for a padding row"""
     step_class_counts: NotRequired[Tensor]
@@ -173,6 +178,7 @@ class DataInfo:
         class_counts: Number of training examples per class; None if the data has no class labels.
         has_pairs: Whether batches are of type ``PairBatch``.
         truncates: Whether rows that are too long are truncated.
+        max_windows: Maximum number of windows of ``block_size`` tokens into which a row that is too long is split.
         prompts: Source of the prompts for on-policy training; None for other data.
     """
 
@@ -188,4 +194,5 @@ class DataInfo:
     class_counts: list[int] | None = None
     has_pairs: bool = False
     truncates: bool = False
+    max_windows: int = 1
     prompts: PromptSource | None = None

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
+from lit_gpt_scratch.evaluation.text_classifiers import LabelledTexts, word_baseline
 from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -41,7 +43,8 @@ MAX_XZ_TOKENS = 4_000_000
 class BaselineMetrics(Callback):
     """Callback that computes and logs baselines that require no training.
 
-    The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the majority class for classification,
+    The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the most common class and a word-based
+    classifier for classification,
     and the true reward (fraction of correct replies) of the initial model for RL and preference tuning. They are logged
     after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars tab shows them in the same chart as
     the corresponding metric of the model.
@@ -70,12 +73,9 @@ class BaselineMetrics(Callback):
         if isinstance(data, BaseDataModule) and (figures := _text_baselines(data, rows or None)):
             self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
             self.figures = figures
-        elif isinstance(data, BaseDataModule) and (accuracy := data.majority_class_accuracy) is not None:
-            if 0 < rows < len(data.validation_dataset):
-                log.info("no baseline: the accuracy of the commonest class is of all records, the model's of %d", rows)
-                return
+        elif isinstance(data, BaseDataModule) and (figures := _class_baselines(data, rows or None)):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
-            self.figures = {"commonest class": accuracy}
+            self.figures = figures
         elif (start := _initial_true_reward(trainer)) is not None:
             self.metric, self.what = "val/true_reward", "true reward (fraction of correct replies)"
             self.figures = {"true_reward": start}
@@ -127,6 +127,21 @@ def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
     with ThreadPoolExecutor(1) as pool:
         xz = pool.submit(measure_xz_bits_per_byte, text, n_bytes)
         return {**compute_token_baselines(*counted), "xz": xz.result()}
+
+
+def _class_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
+    """Return the accuracies of the baselines, or nothing if the data has no classes.
+
+    Args:
+        data: Data module of the run.
+        rows: Number of validation rows to measure on; None for all.
+    """
+    train, validation = data.labelled_texts("train"), data.labelled_texts("validation", rows)
+    if train is None or validation is None:
+        return {}
+    commonest, _ = Counter(train[1]).most_common(1)[0]
+    share = validation[1].count(commonest) / len(validation[1])
+    return {"commonest class": share, **word_baseline(LabelledTexts(*train), LabelledTexts(*validation))}
 
 
 class RunMetadata(RunDirCallback):

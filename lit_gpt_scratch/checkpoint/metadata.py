@@ -11,6 +11,7 @@ from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
 from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.windows import MAX_WINDOWS, Windows
 from lit_gpt_scratch.trust import Trusted, require_trusted
 
 METADATA_KEY: Final = "lit_gpt_scratch"
@@ -33,6 +34,8 @@ class CheckpointMetadata:
         classes: Class names of a classification head; None for other heads.
         pooling: Pooling method of a classifier, a key of ``model.output_heads.POOLINGS``; None for other heads.
         rewards: Whether the head predicts the reward of a conversation.
+        window_size: Maximum number of tokens per window of a classifier; None if a window has ``block_size`` tokens.
+        max_windows: Maximum number of windows into which a classifier splits a text.
     """
 
     gpt: dict[str, Any]
@@ -46,6 +49,13 @@ class CheckpointMetadata:
     classes: list[str] | None = None
     pooling: str | None = None
     rewards: bool = False
+    window_size: int | None = None
+    max_windows: int = 1
+
+    @property
+    def windows(self) -> Windows:
+        """Windows into which a classifier splits a text."""
+        return Windows(self.block_size if self.window_size is None else self.window_size, self.max_windows)
 
     @property
     def head(self) -> OutputHead:
@@ -138,6 +148,12 @@ class CheckpointMetadata:
         for name, size in (("vocab_size", self.vocab_size), ("block_size", self.block_size)):
             if size < 1:
                 raise ValueError(f"metadata.{name} is {size}; it must be positive")
+        for name, value, most in (
+            ("window_size", self.windows.size, self.block_size),
+            ("max_windows", self.max_windows, MAX_WINDOWS),
+        ):
+            if not 0 < value <= most:
+                raise ValueError(f"metadata.{name} is {value}; it must be from 1 to {most}")
         if self.start_of_text is not None and not 0 <= self.start_of_text < self.vocab_size:
             raise ValueError(f"metadata.start_of_text is {self.start_of_text}; it must be below {self.vocab_size}")
         if self.classes == []:

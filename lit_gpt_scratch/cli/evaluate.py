@@ -4,10 +4,11 @@ import argparse
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.cli.entrypoint import CommandParser, load_trained_model, validate_utf8
 from lit_gpt_scratch.errors import UserError
@@ -108,7 +109,8 @@ def _evaluate(given: Namespace, task: str) -> None:
     asked = EvalRequest(given.source, **options | {"stop": tuple(options.get("stop", ()))})
     kind = EVAL_TASKS[task]
     kind.read(asked)  # report a missing source before loading the model
-    model, tokenizer, classes, pooling = _open_checkpoint(given)
+    model, tokenizer, contents = _open_checkpoint(given)
+    classes = tuple(contents.classes or ())
     classifies = isinstance(model.output_head, ClassificationHead)
     if kind.needs_classifier != classifies:
         has = f"classifies into {len(classes)} classes" if classifies else "predicts tokens"
@@ -116,9 +118,8 @@ def _evaluate(given: Namespace, task: str) -> None:
         raise UserError(
             f"argument --task: {task} is not supported for {given.checkpoint}, which {has}; use one of {suits}"
         )
-    answer = evaluate(
-        task, model, tokenizer, EvalRequest(**vars(asked) | {"classes": classes, "pooling": pooling})
-    ).to_dict()
+    request = replace(asked, classes=classes, pooling=contents.pooling or "last", windows=contents.windows)
+    answer = evaluate(task, model, tokenizer, request).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
     _store_results(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
     _print_results(given, bare, answer)
@@ -139,7 +140,7 @@ def _benchmark(given: Namespace) -> None:
                 f"argument --include_path: lm-eval runs the code in the task files of {error.name}; "
                 f"if you trust it, pass --trust {error.name}"
             ) from error
-    model, tokenizer, _, _ = _open_checkpoint(given)
+    model, tokenizer, _ = _open_checkpoint(given)
     if isinstance(model.output_head, ClassificationHead):
         raise UserError(
             f"argument --benchmark: {given.checkpoint} is a classifier; benchmarks require a language model"
@@ -156,11 +157,12 @@ def _benchmark(given: Namespace) -> None:
 
 
 def _classify(given: Namespace) -> None:
-    model, tokenizer, classes, pooling = _open_checkpoint(given)
+    model, tokenizer, contents = _open_checkpoint(given)
     if not isinstance(model.output_head, ClassificationHead):
         raise UserError(f"argument --text: {given.checkpoint} is a language model; --text requires a classifier")
-    for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
-        chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
+    probabilities = classify(model, tokenizer, given.text, contents.pooling or "last", contents.windows)
+    for text, row in zip(given.text, probabilities.tolist(), strict=True):
+        chances = dict(sorted(zip(contents.classes or (), row, strict=True), key=lambda each: -each[1]))
         if given.json:
             result = {"text": text, "class": next(iter(chances)), "probabilities": chances}
             print(dump_json(result))
@@ -169,8 +171,8 @@ def _classify(given: Namespace) -> None:
             print(f"{text}\n{format_markdown_table(lines, '<>')}\n")
 
 
-def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
-    """Load the model, its tokenizer and, for a classifier, the class names and the pooling method.
+def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, CheckpointMetadata]:
+    """Load the model, its tokenizer and the metadata of the checkpoint.
 
     Sets ``given.checkpoint`` to the path of the checkpoint, and ``given.step`` to its number of optimizer steps.
     """
@@ -183,7 +185,7 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
         log.warning(
             "the tokenizer is lossy, and metrics cover only the text that it preserves: %s", tokenizer.round_trip_loss
         )
-    return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
+    return model, tokenizer, contents
 
 
 def _print_results(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:

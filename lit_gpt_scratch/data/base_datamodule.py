@@ -136,9 +136,13 @@ class BaseDataModule(L.LightningDataModule):
         """Markdown reports of what the cleaning steps removed, one per token store."""
         return []
 
-    @property
-    def majority_class_accuracy(self) -> float | None:
-        """Validation accuracy of always predicting the most common training class; None if there are no classes."""
+    def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
+        """Return the texts of a split, as far as the model reads them, and their class indices; None without classes.
+
+        Args:
+            split: Name of the split.
+            rows: Number of rows to which the texts are limited; None returns all.
+        """
         return None
 
     def validation_warnings(self) -> Iterator[str]:

@@ -4,21 +4,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, LabelledBatch
+from lit_gpt_scratch.data.base_datamodule import require_positive_ints
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
-from lit_gpt_scratch.data.record_split import shuffled_indices
+from lit_gpt_scratch.data.record_split import RecordSplit, shuffled_indices
 from lit_gpt_scratch.data.sampler import RowIndices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.document import TableRow, get_label, get_text, is_blank
+from lit_gpt_scratch.text.windows import MAX_WINDOWS, Windows
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,30 @@ class LabelledText(RecordDataModule[LabelledExample]):
         text_column: Column that contains the text.
         label_column: Column that contains the label, a string or an integer. If the dataset defines class names, they
             replace integer labels.
+        max_windows: Maximum number of windows of ``block_size`` tokens into which ``too_long`` ``windows`` splits a
+            record; the rest of a longer record is omitted.
         balance: Whether to downsample each class to the size of the smallest class; ``split_seed`` determines which
             records are kept.
         **kwargs: See ``RecordDataModule``.
     """
 
     shares = (0.1, 0.2)
+    length_policies = ("windows", "refuse", "cut", "drop")
     next_command = "evaluate {} --text {text}"
 
     def __init__(
-        self, text_column: str = "text", label_column: str = "label", balance: bool = False, **kwargs: Any
+        self,
+        text_column: str = "text",
+        label_column: str = "label",
+        balance: bool = False,
+        max_windows: int = 16,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        require_positive_ints({"max_windows": max_windows})
+        if max_windows > MAX_WINDOWS:
+            raise UserError(f"data.max_windows is {max_windows}; it must be at most {MAX_WINDOWS}")
+        self.max_windows = max_windows if self.too_long == "windows" else 1
         self.text_column = text_column
         self.label_column = label_column
         self.columns = {"text_column": text_column, "label_column": label_column}
@@ -98,12 +112,12 @@ class LabelledText(RecordDataModule[LabelledExample]):
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
 
-    @property
-    def majority_class_accuracy(self) -> float:
-        """Validation accuracy of always predicting the most common training class."""
-        commonest = int(np.argmax(self.class_counts))
-        labels = [int(example.sequences[0].labels[0]) for example in self.examples["validation"]]
-        return labels.count(commonest) / len(labels)
+    def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]]:
+        """Return the texts of a split, as far as the model reads them, and their class indices."""
+        examples = self.examples[cast(RecordSplit, split)][:rows]
+        ids = (np.concatenate([part.ids[1:] for part in example.sequences]) for example in examples)
+        texts = [self.tokenizer.decode(text.tolist()) for text in ids]
+        return texts, [int(example.sequences[0].labels[0]) for example in examples]
 
     def setup(self, stage: str) -> None:
         """Build the datasets.
@@ -122,37 +136,52 @@ class LabelledText(RecordDataModule[LabelledExample]):
     @property
     def info(self) -> DataInfo:
         """Description of the data, including class names and class counts."""
-        return replace(super().info, class_names=self.class_names, class_counts=self.class_counts)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the start-of-text token followed by the token ids of the text."""
-        return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
+        return replace(
+            super().info,
+            class_names=self.class_names,
+            class_counts=self.class_counts,
+            max_windows=self.max_windows,
+        )
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """Tokenize the text of a record; the label is the class index."""
+        """Tokenize the text of a record, one sequence per window. Their label is the class index."""
         label = np.array([self.class_names.index(record.label)])
-        return (EncodedSequence(np.array(self.encode(record.text)), label),)
+        ids = self.tokenizer.encode(record.text)
+        if self.too_long == "windows":
+            windows = Windows(self.block_size, self.max_windows)
+            parts = windows.split(ids, self.tokenizer.start_of_text)
+        else:
+            parts = [[self.tokenizer.start_of_text, *ids]]
+        return tuple(EncodedSequence(np.array(part), label) for part in parts)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> "LabelledTextDataset":
         """Build a dataset with one record per row."""
-        return LabelledTextDataset(
-            [example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text
-        )
+        items = [example.sequences for example in examples]
+        return LabelledTextDataset(items, self.block_size, self.tokenizer.end_of_text)
 
 
-class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
-    """Dataset of right-padded token sequences with their class indices."""
+class LabelledTextDataset(PaddedDataset[tuple[EncodedSequence, ...], LabelledBatch]):
+    """Dataset of records with their class indices; each record has one or more right-padded windows."""
+
+    def __init__(self, items: Sequence[tuple[EncodedSequence, ...]], block_size: int, fill: int) -> None:
+        super().__init__(items, block_size, fill)
+        self.has_windows = any(len(item) > 1 for item in items)
 
     def make_batch(self, rows: Sequence[int]) -> LabelledBatch:
         """Build the batch for the given row indices; the index ``len(self)`` denotes a padding row."""
         texts = [self.items[row] if row < len(self) else None for row in rows]
-        lengths = torch.tensor([len(text.ids) if text else 0 for text in texts])
-        input_ids = pad_rows([text.ids if text else EMPTY_ROW for text in texts], self.fill, self.block_size)
-        labels = torch.tensor([int(text.labels[0]) if text else IGNORE_INDEX for text in texts])
-        return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)
+        windows = [ids for text in texts for ids in ([part.ids for part in text] if text else [EMPTY_ROW])]
+        batch = LabelledBatch(
+            input_ids=pad_rows(windows, self.fill, self.block_size),
+            lengths=torch.tensor([len(ids) for ids in windows]),
+            labels=torch.tensor([int(text[0].labels[0]) if text else IGNORE_INDEX for text in texts]),
+        )
+        if self.has_windows:
+            batch["window_counts"] = torch.tensor([len(text) if text else 1 for text in texts])
+        return batch
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
         """Return the batch entry ``step_class_counts``: the number of rows in each class, (n_classes,)."""
-        classes = np.array([int(self.items[row].labels[0]) for row in rows])
-        n_classes = 1 + max(int(item.labels[0]) for item in self.items)  # every class has training records
+        classes = np.array([int(self.items[row][0].labels[0]) for row in rows])
+        n_classes = 1 + max(int(item[0].labels[0]) for item in self.items)  # every class has training records
         return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

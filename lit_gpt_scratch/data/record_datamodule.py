@@ -36,7 +36,6 @@ from lit_gpt_scratch.data.record_split import (
 from lit_gpt_scratch.data.resolve_tokenizer import resolve_tokenizer, train_or_load_tokenizer
 from lit_gpt_scratch.data.sampler import RowDataset
 from lit_gpt_scratch.data.tokenized_examples import (
-    LENGTH_POLICIES,
     EncodedSequence,
     LengthPolicy,
     TextRecord,
@@ -76,7 +75,8 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         copies_together: Whether to put duplicate records into the same split. By default, duplicates are split like
             other records, and the number of held-out records that also occur in the training split is logged.
         too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
-            ``cut`` truncates it at the end; ``drop`` skips it.
+            ``cut`` truncates it at the end; ``drop`` skips it; ``windows``, the default of ``LabelledText`` and only
+            available there, splits it. The default of other classes is ``refuse``.
         tokenizer: Type of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
             ``byte``), or the file or folder of an existing tokenizer. By default, the tokenizer of ``init_from``, or
             ``bpe`` if ``init_from`` is not set.
@@ -102,13 +102,16 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     """Columns to read; None reads all columns."""
     shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
     """Default fractions of the records that are held out for validation and for testing."""
+    length_policies: ClassVar[Sequence[LengthPolicy]] = ("refuse", "cut", "drop")
+    """Supported values of ``too_long``; the first one is the default."""
     special_tokens: ClassVar[Sequence[str]] = ()
     """Special tokens of a tokenizer trained on these records."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values used for arguments that are ``None``; ``fit`` saves these values in ``config.yaml``."""
-        return {"validation_share": cls.shares[0], "test_share": cls.shares[1], **default_tokenizer(arguments)}
+        shares = {"validation_share": cls.shares[0], "test_share": cls.shares[1]}
+        return {**shares, "too_long": cls.length_policies[0], **default_tokenizer(arguments)}
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         test_share: float | None = None,
         split_seed: int = 0,
         copies_together: bool = False,
-        too_long: LengthPolicy = "refuse",
+        too_long: LengthPolicy | None = None,
         tokenizer: str | None = None,
         vocab_size: int | None = None,
         init_from: str | None = None,
@@ -138,8 +141,9 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         test = self.shares[1] if test_share is None else test_share
         if split_seed < 0:
             raise UserError(f"data.split_seed is {split_seed}; it must be 0 or more")
-        if too_long not in LENGTH_POLICIES:
-            raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(LENGTH_POLICIES)}")
+        too_long = self.length_policies[0] if too_long is None else too_long
+        if too_long not in self.length_policies:
+            raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(self.length_policies)}")
         self.source = (
             None if source is None else DocumentSource(source, config=config, split=split, streaming=streaming)
         )

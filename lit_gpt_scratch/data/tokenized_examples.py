@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,7 @@ from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LengthPolicy = Literal["refuse", "cut", "drop"]
-LENGTH_POLICIES: Final[tuple[LengthPolicy, ...]] = get_args(LengthPolicy)
+LengthPolicy = Literal["refuse", "cut", "drop", "windows"]
 
 
 class TextRecord(Protocol):

@@ -21,6 +21,7 @@ from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow, get_label
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class ClassificationExample:
 
 
 @torch.inference_mode()
-def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: str = "last") -> NDArray[np.float64]:
+def classify(
+    model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: str = "last", windows: Windows | None = None
+) -> NDArray[np.float64]:
     """Compute the class probabilities of each text.
 
     Args:
@@ -74,23 +77,27 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
         tokenizer: The model's tokenizer.
         texts: N strings. Each is preceded by the start-of-text token, like a document.
         pooling: Method for pooling the hidden states before the head; see ``model.output_heads.POOLINGS``.
+        windows: Windows into which texts are split; None uses one window with the context length of the model.
 
     Returns:
         Probabilities, (N, n_classes).
     """
-    ids = [[tokenizer.start_of_text, *tokenizer.encode(text)] for text in texts]
-    if n_long := sum(len(row) > model.block_size for row in ids):
-        log.warning("%d texts are truncated to their first %d tokens, the context length", n_long, model.block_size)
-        ids = [row[: model.block_size] for row in ids]
-    lengths = [len(row) for row in ids]
+    windows = windows or Windows(model.block_size)
+    encoded = [tokenizer.encode(text) for text in texts]
+    if n_long := sum(windows.truncates(len(ids)) for ids in encoded):
+        limit = f"{windows.most} windows of {windows.size} tokens" if windows.most > 1 else f"{windows.size} tokens"
+        log.warning("%d texts are truncated to their first %s", n_long, limit)
+    split = [windows.split(ids, tokenizer.start_of_text) for ids in encoded]
+    lengths = [len(parts) * max(map(len, parts)) for parts in split]
     device = next(model.parameters()).device
-    found: list[Any] = [None] * len(ids)
-    with tqdm(total=len(ids), desc="classifying", unit="", delay=2, leave=False, disable=None) as bar:
+    found: list[Any] = [None] * len(texts)
+    with tqdm(total=len(texts), desc="classifying", unit="", delay=2, leave=False, disable=None) as bar:
         for indices in batch_by_length(lengths, [length / TOKENS_PER_BATCH for length in lengths]):
-            batch = [torch.tensor(ids[index]) for index in indices]
-            inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
-            counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
-            logits = model.forward_pooled(inputs, counts, pooling)  # (B, n_classes)
+            batch = [torch.tensor(part) for index in indices for part in split[index]]
+            inputs = pad_sequence(batch, batch_first=True).to(device)  # (W, T)
+            sizes = torch.tensor([len(row) for row in batch], device=device)  # (W,)
+            counts = torch.tensor([len(split[index]) for index in indices], device=device)  # (B,)
+            logits = model.forward_pooled(inputs, sizes, pooling, counts)  # (B, n_classes)
             for index, row in zip(indices, logits.softmax(-1).tolist(), strict=True):
                 found[index] = row
             bar.update(len(indices))
@@ -103,6 +110,7 @@ def evaluate_classification(
     examples: Sequence[ClassificationExample],
     classes: Sequence[str],
     pooling: str = "last",
+    windows: Windows | None = None,
 ) -> Measurements:
     """Predict the most probable class of each text, and compare it with the label.
 
@@ -112,27 +120,29 @@ def evaluate_classification(
         examples: Texts with class labels.
         classes: Class names.
         pooling: See ``classify``.
+        windows: See ``classify``.
 
     Returns:
         ``accuracy``; ``f1``, the mean F1 score over the classes that occur or are predicted; ``auroc``, the mean area
         under the ROC curve over the classes that have both positive and negative examples, or NaN if there is no such
         class; and ``confusion``, the number of texts for each true and predicted class.
     """
-    probabilities = torch.tensor(classify(model, tokenizer, [example.text for example in examples], pooling))  # (N, n)
+    texts = [example.text for example in examples]
+    probabilities = torch.tensor(classify(model, tokenizer, texts, pooling, windows))  # (N, n)
     predicted = probabilities.argmax(-1)  # (N,)
     true = torch.tensor([example.label for example in examples])  # (N,)
     n = len(classes)
 
     def metrics(indices: PartIndices) -> Metrics:
         subset = torch.from_numpy(indices)
-        texts = true[subset].bincount(minlength=n)  # (n,)
+        counts = true[subset].bincount(minlength=n)  # (n,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes that mean_auroc ignores
             areas = multiclass_auroc(probabilities[subset], true[subset], n, average=None)  # (n,)
         return {
             "accuracy": (predicted[subset] == true[subset]).double().mean().item(),
             "f1": multiclass_f1_score(predicted[subset], true[subset], n, average="macro").item(),
-            "auroc": mean_auroc(areas, texts).item(),
+            "auroc": mean_auroc(areas, counts).item(),
         }
 
     def extra(indices: PartIndices) -> dict[str, Any]:

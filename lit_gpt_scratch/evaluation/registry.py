@@ -26,6 +26,7 @@ from lit_gpt_scratch.evaluation.multiple_choice import MultipleChoiceQuestion
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.sources import read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class EvalRequest:
         stop: See ``generation_eval.evaluate_generation``.
         classes: Class names of a classifier.
         pooling: See ``classification_eval.classify``.
+        windows: See ``classification_eval.classify``.
     """
 
     source: str
@@ -59,6 +61,7 @@ class EvalRequest:
     stop: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     pooling: str = "last"
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ EVAL_TASKS: Final = {
         ),
         lambda labelled: str(labelled.text),
         lambda model, tokenizer, rows, request: classification_eval.evaluate_classification(
-            model, tokenizer, rows, request.classes, request.pooling
+            model, tokenizer, rows, request.classes, request.pooling, request.windows
         ),
         ("text_column", "label_column"),
         needs_classifier=True,

@@ -17,7 +17,7 @@ from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 from lit_gpt_scratch.model.norms import build_norm
-from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size
+from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, WeightsByRole
 
@@ -184,18 +184,23 @@ class GPT(nn.Module):
         """
         return self.apply_head(self.hidden_states(input_ids, document_ids))
 
-    def forward_pooled(self, input_ids: Tensor, lengths: Tensor, pooling: str = "last") -> Tensor:
+    def forward_pooled(
+        self, input_ids: Tensor, lengths: Tensor, pooling: str = "last", window_counts: Tensor | None = None
+    ) -> Tensor:
         """Compute one output per sequence, such as class logits or a reward.
 
         Args:
-            input_ids: (B, T) int64, right-padded.
-            lengths: (B,) int64, number of tokens in each sequence, excluding padding.
+            input_ids: (W, T) int64, right-padded.
+            lengths: (W,) int64, number of tokens in each row, excluding padding.
             pooling: Name of a pooling function in ``POOLINGS``.
+            window_counts: (B,) int64, number of contiguous rows of each sequence; None if each row is a sequence.
 
         Returns:
             (B, n_classes) class logits with a classification head, or (B,) scalars with a scalar head.
         """
-        pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
+        pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (W, 1, n_embd)
+        if window_counts is not None:
+            pooled = pool_windows(pooled, lengths, window_counts)  # (B, 1, n_embd)
         return self.apply_head(pooled).squeeze(1)
 
     def apply_head(self, x: Tensor) -> Tensor:

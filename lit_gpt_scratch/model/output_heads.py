@@ -88,6 +88,18 @@ def pool_mean(x: Tensor, lengths: Tensor) -> Tensor:
     return (x * in_text[..., None]).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
 
 
+def pool_windows(pooled: Tensor, lengths: Tensor, window_counts: Tensor) -> Tensor:
+    """Average the windows of each sequence, weighted by their lengths: (W, 1, n_embd), (W,), (B,) -> (B, 1, n_embd).
+
+    With ``pool_mean``, the result is the mean over all tokens of the sequence.
+    """
+    sequence = torch.repeat_interleave(window_counts, output_size=len(pooled))  # (W,), index of the sequence
+    is_part = sequence == torch.arange(len(window_counts), device=pooled.device)[:, None]  # (B, W)
+    weights = is_part * lengths.clamp(min=1)
+    shares = (weights / weights.sum(1, keepdim=True)).to(pooled.dtype)
+    return (shares[..., None] * pooled.squeeze(1)).sum(1, keepdim=True)  # not a matmul, which autocast would round
+
+
 POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": pool_last, "mean": pool_mean}
 """Functions that pool the hidden states of each sequence into one vector, keyed by name.
 

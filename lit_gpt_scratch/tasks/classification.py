@@ -34,7 +34,7 @@ class Classification(GPTModule):
 
     Args:
         pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token,
-            ``mean`` averages over all tokens.
+            ``mean`` averages over all tokens, because indicative words can occur anywhere.
         class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
             weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
             all classes have weight 1.
@@ -54,7 +54,7 @@ class Classification(GPTModule):
 
     def __init__(
         self,
-        pooling: str = "last",
+        pooling: str = "mean",
         class_weights: Literal["balanced"] | dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,21 +88,40 @@ class Classification(GPTModule):
     def gpt(self) -> GPTConfig:
         return replace(super().gpt, tied_embeddings=False)
 
-    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, lengths: Tensor, window_counts: Tensor | None = None) -> Tensor:
         """Compute the class logits of each document.
 
         Args:
-            input_ids: (B, T) int64, right-padded.
-            lengths: (B,) int64, number of tokens in each document.
+            input_ids: (W, T) int64, right-padded.
+            lengths: (W,) int64, number of tokens in each window.
+            window_counts: (B,) int64, number of windows of each document; None if each document has one window.
 
         Returns:
             Logits, (B, n_classes) float32.
         """
-        return self.net.forward_pooled(input_ids, lengths, self.pooling)
+        return self.net.forward_pooled(input_ids, lengths, self.pooling, window_counts)
+
+    def _class_logits(self, batch: LabelledBatch) -> Tensor:
+        return self(batch["input_ids"], batch["lengths"], batch.get("window_counts"))
+
+    @override
+    def split_batch(self, batch: LabelledBatch) -> list[Any]:
+        if "window_counts" not in batch:
+            return super().split_batch(batch)
+        ends = batch["window_counts"].cumsum(0).tolist()
+        return [
+            {
+                "input_ids": batch["input_ids"][start:end],
+                "lengths": batch["lengths"][start:end],
+                "window_counts": batch["window_counts"][row : row + 1],
+                "labels": batch["labels"][row : row + 1],
+            }
+            for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
 
     @override
     def loss_and_count(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        return self._loss_and_weight(self(batch["input_ids"], batch["lengths"]), batch["labels"])
+        return self._loss_and_weight(self._class_logits(batch), batch["labels"])
 
     def _loss_and_weight(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -141,7 +160,7 @@ class Classification(GPTModule):
 
     @override
     def update_metrics(self, batch: LabelledBatch) -> Tensor:
-        logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
+        logits, labels = self._class_logits(batch), batch["labels"]
         loss, weight = self._loss_and_weight(logits, labels)
         self.metrics.update(preds=logits.softmax(-1), target=labels, loss_sum=loss, weight_sum=weight)
         return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="none")
@@ -154,4 +173,10 @@ class Classification(GPTModule):
 
     @override
     def checkpoint_metadata(self) -> CheckpointMetadata:
-        return replace(super().checkpoint_metadata(), classes=self.class_names, pooling=self.pooling)
+        return replace(
+            super().checkpoint_metadata(),
+            classes=self.class_names,
+            pooling=self.pooling,
+            window_size=self.data_info.block_size,
+            max_windows=self.data_info.max_windows,
+        )

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,7 +32,7 @@ FILL = 99
 @settings(max_examples=100)
 def test_padded_batches_match_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
     rows = LabelledTextDataset(
-        [EncodedSequence(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL
+        [(EncodedSequence(np.array(ids), np.array([len(ids) % 3])),) for ids in texts], block_size, FILL
     )
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))
     batch = rows.make_batch(indices)
@@ -119,13 +120,55 @@ def test_named_classes_keep_their_names(tmp_path: Path) -> None:
         _ = LabelledText(source=kept([*labels[:39], -1]), tokenizer="byte", cache=str(tmp_path)).records
 
 
-def test_encode_matches_training(tmp_path: Path) -> None:
+@given(
+    texts=st.lists(st.lists(st.lists(st.integers(0, 98), min_size=1, max_size=8), min_size=1, max_size=4), min_size=1),
+    data=st.data(),
+)
+@settings(max_examples=50)
+def test_windows_of_a_record_are_contiguous(texts: list[list[list[int]]], data: st.DataObject) -> None:
+    items = [tuple(EncodedSequence(np.array(ids), np.array([n % 3])) for ids in text) for n, text in enumerate(texts)]
+    indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))
+    batch = LabelledTextDataset(items, 8, FILL).make_batch(indices)
+    chosen = [texts[index] if index < len(texts) else [[]] for index in indices]
+    assert batch["input_ids"].tolist() == [ids + [FILL] * (8 - len(ids)) for text in chosen for ids in text]
+    assert batch["lengths"].tolist() == [len(ids) for text in chosen for ids in text]
+    assert batch["labels"].tolist() == [index % 3 if index < len(texts) else IGNORE_INDEX for index in indices]
+    if max(map(len, texts)) > 1:
+        assert batch["window_counts"].tolist() == [len(text) for text in chosen]
+    else:
+        assert "window_counts" not in batch
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [({}, [10, 10, 9]), ({"max_windows": 2}, [12, 12]), ({"too_long": "cut"}, [12]), ({"too_long": "drop"}, [])],
+)
+def test_long_records(tmp_path: Path, flags: dict[str, Any], sizes: list[int]) -> None:
+    long = "a text of 26 bytes, no more"[:26]
+    rows = "".join(f'{{"text": "{long if n < 20 else "short"}", "label": {n % 2}}}\n' for n in range(40))
+    (tmp_path / "a.jsonl").write_text(rows)
+    source = {"source": str(tmp_path / "a.jsonl"), "tokenizer": "byte", "cache": str(tmp_path)}
+    data = LabelledText(**source, block_size=12, **flags)
+    data.setup("fit")
+    found = {tuple(len(part.ids) for part in example.sequences) for example in data.examples["train"]}
+    assert found == {(6,), *([tuple(sizes)] if sizes else [])}
+    read = "".join(long)[: sum(sizes) - len(sizes)]
+    texts, labels = data.labelled_texts("train")
+    assert set(texts) == {"short", *([read] if sizes else [])}
+    assert len(labels) == len(texts)
+
+
+def test_too_many_windows_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"data\.max_windows is 5000; it must be at most 1024"):
+        LabelledText(max_windows=5000)
+
+
+def test_records_start_with_the_start_of_text_token(tmp_path: Path) -> None:
     data = LabelledText(cache=str(tmp_path))
     data.setup("fit")
     place = int(data.split_indices["train"][0])
     _, record = data.records[place]
     [sequence] = data.examples["train"][0].sequences
-    assert sequence.ids.tolist() == data.encode(record.text)
-    assert data.encode(record.text)[0] == data.tokenizer.start_of_text
-    assert data.tokenizer.decode(data.encode(record.text)[1:]) == record.text
+    assert sequence.ids[0] == data.tokenizer.start_of_text
+    assert data.tokenizer.decode(sequence.ids[1:].tolist()) == record.text
     assert data.class_names[int(sequence.labels[0])] == record.label

@@ -13,6 +13,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.windows import Windows
 from tests.conftest import TINY, sentences
 
 NAMES = ("good", "neutral", "bad")
@@ -100,6 +101,15 @@ def test_long_text_is_truncated_to_the_context(classifier: GPT, tokenizer: Token
     with torch.inference_mode():
         expected = classifier(ids)[0, -1].softmax(-1)
     np.testing.assert_allclose(long[0], expected.numpy(), rtol=1e-5)
+
+
+def test_long_text_is_split_into_windows(classifier: GPT, tokenizer: Tokenizer) -> None:
+    texts = ["word " * 60, "short", "other words " * 200]
+    found = classify(classifier, tokenizer, texts, "mean", Windows(16, 5))
+    for text, chances in zip(texts, found, strict=True):
+        parts = Windows(16, 5).split(tokenizer.encode(text), tokenizer.start_of_text)
+        logits = torch.cat([classifier(torch.tensor([part]))[0] for part in parts])  # (T, 3)
+        assert chances.tolist() == pytest.approx(logits.mean(0).softmax(-1).tolist(), abs=1e-6)
 
 
 def test_label_may_be_a_number() -> None:

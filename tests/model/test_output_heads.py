@@ -7,7 +7,14 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.output_heads import ClassificationHead, OutputHead, ScalarHead, TokenHead, padded_vocab_size
+from lit_gpt_scratch.model.output_heads import (
+    POOLINGS,
+    ClassificationHead,
+    OutputHead,
+    ScalarHead,
+    TokenHead,
+    padded_vocab_size,
+)
 from tests.conftest import randomised
 
 VOCAB = 61
@@ -129,3 +136,21 @@ def test_output_has_at_least_32_bits(reads: OutputHead, weights: str, read: str)
 def test_tying_another_head_than_tokens_is_an_error(reads: OutputHead) -> None:
     with pytest.raises(UserError, match=f"tied_embeddings is true, but the output head is {type(reads).__name__}"):
         GPT(shape(tied_embeddings=True), VOCAB, 24, reads)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_windows_are_pooled_by_their_lengths(pooling: str) -> None:
+    """Mean pooling over windows is the mean over all tokens of the sequence."""
+    net = with_head(ClassificationHead(3)).double().eval()
+    ids = torch.arange(60).view(5, 12)
+    lengths, counts = torch.tensor([12, 9, 12, 3, 1]), [2, 1, 2]
+    found = net.forward_pooled(ids, lengths, pooling, torch.tensor(counts))
+    states = [net.hidden_states(row[None, :n])[0] for row, n in zip(ids, lengths.tolist(), strict=True)]
+    for sequence, rows in enumerate(([0, 1], [2], [3, 4])):
+        if pooling == "mean":
+            pooled = torch.cat([states[row] for row in rows]).mean(0)
+        else:
+            pooled = sum(lengths[row] * states[row][-1] for row in rows) / lengths[rows].sum()
+        torch.testing.assert_close(found[sequence], net.apply_head(pooled))
+    single = net.forward_pooled(ids, lengths, pooling, torch.ones(5, dtype=torch.int64))
+    torch.testing.assert_close(single, net.forward_pooled(ids, lengths, pooling))
