@@ -17,6 +17,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.trust import Trusted, UntrustedCodeError, import_object, require_trusted
 
 MAX_STEPS: Final = 900
@@ -153,12 +154,20 @@ def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
     found = []
     data, optimizer, schedule = map(config.get, ("data", "model.init_args.optimizer", "model.init_args.schedule"))
     init_from = config.get("model.init_args.init_from")
-    for part in (data, optimizer):
-        if isinstance(part, Namespace) and isinstance(part.get("init_args"), Namespace):
-            found.append((part.init_args, class_defaults(part, init_from)))
+    if isinstance(data, Namespace) and isinstance(data.get("init_args"), Namespace):
+        found.append((data.init_args, class_defaults(data, init_from)))
+    if isinstance(optimizer, Namespace) and isinstance(optimizer.get("init_args"), Namespace):
+        of_task = _task_class(config).optimizer_defaults.get(optimizer.class_path.rpartition(".")[2], {})
+        found.append((optimizer.init_args, {**class_defaults(optimizer), **of_task}))
     if isinstance(schedule, Namespace):
         found.append((schedule, Schedule.default_arguments(vars(schedule))))
     return found
+
+
+def _task_class(config: Namespace) -> type[GPTModule]:
+    """Return the class of the task, or the base class if it is not one of this package's tasks."""
+    kind = import_class(str(config.get("model.class_path")), "lit_gpt_scratch.tasks")
+    return kind if inspect.isclass(kind) and issubclass(kind, GPTModule) else GPTModule
 
 
 def unset_defaults(config: Namespace) -> None:
@@ -185,11 +194,14 @@ def resolve_defaults(config: Namespace) -> None:
         for name, value in defaults.items():
             if name in arguments and arguments[name] is None and name != "vocab_size":
                 arguments[name] = value
-    trainer = config.trainer
+    trainer, default_epochs = config.trainer, _task_class(config).default_epochs
     if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
-        trainer.max_steps = MAX_STEPS
+        trainer.max_epochs = default_epochs
+        trainer.max_steps = MAX_STEPS if default_epochs is None else -1
     if trainer.precision is None:
         trainer.precision = default_precision(str(trainer.accelerator)).value
+    if default_epochs is not None and trainer.val_check_interval is trainer.check_val_every_n_epoch is None:
+        trainer.check_val_every_n_epoch = 1
     if trainer.val_check_interval is None:  # a flag counts epochs, or nothing is set
         trainer.val_check_interval = VALIDATE_EVERY if trainer.check_val_every_n_epoch is None else 1.0
     if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None:

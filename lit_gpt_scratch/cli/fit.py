@@ -326,7 +326,8 @@ class FitCLI(LightningCLI):
                         raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
                     has_tests = getattr(self.datamodule, "test_dataset", None)
                     if has_tests and not writes_nothing and not self.stopping.signum:
-                        self.trainer.test(self.model, self.datamodule, verbose=False)
+                        best = self._best_checkpoint()
+                        self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         except BaseException:  # including signals: other ranks would wait for this one
             kill_child_processes(self.trainer)
             raise
@@ -335,6 +336,18 @@ class FitCLI(LightningCLI):
                 claimed.delete()
         if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)
+
+    def _best_checkpoint(self) -> str | None:
+        """Return the checkpoint to test; None for the final weights."""
+        checkpointing = self.trainer.checkpoint_callback
+        tests_best = isinstance(self.model, GPTModule) and self.model.tests_best
+        if not tests_best or not isinstance(checkpointing, Checkpointing):
+            return None
+        best = next(iter(checkpointing.best), None)
+        if best is None or checkpointing.folder is None or best == f"step={self.trainer.global_step}.ckpt":
+            return None
+        log.info("testing %s, which has the lowest validation loss", best)
+        return str(checkpointing.folder.checkpoints / best)
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
         """Build the monitor of the other ranks, which may have to end the process without Python's cleanup."""

@@ -71,6 +71,11 @@ In healthy runs, the relative fluctuation is at most 0.01.
 """
 OVERFIT_RISE_SMALL: Final = 0.1
 """Value used instead of ``OVERFIT_RISE`` if the validation set is small, as changes of a few percent are then noise."""
+MIN_LAG: Final = 0.02
+"""Difference by which the accuracy of a classifier must be below that of a word-based baseline.
+
+It is one standard deviation for 500 validation records.
+"""
 MIN_BASELINE_SHARE: Final = 0.2
 """Minimum bits per byte relative to those of a compressor or n-gram model.
 
@@ -227,3 +232,18 @@ def suspiciously_low_loss(e: MetricHistory) -> Finding | None:
         "the model has access to the tokens that it must predict, or was trained on the validation text",
         "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
     )
+
+
+def below_word_baseline(e: MetricHistory) -> Finding | None:
+    """Detect a finished classifier whose best validation accuracy is below that of a classifier that counts words."""
+    best = max(e["val/accuracy"].values, default=math.nan)
+    for name in ("tf-idf", "naive bayes"):
+        baseline = e.latest(f"baselines/{name}")
+        if e.is_over and best < baseline - MIN_LAG:
+            return Finding(
+                f"the accuracy on the validation records is {best:.3f} at best; {name} reaches {baseline:.3f}",
+                "the initial model was trained on too little text, or the learning rate does not suit it",
+                "--model.init_from a model trained on more text; "
+                "notebooks/reference/finetuning.md says when a small model is the wrong tool",
+            )
+    return None

@@ -47,6 +47,9 @@ RULES: Final = (
         "overfitting", ("val/loss",), loss_rules.overfitting, (MISALIGNED_LABELS, "duplicated text", "divergence"),
     ),
     Rule("suspiciously low loss", ("val/bits_per_byte",), loss_rules.suspiciously_low_loss, (MISALIGNED_LABELS,)),
+    Rule(
+        "below the word baseline", ("val/accuracy",), loss_rules.below_word_baseline, (*RATE_SYMPTOMS, "divergence"),
+    ),
     Rule("slow loader", ("throughput/data",), step_rules.slow_loader),
     Rule("attention sink", ("attention/sink",), activation_rules.attention_sink),
     Rule(

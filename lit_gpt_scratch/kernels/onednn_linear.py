@@ -36,8 +36,8 @@ PLAIN_TENSORS = Tensor, nn.Parameter
 """Tensor classes for which oneDNN is used; subclasses such as ``DTensor`` are excluded."""
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that uses oneDNN where it is faster; see the function ``linear``."""
+class OneDNNLinear(nn.Linear):
+    """``nn.Linear`` that uses oneDNN for large products; see the function ``linear``."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -45,7 +45,9 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-LINEAR_CLASSES = nn.Linear, Linear
+Linear: type[nn.Linear] = OneDNNLinear if USE_ONEDNN else nn.Linear
+"""Class of the linear layers of a network."""
+LINEAR_CLASSES = nn.Linear, OneDNNLinear
 """Classes of linear layers that LoRA may replace; other subclasses of ``nn.Linear`` are excluded."""
 
 

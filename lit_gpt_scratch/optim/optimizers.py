@@ -250,7 +250,7 @@ class Muon(OptimizerRecipe):
         momentum: Momentum of Muon.
         row_beta: Decay rate of the running mean square with which NorMuon (https://arxiv.org/abs/2510.05491) normalizes
             the update of each neuron. By default, NorMuon is disabled; setting ``row_beta`` enables it.
-        adamw_lr: Peak learning rate of AdamW.
+        adamw_lr: Peak learning rate of AdamW; 8e-3 by default.
         beta1: Decay rate of AdamW's running mean of gradients.
         beta2: Decay rate of AdamW's running mean of squared gradients.
     """
@@ -261,7 +261,7 @@ class Muon(OptimizerRecipe):
         weight_decay: float | None = None,
         momentum: float = 0.9,
         row_beta: float | None = None,
-        adamw_lr: float = 8e-3,
+        adamw_lr: float | None = None,
         beta1: float = 0.9,
         beta2: float = 0.95,
     ) -> None:
@@ -270,7 +270,7 @@ class Muon(OptimizerRecipe):
         self.weight_decay = defaults["weight_decay"] if weight_decay is None else weight_decay
         self.momentum = momentum
         self.row_beta = row_beta
-        self.adamw_lr = adamw_lr
+        self.adamw_lr = defaults["adamw_lr"] if adamw_lr is None else adamw_lr
         self.beta1 = beta1
         self.beta2 = beta2
         self.validate()
@@ -278,7 +278,7 @@ class Muon(OptimizerRecipe):
     @classmethod
     @override
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {"lr": 0.02, "weight_decay": 0.0}
+        return {"lr": 0.02, "weight_decay": 0.0, "adamw_lr": 8e-3}
 
     @override
     def build(self, model: nn.Module) -> Optimizer:

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -22,6 +23,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import WeightedMeanLoss, mean_auroc
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead
+from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
@@ -38,6 +40,8 @@ class Classification(GPTModule):
         class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
             weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
             all classes have weight 1.
+        patience: Number of validation runs without a lower validation loss after which training stops; None disables
+            early stopping. An ``EarlyStopping`` callback of the trainer replaces it.
         kwargs: Arguments of ``GPTModule``. The head is never tied to the embedding, regardless of
             ``gpt.tied_embeddings``.
 
@@ -45,6 +49,9 @@ class Classification(GPTModule):
         UserError: ``pooling`` is unknown, or a weight is out of range.
     """
 
+    default_epochs = 8
+    optimizer_defaults: ClassVar = {"Muon": {"lr": 1e-3, "adamw_lr": 5e-3}, "AdamW": {"lr": 1e-3}}
+    tests_best = True
     metrics: MetricCollection
     weights: Tensor
     """Weight of each class in the loss, (n_classes,) float32."""
@@ -56,9 +63,14 @@ class Classification(GPTModule):
         self,
         pooling: str = "mean",
         class_weights: Literal["balanced"] | dict[str, float] | None = None,
+        patience: int | None = 3,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("optimizer", Muon(**self.optimizer_defaults["Muon"]))
         super().__init__(**kwargs)
+        if patience is not None and patience < 1:
+            raise UserError(f"model.patience is {patience}; it must be at least 1, or null to disable early stopping")
+        self.patience = patience
         if pooling not in POOLINGS:
             raise UserError(f"model.pooling is {pooling}; it must be one of {', '.join(POOLINGS)}")
         for name, weight in class_weights.items() if isinstance(class_weights, dict) else ():
@@ -66,6 +78,13 @@ class Classification(GPTModule):
                 raise UserError(f"model.class_weights: the weight of {name} is {weight}; it must be 0 or more")
         self.pooling = pooling
         self.class_weights = class_weights
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        if self.patience is None or any(isinstance(callback, EarlyStopping) for callback in callbacks):
+            return []
+        return [EarlyStopping("val/loss", patience=self.patience, check_on_train_epoch_end=False)]
 
     @property
     def class_names(self) -> list[str]:

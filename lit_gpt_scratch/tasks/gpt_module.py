@@ -3,7 +3,7 @@
 import inspect
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -117,6 +117,13 @@ class GPTModule(L.LightningModule):
     """
     returns_label_losses: ClassVar[bool] = False
     """Whether ``update_metrics`` returns the loss of each label, which ``LossBreakdown`` requires."""
+    default_epochs: ClassVar[int | None] = None
+    """Number of epochs of a ``fit`` run without a limit on steps, epochs or time, with validation after each epoch;
+    None sets the default number of steps instead."""
+    optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Default arguments of the optimizers, keyed by class name; other arguments have the defaults of their class."""
+    tests_best: ClassVar[bool] = False
+    """Whether ``fit`` tests the checkpoint with the lowest validation loss instead of the final weights."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training.
 
