@@ -141,7 +141,7 @@ def test_windows_of_a_record_are_contiguous(texts: list[list[list[int]]], data: 
 
 @pytest.mark.parametrize(
     ("flags", "sizes"),
-    [({}, [10, 10, 9]), ({"max_windows": 2}, [12, 12]), ({"too_long": "cut"}, [12]), ({"too_long": "drop"}, [])],
+    [({}, [9, 10, 10]), ({"max_windows": 2}, [12, 12]), ({"too_long": "cut"}, [12]), ({"too_long": "drop"}, [])],
 )
 def test_long_records(tmp_path: Path, flags: dict[str, Any], sizes: list[int]) -> None:
     long = "a text of 26 bytes, no more"[:26]

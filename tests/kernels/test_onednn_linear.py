@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_gpt_scratch.kernels import onednn_linear as module
 from lit_gpt_scratch.kernels.onednn_linear import linear, onednn_is_faster
-from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model import GPT, GPTConfig, attention, feed_forward, gpt
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
@@ -28,6 +28,8 @@ def always() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "USE_ONEDNN", True)
         patch.setattr(module, "MIN_MULTIPLICATIONS", 0)
+        for user in (gpt, attention, feed_forward):
+            patch.setattr(user, "Linear", module.OneDNNLinear)
         yield
 
 
@@ -179,7 +181,7 @@ def test_batched_gradients() -> None:
 
 def test_exported_network_does_not_use_onednn() -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(module.Linear(8, 5), (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
+    exported = torch.export.export(module.OneDNNLinear(8, 5), (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
     assert "aten.linear" in exported.graph_module.code
     assert OURS not in exported.graph_module.code
 
