@@ -72,8 +72,8 @@ def naive_bayes(train: LabelledTexts, texts: Sequence[str]) -> list[int]:
     predicted = []
     for text in texts:
         known = [(words[word], n) for word, n in count_words(text).items() if word in words]
-        index, n = np.array(known, dtype=np.int64).reshape(-1, 2).T
-        predicted.append(classes[int(np.argmax(log_prior + log_likelihood[:, index] @ n))])
+        index, count = np.array(known, dtype=np.int64).reshape(-1, 2).T
+        predicted.append(classes[int(np.argmax(log_prior + log_likelihood[:, index] @ count))])
     return predicted
 
 

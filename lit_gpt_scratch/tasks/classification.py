@@ -121,7 +121,8 @@ class Classification(GPTModule):
         return self.net.forward_pooled(input_ids, lengths, self.pooling, window_counts)
 
     def _class_logits(self, batch: LabelledBatch) -> Tensor:
-        return self(batch["input_ids"], batch["lengths"], batch.get("window_counts"))
+        logits: Tensor = self(batch["input_ids"], batch["lengths"], batch.get("window_counts"))
+        return logits
 
     @override
     def split_batch(self, batch: LabelledBatch) -> list[Any]:
