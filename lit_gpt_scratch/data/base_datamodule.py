@@ -137,11 +137,11 @@ class BaseDataModule(L.LightningDataModule):
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
-        """Return the texts of a split, as far as the model reads them, and their class indices; None without classes.
+        """Return the texts of a split, truncated as for the model, and their class indices; None without classes.
 
         Args:
             split: Name of the split.
-            rows: Number of rows to which the texts are limited; None returns all.
+            rows: Number of rows, from the start of the split; None returns all.
         """
         return None
 
@@ -157,7 +157,7 @@ class BaseDataModule(L.LightningDataModule):
         """Return the tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text.
 
         Args:
-            rows: Number of validation rows to which the text is limited; None returns the whole text.
+            rows: Number of validation rows whose text is returned; None returns the whole text.
         """
         return None
 
@@ -361,15 +361,15 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
 
 
 OPEN_FILES: Final = 32
-"""Number of files that a run may open in addition to those of its loader workers."""
+"""Number of files that a run may open in addition to the files for its DataLoader workers."""
 OPEN_FILES_PER_WORKER: Final = 16
-"""Upper bound for the pipes of a worker of two loaders, and for the batches that it has prepared."""
+"""Maximum number of open files per DataLoader worker, for its pipes and prefetched batches; enough for two loaders."""
 
 
 def reserve_open_files(workers: int) -> None:
-    """Raise the soft limit on open files if it is too low for a number of DataLoader workers.
+    """Raise the soft limit on open files if it is too low for the given number of DataLoader workers.
 
-    A loader that runs out of open files would fail at any time, in any of its processes.
+    Otherwise, a loader could run out of open files and fail at any time, in any of its processes.
 
     Raises:
         UserError: The hard limit is too low.

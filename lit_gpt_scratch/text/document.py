@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 
 
 def first_words(text: str) -> str:
-    """Return the first words of a text, up to four on one line and 40 characters; empty if there is no word."""
+    """Return the first words of a text: up to four words on one line, and up to 40 characters; empty without words."""
     found = re.search(r"[^\W_]\S*(?:[ \t]+\S+){0,3}", text)
     return found[0][:40].strip() if found else ""
 
