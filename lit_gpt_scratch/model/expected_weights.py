@@ -13,7 +13,7 @@ from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 
 MAX_TABLE_BYTES: Final = 2**28
-"""Maximum size of the position tables of a model whose weights are smaller; files do not contain these tables."""
+"""Size in bytes up to which position tables may be larger than the weights of the model; files do not contain them."""
 
 
 def expected_weights(

@@ -194,7 +194,7 @@ class SweepReport:
         text = f"{len(failed)} of {n_runs} runs failed, in {n_trials} of {len(self.trials)} trials. "
         n_retryable = sum(run.retryable for _, run in failed)
         if n_retryable:
-            text += f"The cause of {n_retryable} may not be the settings; run the command again to retry. "
+            text += f"For {n_retryable}, the settings may not be the cause; run the command again to retry them. "
         if n_retryable < len(failed):
             text += "To repeat failed runs, add --retry failed to the command."
         return text.rstrip()
