@@ -35,7 +35,7 @@ MESSAGES: Final[dict[str, int]] = {
     r"File too large": errno.EFBIG,
     r"Too many open files|received \d+ items of ancdata": errno.EMFILE,
 }
-"""Error numbers for exceptions without one, as raised by libraries and worker processes, keyed by message pattern."""
+"""Error numbers, keyed by message pattern, for exceptions of libraries and workers that have only a message."""
 NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 """Error numbers that indicate an environment error only if the exception names a file."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
@@ -70,6 +70,6 @@ def describe_environment_error(error: BaseException) -> str | None:
 
 
 def describe_yaml_error(error: Exception) -> str:
-    """Return the line number and reason of a YAML error, without quoting the line, which may be from any file."""
+    """Return the line number and reason of a YAML error, but not the text of the line, which may be confidential."""
     mark = getattr(error, "problem_mark", None)
     return str(error).partition("\n")[0] if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', '')}"

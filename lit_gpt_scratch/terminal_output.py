@@ -29,7 +29,7 @@ _NAME: Final = (
     r"(?:(?:pg|ssl)?pass(?:word|wd|phrase|file)?|pwd|secret|(?:auth|access)?token|credentials?|signature|sig|sslkey|"
     r"(?:api|access|secret|private)[_-]?key(?:[_-]?id)?)"
 )
-"""Pattern of the end of a secret's name, such as ``sslpassword``, ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
+"""Pattern that matches the last part of a secret's name, as in ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
 _VALUE: Final = r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}]+)"
 _URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)[^\s\"']*@")
 _SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=){_VALUE}", re.IGNORECASE)

@@ -157,7 +157,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; the same on all ranks."""
+    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)

@@ -27,7 +27,7 @@ from lit_gpt_scratch.errors import exception_chain
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS: Final = 120
-"""Time in seconds since the last write to disk after which the next event causes all pending events to be written."""
+"""Interval in seconds; if the last write to disk is older than this, the next event writes all pending events."""
 
 _numbers = count()
 _reported: set[str] = set()
@@ -51,7 +51,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
 
 
 def tolerate_logger_errors(logger: Logger) -> None:
-    """Wrap the methods of a logger so that they log the first ``OSError`` and ignore others, instead of raising it."""
+    """Make the methods of a logger log the first ``OSError`` and ignore later ones, instead of raising them."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, partial(_call_tolerantly, logger, name))  # not a closure, because loggers are pickled
 
@@ -68,7 +68,7 @@ def _report(name: str, error: OSError) -> None:
 
 
 class EventFile:
-    """TensorBoard event file that logs its first write error instead of raising write errors.
+    """TensorBoard event file whose write errors are not raised; only the first one is logged.
 
     Events that could not be written are dropped. The file is truncated to its last complete event, so that later events
     can be read once the disk has free space again. Events are encoded and written in a background thread.
@@ -112,7 +112,7 @@ class EventFile:
     def _write(self) -> None:
         self._flushed_at = time.monotonic()
         pending, self._pending = self._pending.getbuffer(), io.BytesIO()
-        if not pending or (self._n_bytes and not self.path.parent.is_dir()):  # folder deleted, which saving reports
+        if not pending or (self._n_bytes and not self.path.parent.is_dir()):  # folder was deleted; saving reports it
             return
         with tolerate_write_errors("the TensorBoard events"):
             if not self._n_bytes:
@@ -148,7 +148,7 @@ class EventSummaryWriter(SummaryWriter):
         if self.file_writer is None:
             self.file_writer = EventFileWriter(self.log_dir)
             self.all_writers = {self.log_dir: self.file_writer}
-            if self.purge_step is not None:  # once: TensorBoard discards earlier points from this step on
+            if self.purge_step is not None:  # only once: TensorBoard discards earlier points at this step and later
                 start = SessionLog(status=SessionLog.START)
                 self.file_writer.add_event(Event(step=self.purge_step, session_log=start))
                 self.purge_step = None

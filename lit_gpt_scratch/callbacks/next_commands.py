@@ -49,9 +49,10 @@ def _use_model(trainer: L.Trainer, path: str) -> str:
 
 
 def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str]:
-    """Return flags that continue a finished run, with each limit that it reached doubled.
+    """Return flags with which a finished run can continue; each limit that it reached is doubled.
 
-    The list is empty if the time limit was reached, but is not set by a flag.
+    If a callback stopped the run, the only flag is ``--force``. The list is empty if the run reached a time limit that
+    is not set by a flag.
     """
     flags = []
     if 0 < trainer.max_steps <= trainer.global_step:

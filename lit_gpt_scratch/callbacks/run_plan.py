@@ -45,8 +45,8 @@ class RunPlan(RunDirCallback):
     Args:
         only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
             checkpoints or run validation.
-        limit_val_batches: Maximum number (int) or fraction (float) of batches per validation run of the planned run;
-            None uses the limit of the trainer.
+        limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
+            of batches; None uses the value of the trainer.
     """
 
     def __init__(self, only: bool = False, limit_val_batches: float | None = None) -> None:
@@ -176,7 +176,7 @@ class RunPlan(RunDirCallback):
             every = trainer.check_val_every_n_epoch
 
         def validations(n_steps: int) -> tuple[int, bool]:
-            """Return the number of runs in the first ``n_steps`` steps, and whether a final run would follow them."""
+            """Return the number of validation runs in the first ``n_steps`` steps, and whether a final run is added."""
             epochs, rest = divmod(batches_in_steps(trainer, n_steps), per_epoch)
             if trainer.check_val_every_n_epoch is not None and not rest:
                 epochs, rest = epochs - 1, per_epoch

@@ -288,7 +288,7 @@ def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequ
     if not gradients:
         return "in the loss only, not in its gradient"
     if len(gradients) == len(named):
-        return "in all gradients, but not in the forward pass: in the loss, or at the start of the backward pass"
+        return "in the loss or at the start of the backward pass: in all gradients, but not in the forward pass"
     return f"backward pass, first at {gradients[-1]}, in {len(gradients)} of {len(named)} gradients"
 
 

@@ -37,7 +37,7 @@ from lit_gpt_scratch.text.atomic_files import atomic_file
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Maximum number of validation tokens for the ``xz`` baseline; compressing more takes over ten seconds."""
+"""Number of validation tokens above which the ``xz`` baseline is omitted, because it would take over ten seconds."""
 
 
 class BaselineMetrics(Callback):
@@ -48,12 +48,12 @@ class BaselineMetrics(Callback):
     preference tuning. They are logged after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars
     tab shows them in the same chart as the corresponding metric of the model.
 
-    Text and class baselines are computed on the validation batches that ``trainer.limit_val_batches`` selects, like the
-    metrics of the model.
+    Text and class baselines are computed on the same validation batches as the metrics of the model, whose number
+    ``trainer.limit_val_batches`` may limit.
 
     Args:
-        limit_val_batches: Maximum number (int) or fraction (float) of batches per validation run of the planned run;
-            None uses the limit of the trainer.
+        limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
+            of batches; None uses the value of the trainer.
     """
 
     def __init__(self, limit_val_batches: float | None = None) -> None:

@@ -111,7 +111,7 @@ def verify_checksum(path: Path) -> bool:
 
 
 def require_plain_archive(path: Path) -> None:
-    """Check that the records of a checkpoint are neither compressed nor overlapping, as ``torch.save`` writes them.
+    """Check that the records of a checkpoint are neither compressed nor overlapping, as in a file from ``torch.save``.
 
     Otherwise, loading a small file could require any amount of memory.
 

@@ -78,7 +78,7 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements.
 
-    Each diagnosis becomes a point at the step in its row of the table of diagnoses.
+    Each row in a table of diagnoses becomes one point, at the step that the row contains.
     """
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     curves = {

@@ -81,7 +81,7 @@ class CheckpointMetadata:
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     def build_configs(self, path: Path, trusted: Trusted) -> tuple[GPTConfig, LoRA | None]:
-        """Build the settings of the network and of its adapters, the only code that builds them from a file.
+        """Build the settings of the network and of its adapters; no other code builds these settings from a file.
 
         Args:
             path: Path of the file that contains the metadata, for error messages.

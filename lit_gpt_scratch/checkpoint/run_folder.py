@@ -125,7 +125,7 @@ class RunFolder:
             lock.release()
 
     def require_only_run(self) -> None:
-        """Check that no other process has started or saved a run of the experiment; the caller must hold the lock.
+        """Check that no other process has started or saved a run of the experiment; this folder must be locked.
 
         If several processes create run folders at the same time, the one with the lowest version number passes.
 

@@ -337,7 +337,7 @@ class FitCLI(LightningCLI):
             self.stopping.leave(self.trainer)
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
-        """Build the monitor of the other ranks, with its own cleanup: it may end the process without Python's."""
+        """Build the monitor of the other ranks, with a function that cleans up before the monitor ends the process."""
         trainer = self.trainer
 
         def clean_up() -> None:

@@ -35,7 +35,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Upper bound for sizes, far above any useful value; some libraries abort the process if a size is too large."""
+"""Exclusive upper bound for sizes, far above any useful size; some libraries abort the process for larger sizes."""
 
 
 class SplitCounts(NamedTuple):
@@ -137,7 +137,7 @@ class BaseDataModule(L.LightningDataModule):
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
-        """Return the texts of a split, truncated as for the model, and their class indices; None without classes.
+        """Return the texts of a split, truncated like the model's input, and their class indices; None without classes.
 
         Args:
             split: Name of the split.
@@ -363,7 +363,10 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
 OPEN_FILES: Final = 32
 """Number of files that a run may open in addition to the files for its DataLoader workers."""
 OPEN_FILES_PER_WORKER: Final = 16
-"""Maximum number of open files per DataLoader worker, for its pipes and prefetched batches; enough for two loaders."""
+"""Maximum number of open files per DataLoader worker, for pipes and prefetched batches.
+
+The number is large enough for two DataLoaders, which are open at the same time during validation.
+"""
 
 
 def reserve_open_files(workers: int) -> None:

@@ -113,7 +113,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return counts
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]]:
-        """Return the texts of a split, truncated as for the model, and their class indices."""
+        """Return the texts of a split, truncated like the model's input, and their class indices."""
         examples = self.examples[cast(RecordSplit, split)][:rows]
         ids = (np.concatenate([part.ids[1:] for part in example.sequences]) for example in examples)
         texts = [self.tokenizer.decode(text.tolist()) for text in ids]

@@ -9,7 +9,7 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal number of training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Factor above or below ``CHINCHILLA_RATIO`` at which the training tokens per parameter are reported as a problem.
+"""Factor by which the training tokens per parameter must differ from ``CHINCHILLA_RATIO`` to be reported.
 
 The range is wide, because test runs are often much shorter than compute-optimal, and production runs much longer.
 """

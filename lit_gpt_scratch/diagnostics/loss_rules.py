@@ -13,9 +13,9 @@ N_RECENT: Final = 5
 PEAK_SHARE: Final = 0.9
 """The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
-"""Number of steps after the warm-up from which the loss of an ongoing run is checked for a decrease."""
+"""Number of steps after the warm-up before the loss of an ongoing run is checked for a decrease."""
 MIN_STEPS_FINISHED: Final = 50
-"""Minimum number of steps after the warm-up for the loss of a finished run to be checked for a decrease."""
+"""Minimum number of steps after the warm-up at which the loss of a finished run is checked for a decrease."""
 MIN_DECREASE: Final = 0.1
 """Decrease of the loss, relative to the loss of uniform predictions, below which the loss counts as not falling.
 
@@ -61,11 +61,11 @@ FLAT_DECREASE: Final = 0.02
 The median of the newest ``N_RECENT`` points is compared with the median ``2 * N_RECENT`` points earlier.
 """
 MIN_RISE: Final = 0.25
-"""Fraction of its lowest value by which the loss must rise for the run to be reported as diverged."""
+"""Relative rise of the loss above its lowest value at which the run is reported as diverged."""
 MIN_RISE_NATS: Final = 0.1
 """Rise in nats that is required in addition to ``MIN_RISE``, because a loss near 0 may double without diverging."""
 OVERFIT_RISE: Final = 0.03
-"""Fraction of its lowest value by which the validation loss must rise for the run to be reported as overfitting.
+"""Relative rise of the validation loss above its lowest value at which the run is reported as overfitting.
 
 In healthy runs, the relative fluctuation is at most 0.01.
 """

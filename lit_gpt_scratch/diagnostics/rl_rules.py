@@ -15,10 +15,10 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 N_RECENT: Final = 3
 """Number of most recent rollout phases whose median represents the current policy."""
 MIN_SEPARATION: Final = 1.5
-"""Distance between the medians of two groups of phases, relative to the larger range within a group, that is a rise.
+"""Distance between the medians of two groups of rollout phases above which a metric is considered to have risen.
 
-In a simulation with two groups of three phases and normally distributed noise, the second group exceeds the first by
-this distance in 1 of 125 cases.
+The distance is relative to the larger range of values within a group. In a simulation with two groups of three phases
+and normally distributed noise, the second group exceeds the first by this distance in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
 """Drop of the true reward (the fraction of correct replies) below its best value at which reward hacking is reported.

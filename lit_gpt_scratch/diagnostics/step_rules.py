@@ -96,7 +96,7 @@ def rewound(e: MetricHistory) -> Finding | None:
     lower = f" {rate / 3:.2g}" if math.isfinite(rate) else ""
     return Finding(
         f"{PATIENCE} consecutive steps were skipped; rewound to the weights of step {rewind.last:.0f}",
-        "the learning rate is too high, the precision is too low, or part of the text is unusual; not a single batch",
+        "the learning rate is too high, the precision is too low, or a large part of the text is unusual",
         f"--model.optimizer.lr{lower}",
     )
 

@@ -31,7 +31,7 @@ INTERVAL: Final = 0.5
 UNRESPONSIVE_SECONDS: Final = 8.0
 """Time in seconds without a new heartbeat after which a rank counts as unresponsive."""
 GRACE_SECONDS: Final = 3.0
-"""Time in seconds after a signal before the monitor ends a process that waits for other ranks."""
+"""Time in seconds after a signal until the monitor ends a process that waits for other ranks."""
 STUCK_SECONDS: Final = 60.0
 """Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 

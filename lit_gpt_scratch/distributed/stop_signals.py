@@ -15,7 +15,8 @@ STOP_SIGNALS: Final = [
 def install_stop_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Handle all stop signals with a function; must be called in the main thread.
 
-    If SIGHUP is already ignored, it stays ignored: ``nohup`` ignores it so that a process outlives its terminal.
+    If SIGHUP is already ignored, it stays ignored, because ``nohup`` ignores it to keep a process running after its
+    terminal is closed.
 
     Returns:
         The previous handlers, keyed by signal number.

@@ -178,7 +178,7 @@ def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int)
         yield "".join(example.text + EXAMPLE_SEPARATOR for example in examples)
     if n_replaced:
         log.warning(
-            "%d of %d questions are identical to a few-shot example and get another example; remove the duplicates",
+            "%d of %d questions are identical to a few-shot example, so another one is used; remove the duplicates",
             n_replaced, len(questions) - few_shot,
         )  # fmt: skip
 

@@ -78,7 +78,9 @@ class SweepReport:
             for name, content in files.items():
                 write_atomically(folder / name, content)
         except OSError as error:
-            raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write the report to {folder}: {error.strerror}; check the permissions and the free disk space"
+            ) from error
         return folder / "report.html"
 
     def results_csv(self) -> str:
@@ -194,7 +196,7 @@ class SweepReport:
         text = f"{len(failed)} of {n_runs} runs failed, in {n_trials} of {len(self.trials)} trials. "
         n_retryable = sum(run.retryable for _, run in failed)
         if n_retryable:
-            text += f"For {n_retryable}, the settings may not be the cause; run the command again to retry them. "
+            text += f"For {n_retryable} of them, the settings may not be the cause; run the command again to retry. "
         if n_retryable < len(failed):
             text += "To repeat failed runs, add --retry failed to the command."
         return text.rstrip()

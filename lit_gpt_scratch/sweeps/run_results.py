@@ -28,7 +28,7 @@ SUMMARY_FILE: Final = "summary.json"
 MAX_METRIC: Final = 1e38
 """Maximum absolute value of a metric, close to that of float32; larger values are treated as non-finite."""
 MAX_CURVE_POINTS: Final = 200
-"""Maximum number of points per stored curve."""
+"""Maximum number of points per stored curve; longer curves are subsampled."""
 
 
 T = TypeVar("T")

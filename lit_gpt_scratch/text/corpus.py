@@ -47,7 +47,7 @@ EARLIER_SOURCE_HASHES: Final[dict[str, type[CleaningStep]]] = {
     "ef71f33303efd7d9": Leakage,  # version 0.1
     "824cac3d6f438e0b": ExactDuplicates,  # before NearDuplicates reported truncated comparisons
 }  # fmt: skip
-"""A step of the current cleaning module, keyed by ``source_hash`` of an earlier version of it with the same rules."""
+"""One step of each cleaning module, keyed by the ``source_hash`` of an earlier version with the same rules."""
 
 
 @dataclass(frozen=True)

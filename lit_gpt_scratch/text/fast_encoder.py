@@ -39,7 +39,7 @@ BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex"
 
 
 def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
-    """Build a ``tiktoken`` encoding that provably returns the same ids as ``backend``; return None without a proof."""
+    """Build a ``tiktoken`` encoding that provably returns the same ids as ``backend``; None if the proof fails."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
