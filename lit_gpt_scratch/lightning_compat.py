@@ -63,9 +63,9 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
 
 
 def planned_steps(trainer: Trainer) -> float:
-    """Return the number of optimizer steps of a run up to its limits on steps and epochs; infinite without limits.
+    """Return the number of optimizer steps in a run, given its limits on steps and epochs; infinite without limits.
 
-    Unlike ``estimated_stepping_batches``, it accounts for a ``GradientAccumulationScheduler``.
+    Unlike ``estimated_stepping_batches``, this number accounts for a ``GradientAccumulationScheduler``.
     """
     steps = trainer.estimated_stepping_batches  # also sets up the dataloader, on which the number of batches depends
     if trainer.max_epochs in (None, -1) or _accumulation_scheduler(trainer) is None:
@@ -128,7 +128,7 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 
 
 def collective_timeout(trainer: Trainer) -> timedelta:
-    """Return the timeout of the strategy's process group, which other groups do not inherit."""
+    """Return the timeout of the strategy's process group; other process groups do not inherit this timeout."""
     return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
 
 
@@ -138,7 +138,7 @@ def trains_in_this_process(trainer: Trainer) -> bool:
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
+    """Kill the ranks that this process launched as subprocesses, which would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))

@@ -171,7 +171,7 @@ def time_is_up(trainer: L.Trainer) -> bool:
 
 
 class CheckpointingState(TypedDict):
-    """State of ``Checkpointing`` in a checkpoint; checkpoints of 0.1 contain only ``best``."""
+    """State of ``Checkpointing`` in a checkpoint; checkpoints of version 0.1 contain only ``best``."""
 
     best: dict[str, float]
     validation_due: NotRequired[bool]

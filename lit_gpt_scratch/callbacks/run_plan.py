@@ -162,7 +162,7 @@ class RunPlan(RunDirCallback):
         return left.format(format_duration(total)) + " and " + pluralize(validations, "validation run")
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int | None:
-        """Return the number of validation runs left after ``done`` of ``steps`` steps, including the final one.
+        """Return the number of validation runs that remain after ``done`` of ``steps`` steps, including the final one.
 
         Returns None if the validation interval is a duration, not a number of steps.
         """

@@ -24,7 +24,7 @@ _received: list[int] = []
 def exit_on_signal() -> Iterator[None]:
     """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal.
 
-    Unlike the default action of all stop signals but SIGINT, this lets cleanup code run.
+    The exception lets cleanup code run, whereas the default action of most stop signals ends the process immediately.
     """
     before = {}
     _received.clear()

@@ -48,8 +48,8 @@ class BaselineMetrics(Callback):
     preference tuning. They are logged after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars
     tab shows them in the same chart as the corresponding metric of the model.
 
-    Text and class baselines are computed on the same validation batches as the metrics of the model, whose number
-    ``trainer.limit_val_batches`` may limit.
+    Text and class baselines are computed on the same validation batches as the metrics of the model.
+    ``trainer.limit_val_batches`` can limit the number of these batches.
 
     Args:
         limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)

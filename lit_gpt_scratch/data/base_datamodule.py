@@ -115,7 +115,7 @@ class BaseDataModule(L.LightningDataModule):
     # Optional overrides, which callbacks use in reports and logs.
 
     item_name: ClassVar[str] = "row"
-    """Singular name of what ``SplitCounts.items`` counts, such as "document"."""
+    """Singular noun for the items that ``SplitCounts.items`` counts, such as "document"."""
     packing: PackingPolicy | None = None
     """Policy that packs documents into rows; None if each row is one padded record."""
     next_command: ClassVar[str] = "generate {}"
@@ -133,7 +133,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def cleaning_reports(self) -> list[str]:
-        """Markdown reports of what the cleaning steps removed, one per token store."""
+        """Markdown reports on the documents that the cleaning steps removed, one per token store."""
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
@@ -154,7 +154,7 @@ class BaseDataModule(L.LightningDataModule):
         return None
 
     def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int] | None:
-        """Return the tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text.
+        """Return the tokens of the validation text and its size in UTF-8 bytes; None if it is not continuous text.
 
         Args:
             rows: Number of validation rows whose text is returned; None returns the whole text.

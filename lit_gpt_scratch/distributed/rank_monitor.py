@@ -53,7 +53,7 @@ SAVING: Final = b"saving"
 class RankMonitor:
     """Context manager with a thread that reports unresponsive ranks, and can end this process after a signal.
 
-    After a signal, the monitor ends the process if it still waits for other ranks to connect, if a rank is
+    After a signal, the monitor ends the process if the process still waits for other ranks to connect, if a rank is
     unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the process.
 
     Args:

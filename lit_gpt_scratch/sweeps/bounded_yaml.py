@@ -12,7 +12,7 @@ MAX_BYTES: Final = 2**18
 MAX_NODES: Final = 100_000
 """Maximum number of values in a file, counting the values of an alias each time it is used."""
 MAX_DEPTH: Final = 50
-"""Maximum nesting depth."""
+"""Maximum nesting depth of the values in a file."""
 
 
 def load_yaml(path: Path) -> tuple[Any, str]:

@@ -187,7 +187,7 @@ class SweepReport:
         )
 
     def describe_failures(self) -> str:
-        """Return the number of failed runs and how to repeat them; empty if no run failed."""
+        """Return sentences with the number of failed runs, and the command to repeat them; empty if no run failed."""
         n_runs = sum(max(len(trial.runs), trial.expected_runs) for trial in self.trials)
         failed = [(trial.number, run) for trial in self.trials for run in trial.runs if run.state == "failed"]
         if not failed:

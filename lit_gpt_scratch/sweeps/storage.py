@@ -98,7 +98,7 @@ def _ensure_writable(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
-        raise UserError(f"--storage: cannot write to {path}: {error.strerror}; check the path and permissions") from error
+        raise UserError(f"--storage: cannot write to {path}: {error.strerror}; check the path") from error
     return path
 
 

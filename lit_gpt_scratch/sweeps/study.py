@@ -203,7 +203,7 @@ class Study:
         return True
 
     def _missing_seeds(self, trial: FrozenTrial) -> list[int]:
-        """Return the seeds of the runs that remain to be executed; none if a run was pruned."""
+        """Return the seeds of the runs that remain to be executed; empty if a run was pruned."""
         recorded = recorded_runs(trial)
         if any(run.state == "pruned" for run in recorded.values()):
             return []

@@ -244,7 +244,7 @@ class GPTModule(L.LightningModule):
             self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
 
     def _read_data_info(self) -> None:
-        """Set ``data_info``; nothing else accesses the data module."""
+        """Set ``data_info``; no other method accesses the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide errors in ``info``
             raise UserError(f"{type(self).__name__} requires a data module; call trainer.fit(model, datamodule=...)")

@@ -39,7 +39,7 @@ KEPT_CHARACTERS: Final = 40
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file next to ``path``; on success, flush it to disk and rename it to ``path``.
 
-    The permissions are those of the file that is replaced, or follow the umask.
+    The file has the permissions of the file that it replaces; if it replaces none, its permissions follow the umask.
     """
     for leftover in find_unfinished(path.parent, path.name):
         _remove_if_unused(leftover)
@@ -228,7 +228,7 @@ def _read_purpose(partial: Path) -> str | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power failure, if the file system supports this."""
+    """Write a rename in a folder to disk, so that a power failure cannot undo it, if the file system supports this."""
     if os.name == "posix":
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 RUN_LENGTH: Final = 2**13
-"""Approximate length of a sample in characters, at which a pattern that takes cubic time exceeds the time limit."""
+"""Approximate length of a sample in characters; at this length, a pattern in cubic time exceeds the time limit."""
 MAX_UNITS: Final = 30
 """Maximum number of characters from the patterns for which samples are built; also the maximum number of words."""
 MAX_WORD: Final = 32
 """Number of characters from which a word is too long for a sample."""
 MAX_GROWTH: Final = 20
-"""Ratio of the length of a text after normalization or decoding to its length before above which it is an error."""
+"""Maximum factor by which normalization or decoding may increase the length of a text."""
 CHARACTERS: Final = "aA0 \n\t.,_-'é東\u0301"
 """One character of each class that patterns commonly distinguish."""
 N_DECODED: Final = 1000
