@@ -177,7 +177,7 @@ def test_false_document_positions(store: Path, change: Callable[[Any], Any]) -> 
 
 def test_false_token_ids(store: Path) -> None:
     replace_array(store, "tokens", lambda path, array: np.save(path, np.full_like(array, 60_000)))
-    assert "tokens.npy contains other token ids" in error_message(store)
+    assert "tokens.npy do not match" in error_message(store)
 
 
 def test_stream_does_not_read_beyond_a_short_shard(tmp_path: Path) -> None:
