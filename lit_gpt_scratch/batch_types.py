@@ -157,7 +157,7 @@ class PromptSource:
     phase: RolloutPhase | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PromptSource":
-        """Return self: a copy of a task, as Lightning's ``WeightAveraging`` makes, has the same data module."""
+        """Return self, so that copies of a task, as made by Lightning's ``WeightAveraging``, share the data module."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Exception for user errors, and descriptions of invalid YAML and of environment failures, such as a full disk."""
+"""Exception for user errors, and descriptions of invalid YAML and of environment errors, such as a full disk."""
 
 import errno
 import os
@@ -28,21 +28,21 @@ ENVIRONMENT_ERRORS: Final[dict[int, str]] = {
     errno.ENFILE: "raise the limit on open files of the machine, or lower --data.num_workers",
     errno.ENAMETOOLONG: "use a shorter path",
 }
-"""What to do about errors of the operating system that no change of the code would prevent, by error number."""
+"""Advice for operating system errors that are not caused by a bug, keyed by error number."""
 MESSAGES: Final[dict[str, int]] = {
     r"No space left on device|database or disk is full|No usable temporary directory": errno.ENOSPC,
     r"Disk quota exceeded": errno.EDQUOT,
     r"File too large": errno.EFBIG,
     r"Too many open files|received \d+ items of ancdata": errno.EMFILE,
 }
-"""The same errors in messages of exceptions without an error number, as raised by libraries and worker processes."""
+"""Error numbers, keyed by message pattern, for exceptions of libraries and workers that have only a message."""
 NEED_FILE: Final = (errno.EACCES, errno.EPERM)
-"""Errors that are failures of the environment only if they concern a file."""
+"""Error numbers that indicate an environment error only if the exception names a file."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes, or the exceptions during whose handling it was raised, outermost first."""
+    """Yield an exception, the exception that caused it or was being handled when it was raised, and so on."""
     inside: BaseException | None = error
     while inside is not None:
         yield inside
@@ -50,10 +50,10 @@ def exception_chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def describe_environment_error(error: BaseException) -> str | None:
-    """Return a one-line description of a failure of the environment, such as a full disk, and what to do about it.
+    """Return a one-line description of an environment error, such as a full disk, with advice for the user.
 
     Returns:
-        The description, or None if neither the exception nor one of its causes is such a failure.
+        The description, or None if neither the exception nor any of its causes is an environment error.
     """
     for cause in exception_chain(error):
         if not isinstance(cause, OSError | RuntimeError):
@@ -70,6 +70,6 @@ def describe_environment_error(error: BaseException) -> str | None:
 
 
 def describe_yaml_error(error: Exception) -> str:
-    """Return the line and the reason of a YAML error, but not the text of the line: the file may not be a config."""
+    """Return the line number and reason of a YAML error, but not the text of the line, which may be confidential."""
     mark = getattr(error, "problem_mark", None)
     return str(error).partition("\n")[0] if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', '')}"

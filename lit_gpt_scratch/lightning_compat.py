@@ -63,9 +63,9 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
 
 
 def planned_steps(trainer: Trainer) -> float:
-    """Return the number of optimizer steps of a run up to its limits on steps and epochs; infinite without limits.
+    """Return the number of optimizer steps in a run, given its limits on steps and epochs; infinite without limits.
 
-    Unlike ``estimated_stepping_batches``, it accounts for a ``GradientAccumulationScheduler``.
+    Unlike ``estimated_stepping_batches``, this number accounts for a ``GradientAccumulationScheduler``.
     """
     steps = trainer.estimated_stepping_batches  # also sets up the dataloader, on which the number of batches depends
     if trainer.max_epochs in (None, -1) or _accumulation_scheduler(trainer) is None:
@@ -79,7 +79,7 @@ def planned_steps(trainer: Trainer) -> float:
 
 
 def batches_in_steps(trainer: Trainer, steps: int) -> int:
-    """Return the number of micro-batches in the first steps of a run; an epoch may end with a shorter step."""
+    """Return the number of micro-batches in the first ``steps`` steps; the last step of an epoch may be shorter."""
     if math.isinf(trainer.num_training_batches):
         return steps * trainer.accumulate_grad_batches
     batches, per_epoch = 0, int(trainer.num_training_batches)
@@ -98,7 +98,7 @@ def _accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler |
 
 
 def _accumulation_by_epoch(trainer: Trainer) -> Iterator[tuple[int, float, int]]:
-    """Yield the first epoch, the end (exclusive) and the micro-batches per step of each phase of the accumulation."""
+    """Yield (first epoch, end epoch, micro-batches per step) for each phase of the gradient accumulation schedule."""
     scheduler = _accumulation_scheduler(trainer)
     if scheduler is None:
         yield 0, math.inf, trainer.accumulate_grad_batches
@@ -128,26 +128,26 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 
 
 def collective_timeout(trainer: Trainer) -> timedelta:
-    """Return the timeout of the strategy's process group, which other groups do not inherit."""
+    """Return the timeout of the strategy's process group; other process groups do not inherit this timeout."""
     return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
 
 
 def trains_in_this_process(trainer: Trainer) -> bool:
-    """Return whether this process is a rank, instead of only starting the ranks, as with ``ddp_spawn``."""
+    """Return whether this process is itself a rank; with ``ddp_spawn``, for example, it only starts the ranks."""
     return not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
+    """Kill the ranks that this process launched as subprocesses, which would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def multiprocessing_start_method(strategy: Strategy) -> str | None:
-    """Return how a strategy starts processes that run a function: ``fork``, ``forkserver`` or ``spawn``.
+    """Return the ``multiprocessing`` start method of a strategy: ``fork``, ``forkserver`` or ``spawn``.
 
-    Returns None if the strategy starts no processes, or starts them as scripts.
+    Returns None if the strategy starts no processes, or runs a script in each process.
     """
     launcher = strategy.launcher
     return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
@@ -161,11 +161,11 @@ def start_as_scripts(strategy: DDPStrategy) -> None:
 
 @contextmanager
 def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
-    """Let ``LightningCLI``'s parser import nothing but these packages, classes and functions, and what is in them.
+    """Restrict the imports of ``LightningCLI``'s parser to the given packages, classes and functions.
 
-    The parser imports each class and function that a config names, and reads the other configs that it names. Other
-    names are an error that contains ``Importing 'NAME' is not allowed``. The parser's settings are global and can only
-    be extended, so they are restored from a copy.
+    The parser imports the classes and functions in a config, and in other config files to which it refers. Members of
+    an allowed package or class are also allowed. Any other import raises an error that contains ``Importing 'NAME' is
+    not allowed``. The parser's settings are global and can only be extended, so they are restored from a copy.
     """
     before = dict(parsing_settings)
     set_parsing_settings(

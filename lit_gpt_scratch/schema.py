@@ -1,6 +1,6 @@
-"""Validate files from outside: bounded JSON parsing, and plain data checked against the type hints of a class.
+"""Validation of untrusted files: JSON parsing with size limits, and checks of plain data against type hints.
 
-The errors are ``ValueError``s of one line without the name of the file; the caller adds the file and what to do.
+Errors are one-line ``ValueError``s that do not name the file; the caller adds the file and advice for the user.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from typing_extensions import is_typeddict
 
 MAX_JSON_BYTES: Final = 2**24
-"""Default maximum size of a JSON file. Parsed, it may take some twenty times as much memory."""
+"""Default maximum size of a JSON file in bytes; its parsed content may take about twenty times as much memory."""
 MAX_DEPTH: Final = 64
-"""Maximum nesting depth of a JSON file; functions that copy, compare or write values are recursive."""
+"""Maximum nesting depth of a JSON file, because functions that copy, compare or write values are recursive."""
 MAX_INT: Final = 2**63 - 1
 """Maximum absolute value of an integer; larger values do not fit into a tensor or an array."""
 MAX_SHOWN: Final = 40
@@ -66,13 +66,13 @@ def validate(value: Any, hint: type[T], name: str = "the content") -> T:
 
     Args:
         value: Numbers, strings, None, and lists and mappings of these.
-        hint: A class, or a union, ``Literal``, ``list``, ``tuple`` or ``dict`` of them. A mapping matches a dataclass
-            if it has its fields and no others, and a ``TypedDict`` if it has its required keys. An integer is also a
-            number; a bool is neither.
+        hint: A class, or a union, ``Literal``, ``list``, ``tuple`` or ``dict`` of classes. A mapping matches a
+            dataclass if it has exactly the fields of the dataclass, and a ``TypedDict`` if it has all required keys of
+            the ``TypedDict``. ``float`` also accepts integers; ``int`` and ``float`` do not accept booleans.
         name: Name of the value for error messages, with dots for nested fields.
 
     Returns:
-        The value, with mappings converted to dataclasses and lists to tuples where ``hint`` says so.
+        The value, with mappings converted to dataclasses and lists converted to tuples as required by ``hint``.
 
     Raises:
         UnknownFieldError: A mapping has a field that its dataclass does not have.
@@ -101,7 +101,7 @@ def validate_fields(values: Any, cls: type, name: str) -> dict[str, Any]:
 
 
 def describe(value: Any) -> str:
-    """Describe a value from a file in an error message, in few characters whatever its size."""
+    """Return a short description of a value from a file for an error message, regardless of the value's size."""
     if isinstance(value, str):
         return repr(value if len(value) <= MAX_SHOWN else f"{value[: MAX_SHOWN - 3]}...")
     if isinstance(value, int) and abs(value) > MAX_INT:
@@ -110,7 +110,7 @@ def describe(value: Any) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; parsers do not agree on which value of a repeated key counts."""
+    """Build a dict, but reject repeated keys, because parsers differ in which value of a repeated key they use."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object has the same key twice")
@@ -176,7 +176,7 @@ def _describe_type(hint: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a string can be encoded; JSON may contain halves of surrogate pairs."""
+    """Return whether a string can be encoded as UTF-8; JSON may contain unpaired surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

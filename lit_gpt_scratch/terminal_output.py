@@ -1,6 +1,6 @@
-"""Text on a terminal: escape control characters, hide passwords, and handle failed writes.
+"""Output streams that escape control characters, hide passwords, and handle failed writes.
 
-Every command prints through these streams, so a new message cannot forget to escape text from files and models.
+Every command prints through these streams, so that text from files and models is always escaped.
 """
 
 import copy
@@ -18,8 +18,8 @@ from typing import Any, Final, TextIO
 from lit_gpt_scratch.errors import UserError
 
 CONTROLS: Final = "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff"
-"""Ranges of a regular expression: control characters except tab and newline, line separators, bidirectional controls,
-which reorder the text around them (https://trojansource.codes), and surrogates, which have no encoding."""
+"""Character ranges of a regular expression: control characters except tab and newline, line separators, bidirectional
+controls, which reorder the text around them (https://trojansource.codes), and surrogates, which cannot be encoded."""
 _UNSAFE: Final = re.compile(f"(?!\r\n)[{CONTROLS}]")
 _UNSAFE_IN_LINE: Final = re.compile(f"[\t\n{CONTROLS}]")
 _UNSAFE_IN_JSON: Final = re.compile(f"[{CONTROLS}]")
@@ -29,7 +29,7 @@ _NAME: Final = (
     r"(?:(?:pg|ssl)?pass(?:word|wd|phrase|file)?|pwd|secret|(?:auth|access)?token|credentials?|signature|sig|sslkey|"
     r"(?:api|access|secret|private)[_-]?key(?:[_-]?id)?)"
 )
-"""Last part of the names of secrets, such as ``sslpassword``, ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
+"""Pattern that matches the last part of a secret's name, as in ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
 _VALUE: Final = r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}]+)"
 _URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)[^\s\"']*@")
 _SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=){_VALUE}", re.IGNORECASE)
@@ -39,7 +39,7 @@ _FLAG: Final = re.compile(rf"--(?:.*[._-])?{_NAME}", re.IGNORECASE)
 CURSOR_MOVEMENT: Final = re.compile("\r|(?:\x1b\\[A)+")
 """Characters that ``tqdm`` writes at the start of a text to redraw a progress bar."""
 CLOSED_PIPE_CODE: Final = 128 + getattr(signal, "SIGPIPE", 13)
-"""Exit code if the reader of standard output has closed its pipe, as in ``generate | head -1``; shells use the same."""
+"""Exit code, as used by shells, if the reader of standard output has closed its pipe, as in ``generate | head -1``."""
 
 
 def escape_terminal(text: str) -> str:
@@ -62,7 +62,7 @@ def _visible(found: re.Match[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace the user and password of each URL, and each value that is named as a secret, with ``***``."""
+    """Replace the user and password in each URL, and the value of each setting with a secret's name, with ``***``."""
     text = _URL.sub(rf"\1{HIDDEN}@", text)
     return _JSON_FIELD.sub(rf"\1{HIDDEN}", _SETTING.sub(rf"\1{HIDDEN}", text))
 
@@ -80,9 +80,9 @@ class OutputStream:
 
     Args:
         stream: The stream to write to; None if the process was started without it (``>&-``).
-        is_result: Whether the stream is standard output, which receives the result of a command: a failed write raises
-            ``UserError``, or ``SystemExit`` if the stream is a closed pipe. Otherwise, it receives messages and
-            progress bars: a failed write is ignored, because lost messages must not end a run.
+        is_result: Whether the stream is standard output, which receives the result of a command. If so, a failed write
+            raises ``UserError``, or ``SystemExit`` if the stream is a closed pipe. Otherwise, the stream receives
+            messages and progress bars, and a failed write is ignored, because lost messages must not end a run.
     """
 
     def __init__(self, stream: TextIO | None, is_result: bool) -> None:
@@ -125,7 +125,7 @@ class OutputStream:
         raise UserError(f"cannot write to standard output: {self._failure.strerror}") from self._failure
 
     def _redirect_to_null(self) -> None:
-        """Discard the unwritten text, which the interpreter would try to write once more when it exits."""
+        """Discard the unwritten text, which the interpreter would otherwise try to write again when it exits."""
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
@@ -135,8 +135,8 @@ class OutputStream:
 class EscapingFormatter(logging.Formatter):
     """Log formatter that hides passwords, and escapes line breaks in the arguments of a message.
 
-    Such line breaks could forge log lines. Line breaks in the message itself are kept, and all other control characters
-    are escaped.
+    Line breaks in arguments could otherwise be used to forge log lines. Line breaks in the message itself are kept, and
+    all other control characters are escaped.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -151,7 +151,8 @@ class EscapingFormatter(logging.Formatter):
 def output_streams() -> Iterator[None]:
     """Context manager that replaces ``sys.stdout`` and ``sys.stderr`` with an ``OutputStream`` each.
 
-    After an unexpected exception, they stay in place, because the interpreter prints a traceback, which quotes text.
+    After an unexpected exception, the streams are not restored, so that control characters in the traceback are also
+    escaped.
     """
     before = sys.stdout, sys.stderr
     _reserve_standard_descriptors()
@@ -170,9 +171,10 @@ def output_streams() -> Iterator[None]:
 
 @contextmanager
 def training_output() -> Iterator[None]:
-    """Context manager for training: what callbacks print to standard output is not escaped, and may be lost.
+    """Context manager for training, in which standard output is not escaped and failed writes to it are ignored.
 
-    Progress bars of libraries move the cursor and print colors. ``fit`` itself prints only to standard error.
+    Callbacks may print to standard output, and progress bars of libraries move the cursor and print colors. ``fit``
+    itself prints only to standard error.
     """
     stream = sys.stdout
     if not isinstance(stream, OutputStream):
@@ -201,9 +203,9 @@ def write_generated(text: str) -> None:
 
 
 def _reserve_standard_descriptors() -> None:
-    """Open the null device as each standard descriptor that is closed; otherwise, a file of the run would take it.
+    """Open the null device on each closed standard descriptor, so that no file of the run is opened on it.
 
-    Whatever a library or a child process then prints would be written into that file.
+    Otherwise, the output of a library or a child process would be written into that file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)

@@ -1,9 +1,10 @@
-"""Code that files may name: who decides which classes and functions are imported.
+"""Trust in custom code: the classes and functions that files are allowed to import.
 
-A checkpoint, an adapter, a reward model or the config of a run can name a class, such as a custom attention class, and
-importing a class runs the code of its module. Files come from other people, so only the user decides: ``--trust NAME``
-allows exactly this import path, and so does naming it in an own flag or config. Every file is checked by
-``require_trusted`` before anything is built from it, and ``import_object`` is the only function that imports by name.
+A checkpoint, an adapter, a reward model or the config of a run can refer to a class, such as a custom attention class,
+and importing a class runs the code of its module. Because files may come from other people, only the user decides what
+is imported: ``--trust NAME`` allows exactly this import path, as does using the import path in another flag or in the
+user's own config. Every file is checked by ``require_trusted`` before anything is built from it, and ``import_object``
+is the only function that imports by name.
 """
 
 import hashlib
@@ -20,29 +21,29 @@ from platformdirs import user_state_path
 from lit_gpt_scratch.errors import UserError
 
 OWN_PACKAGES: Final = ("lit_gpt_scratch", "lightning")
-"""Packages whose classes every config may name."""
+"""Packages whose classes every config may import."""
 IMPORT_PATH: Final = re.compile(r"(?<![\w./\\-])[^\W\d]\w*(?:\.[^\W\d]\w*)+(?![\w./\\-])")
-"""Pattern of an import path that is not part of the path of a file."""
+"""Pattern that matches an import path that is not part of a file path."""
 RECORD_FILE: Final = "written_configs"
 """Name of the file in the user's state folder that lists the SHA-256 digests of configs written by ``fit``."""
 
 Trusted = str | Collection[str] | None
-"""Import paths that the user allows files to name."""
+"""Import paths that the user allows files to import."""
 
 
 class UntrustedCodeError(UserError):
-    """Error raised if a file names code that the user does not trust; ``name`` is its import path."""
+    """Error raised if a file refers to code that the user does not trust; ``name`` is the import path of the code."""
 
     def __init__(self, file: str, name: str) -> None:
-        super().__init__(f"{file} names the custom code {name}, which would run; if you trust it, pass --trust {name}")
+        super().__init__(f"{file} would run the custom code {name}; if you trust this code, pass --trust {name}")
         self.name = name
 
 
 def require_trusted(name: object, trusted: Trusted, file: object) -> None:
-    """Check that the user allows a file to name a class or function.
+    """Check that the user allows a file to import a class or function.
 
     Args:
-        name: Import path that the file contains; None if it names no code.
+        name: Import path that the file contains; None if it contains no import path.
         trusted: Import paths that the user allows.
         file: Path of the file, for the error message.
 
@@ -65,14 +66,14 @@ def import_object(path: str) -> Any:
 
 
 def find_import_paths(text: str) -> set[str]:
-    """Return everything in a text that has the form of an import path, such as ``my_file.MyAttention``."""
+    """Return all parts of a text that have the form of an import path, such as ``my_file.MyAttention``."""
     return set(IMPORT_PATH.findall(text))
 
 
 def record_written_config(text: str) -> None:
-    """Record that ``fit`` has written a config, so that the user can resume its run without trusting its code again.
+    """Record that ``fit`` wrote a config, so that the user can resume the run without passing ``--trust`` again.
 
-    Only configs that name code outside of ``OWN_PACKAGES`` are recorded.
+    Only configs that refer to code outside ``OWN_PACKAGES`` are recorded.
     """
     if all(path.partition(".")[0] in OWN_PACKAGES for path in find_import_paths(text)):
         return
@@ -85,7 +86,7 @@ def record_written_config(text: str) -> None:
 
 
 def was_written_here(text: str) -> bool:
-    """Return whether ``fit`` has written this config for this user on this machine, and nobody has changed it."""
+    """Return whether ``fit`` wrote this config for this user on this machine, and it has not been changed since."""
     try:
         return _digest(text) in _record().read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError):

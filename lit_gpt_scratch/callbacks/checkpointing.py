@@ -157,7 +157,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Return whether this batch reaches ``max_steps`` or ``max_epochs``; the result is the same on all ranks."""
+    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
@@ -171,7 +171,7 @@ def time_is_up(trainer: L.Trainer) -> bool:
 
 
 class CheckpointingState(TypedDict):
-    """State of ``Checkpointing`` in a checkpoint; checkpoints of 0.1 contain only ``best``."""
+    """State of ``Checkpointing`` in a checkpoint; checkpoints of version 0.1 contain only ``best``."""
 
     best: dict[str, float]
     validation_due: NotRequired[bool]
@@ -259,8 +259,8 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
         self._saved_at = time.monotonic()
         if self.folder:
-            # A checkpoint that was copied to another run directory lists files that may not exist in it. Files outside
-            # of this directory are not ours, and must not be deleted when a better model is saved.
+            # A checkpoint copied from another run directory may list files that do not exist in this one. Files outside
+            # this directory belong to other runs, and must not be deleted when a better model is saved.
             own = {path.name for path in self.folder.checkpoints.glob("step=*.ckpt")}
             self.best = trainer.strategy.broadcast({name: loss for name, loss in self.best.items() if name in own})
             if trainer.is_global_zero:
@@ -390,8 +390,8 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """Return the record of the best models, and three flags.
 
-        The flags are whether a validation run is still due, whether test data exists, and whether a callback ended the
-        run.
+        The flags state whether a validation run is still due, whether test data exists, and whether a callback ended
+        the run.
         """
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
@@ -399,7 +399,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the record of the best models, and whether a validation run is still due."""
         state = validate_callback_state(state_dict, CheckpointingState, self.state_key)
-        # Files that are no longer among the best are deleted, so they must be in the folder of checkpoints.
+        # Files that are no longer among the best are deleted, so they must be in the checkpoints folder.
         self.best = {name: loss for name, loss in state["best"].items() if re.fullmatch(r"step=\d+\.ckpt", name)}
         self._validation_due = state.get("validation_due", False)
 

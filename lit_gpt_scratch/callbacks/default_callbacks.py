@@ -38,7 +38,7 @@ def default_callbacks(
         checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
         guard: Mode of the spike guard, which handles steps with spikes or non-finite values.
-        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
     measuring = [
         SpikeGuard(guard, checkpointing.every_n_steps if checkpointing else None),

@@ -41,8 +41,8 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
     text tab, and written to ``doctor.json`` as a list of ``{symptom, cause, flag, step}`` objects, which is empty if no
     problem was found. The metrics are received from a ``MetricTap``, which ``setup`` adds to the loggers. Properties of
     the run, such as its number of parameters, are logged at the start of training as metrics named ``run/...``, so that
-    ``python -m lit_gpt_scratch.doctor RUN`` reaches the same diagnoses from the TensorBoard events of the run. The
-    rules are defined in ``diagnostics/rules.py``.
+    ``python -m lit_gpt_scratch.doctor RUN`` finds the same problems in the TensorBoard events of the run. The rules are
+    defined in ``diagnostics/rules.py``.
     """
 
     def __init__(self) -> None:

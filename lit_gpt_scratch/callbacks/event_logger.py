@@ -1,4 +1,4 @@
-"""Diagnostic output that never ends a run: TensorBoard events, plots and reports, even if the disk is full."""
+"""Diagnostic output whose write errors do not end a run: TensorBoard events, plots and reports."""
 
 import io
 import logging
@@ -27,16 +27,16 @@ from lit_gpt_scratch.errors import exception_chain
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS: Final = 120
-"""Interval in seconds after which an event causes all events to be written to disk."""
+"""Interval in seconds; if the last write to disk is older than this, the next event writes all pending events."""
 
 _numbers = count()
 _reported: set[str] = set()
-"""Outputs whose failure has been reported in this run."""
+"""Names of the outputs for which a write error has already been logged in this run."""
 
 
 @contextmanager
 def tolerate_write_errors(name: str) -> Iterator[None]:
-    """Context manager that reports an error of the operating system once per output instead of raising it.
+    """Context manager that logs an ``OSError`` once per output instead of raising it.
 
     Args:
         name: Name of the output, for the warning.
@@ -51,7 +51,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
 
 
 def tolerate_logger_errors(logger: Logger) -> None:
-    """Make the methods of a logger report errors of the operating system once instead of raising them."""
+    """Make the methods of a logger log the first ``OSError`` and ignore later ones, instead of raising them."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, partial(_call_tolerantly, logger, name))  # not a closure, because loggers are pickled
 
@@ -68,7 +68,7 @@ def _report(name: str, error: OSError) -> None:
 
 
 class EventFile:
-    """TensorBoard event file that reports a failure to write once, instead of raising it.
+    """TensorBoard event file whose write errors are not raised; only the first one is logged.
 
     Events that could not be written are dropped. The file is truncated to its last complete event, so that later events
     can be read once the disk has free space again. Events are encoded and written in a background thread.
@@ -93,7 +93,7 @@ class EventFile:
         return str(self.path.parent)
 
     def add_event(self, event: Event) -> None:
-        """Add an event, which is written within ``FLUSH_SECONDS`` if other events follow, or by the next flush."""
+        """Add an event, to be written with the next flush or the first event ``FLUSH_SECONDS`` after the last write."""
         self._thread.submit(self._append, event.SerializeToString())
 
     def flush(self) -> None:
@@ -112,7 +112,7 @@ class EventFile:
     def _write(self) -> None:
         self._flushed_at = time.monotonic()
         pending, self._pending = self._pending.getbuffer(), io.BytesIO()
-        if not pending or (self._n_bytes and not self.path.parent.is_dir()):  # deleted: saving reports this
+        if not pending or (self._n_bytes and not self.path.parent.is_dir()):  # folder was deleted; saving reports it
             return
         with tolerate_write_errors("the TensorBoard events"):
             if not self._n_bytes:
@@ -130,14 +130,14 @@ class EventFile:
 
 
 class EventFileWriter(FileWriter):
-    """PyTorch's ``FileWriter`` on an ``EventFile``."""
+    """PyTorch's ``FileWriter``, changed to write to an ``EventFile``."""
 
     def __init__(self, folder: str) -> None:
         self.event_writer = EventFile(Path(folder))
 
 
 class EventSummaryWriter(SummaryWriter):
-    """PyTorch's ``SummaryWriter`` on an ``EventFile``."""
+    """PyTorch's ``SummaryWriter``, changed to write to an ``EventFile``."""
 
     file_writer: Any
     all_writers: Any
@@ -148,7 +148,7 @@ class EventSummaryWriter(SummaryWriter):
         if self.file_writer is None:
             self.file_writer = EventFileWriter(self.log_dir)
             self.all_writers = {self.log_dir: self.file_writer}
-            if self.purge_step is not None:  # only in the first file, because TensorBoard discards points from there
+            if self.purge_step is not None:  # only once: TensorBoard discards earlier points at this step and later
                 start = SessionLog(status=SessionLog.START)
                 self.file_writer.add_event(Event(step=self.purge_step, session_log=start))
                 self.purge_step = None
@@ -157,11 +157,12 @@ class EventSummaryWriter(SummaryWriter):
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard logger of a run, whose failures to write never end the run.
+    """TensorBoard logger of a run; write errors do not end the run.
 
     Args:
         folder: The run folder, ``<runs>/<experiment>/version_N``.
-        first_step: Step from which the run continues; TensorBoard discards the points of earlier sessions from there.
+        first_step: Step from which the run continues; TensorBoard discards the points of earlier sessions at this step
+            and later.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

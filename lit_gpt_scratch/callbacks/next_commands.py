@@ -18,13 +18,13 @@ MODULE: Final = "python -m lit_gpt_scratch."
 
 
 def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_time_is_a_flag: bool) -> Iterator[str]:
-    """Yield shell commands that make sense after a run; each of them succeeds.
+    """Yield the suggested shell commands for a finished run; commands that would fail are omitted.
 
     Args:
         trainer: Trainer of the finished run.
         folder: Run directory.
         diverged: Whether the loss is not finite, so that the model cannot be used.
-        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     path = _quote(folder.path)
@@ -38,7 +38,7 @@ def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_tim
 
 
 def _use_model(trainer: L.Trainer, path: str) -> str:
-    """Return the command that the task suggests or, failing that, the one that the data module suggests."""
+    """Return the command suggested by the task, or by the data module if the task suggests none."""
     task, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     suggested = (getattr(each, "next_command", None) for each in (task, data))
     command = next(filter(None, suggested), BaseDataModule.next_command)
@@ -49,7 +49,11 @@ def _use_model(trainer: L.Trainer, path: str) -> str:
 
 
 def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str]:
-    """Return flags with which the run continues: twice each limit that it reached; empty if no flag would do."""
+    """Return flags with which a finished run can continue; each limit that it reached is doubled.
+
+    If a callback stopped the run, the only flag is ``--force``. The list is empty if the run reached a time limit that
+    is not set by a flag.
+    """
     flags = []
     if 0 < trainer.max_steps <= trainer.global_step:
         flags.append(f"--trainer.max_steps {2 * trainer.global_step}")
@@ -71,7 +75,7 @@ def _time_limit(trainer: L.Trainer) -> float:
 
 
 def _format_time(seconds: float) -> str:
-    """Format a duration as the Trainer reads it, DD:HH:MM:SS."""
+    """Format a duration as DD:HH:MM:SS, the format of ``--trainer.max_time``."""
     minutes, rest = divmod(max(1, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -79,6 +83,6 @@ def _format_time(seconds: float) -> str:
 
 
 def _quote(path: Path) -> str:
-    """Quote a path for a shell, so that no command takes it for a flag."""
+    """Quote a path for a shell, after adding ``./`` to a path that starts with ``-`` and would be parsed as a flag."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -55,7 +55,7 @@ def heat_map(
         cell: Width and height of a cell in pixels.
     """
     font = ImageFont.load_default()
-    rows, columns = ([escape_line(name) for name in names] for names in (rows, columns))  # pillow measures only lines
+    rows, columns = ([escape_line(name) for name in names] for names in (rows, columns))  # Pillow measures one line
     axis_width = 2 * MARGIN if row_axis else 0
     left = axis_width + MARGIN + round(max(font.getlength(name) for name in rows)) + 6
     top = (2 * MARGIN if title else 0) + (2 * MARGIN if column_axis else 0) + 3 * MARGIN

@@ -45,7 +45,8 @@ class RunPlan(RunDirCallback):
     Args:
         only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
             checkpoints or run validation.
-        limit_val_batches: Limit on the batches of a validation run of the planned run; None uses the trainer's limit.
+        limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
+            of batches; None uses the value of the trainer.
     """
 
     def __init__(self, only: bool = False, limit_val_batches: float | None = None) -> None:
@@ -161,21 +162,21 @@ class RunPlan(RunDirCallback):
         return left.format(format_duration(total)) + " and " + pluralize(validations, "validation run")
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int | None:
-        """Return the number of validation runs left after ``done`` of ``steps`` steps, including the final one.
+        """Return the number of validation runs that remain after ``done`` of ``steps`` steps, including the final one.
 
-        Returns None if the runs are a duration apart.
+        Returns None if the validation interval is a duration, not a number of steps.
         """
         interval = trainer.val_check_batch  # Lightning counts micro-batches
         if interval is None:
             return None
         per_epoch = int(trainer.num_training_batches)
         if trainer.check_val_every_n_epoch is None:
-            every, per_epoch = 1, batches_in_steps(trainer, steps) + 1  # epochs do not matter
+            every, per_epoch = 1, batches_in_steps(trainer, steps) + 1  # count across epochs
         else:
             every = trainer.check_val_every_n_epoch
 
         def validations(n_steps: int) -> tuple[int, bool]:
-            """Return the number of runs in the first steps, and whether the last of these steps would end with one."""
+            """Return the number of validation runs in the first ``n_steps`` steps, and whether a final run is added."""
             epochs, rest = divmod(batches_in_steps(trainer, n_steps), per_epoch)
             if trainer.check_val_every_n_epoch is not None and not rest:
                 epochs, rest = epochs - 1, per_epoch
@@ -241,14 +242,14 @@ def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
 
 
 def planned_tokens(trainer: L.Trainer, data: BaseDataModule, steps: int) -> int:
-    """Return the total number of token positions in the first steps of a run across all ranks, including padding."""
+    """Return the number of token positions in ``steps`` optimizer steps across all ranks, including padding."""
     return batches_in_steps(trainer, steps) * data.tokens_per_batch
 
 
 def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
     """Return the number of token positions per optimizer step across all ranks, including padding.
 
-    It is a mean over the run if the number of micro-batches per step changes during the run.
+    If the number of micro-batches per step changes during the run, this is the mean over the run.
     """
     steps = planned_steps(trainer)
     if not math.isfinite(steps) or not steps:
@@ -257,7 +258,7 @@ def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
 
 
 def distinct_train_tokens(trainer: L.Trainer, data: BaseDataModule) -> int:
-    """Return the number of different token positions that a run of any length trains on."""
+    """Return the number of distinct token positions available for training, regardless of the length of the run."""
     overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]  # the trainer sets it late
     if overfit_batches:  # every epoch has the same batches
         return int(trainer.num_training_batches) * data.tokens_per_batch
@@ -265,7 +266,7 @@ def distinct_train_tokens(trainer: L.Trainer, data: BaseDataModule) -> int:
 
 
 def _describe_epochs(trainer: L.Trainer, data: BaseDataModule, tokens: int) -> str:
-    """Describe a number of tokens in epochs; an epoch that the trainer limits to some batches differs from the data."""
+    """Describe a number of tokens in epochs, and in passes over the data if the trainer limits batches per epoch."""
     per_epoch = int(trainer.num_training_batches) * data.tokens_per_batch
     passes = format_count(tokens / distinct_train_tokens(trainer, data))
     if per_epoch > (len(data.train_dataset) * data.block_size) - tokens_per_step(trainer, data):

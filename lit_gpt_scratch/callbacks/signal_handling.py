@@ -24,7 +24,7 @@ _received: list[int] = []
 def exit_on_signal() -> Iterator[None]:
     """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal.
 
-    Unlike the default action of all stop signals but SIGINT, this lets cleanup code run.
+    The exception lets cleanup code run, whereas the default action of most stop signals ends the process immediately.
     """
     before = {}
     _received.clear()
@@ -65,7 +65,7 @@ class SignalHandling(StopBetweenSteps):
         if threading.current_thread() is threading.main_thread():
             disable_signal_handlers(trainer)
             self._before = install_stop_handler(self._record_signal)
-            if _received:  # before training, and swallowed
+            if _received:  # before training; library code swallowed the exception
                 _exit(_received[0])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

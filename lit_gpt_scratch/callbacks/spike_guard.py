@@ -1,4 +1,4 @@
-"""Spike guard: report or skip steps whose loss or gradient is a spike or non-finite, and rewind if they persist."""
+"""Spike guard: report or skip steps with loss or gradient spikes or non-finite values, and rewind if they persist."""
 
 import logging
 import math
@@ -288,7 +288,7 @@ def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequ
     if not gradients:
         return "in the loss only, not in its gradient"
     if len(gradients) == len(named):
-        return "not in the forward pass, but in the whole gradient: in the loss, or at the start of the backward pass"
+        return "in the loss or at the start of the backward pass: in all gradients, but not in the forward pass"
     return f"backward pass, first at {gradients[-1]}, in {len(gradients)} of {len(named)} gradients"
 
 

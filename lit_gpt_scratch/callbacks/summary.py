@@ -37,22 +37,23 @@ from lit_gpt_scratch.text.atomic_files import atomic_file
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Maximum number of validation tokens for the ``xz`` baseline; compressing more takes over ten seconds."""
+"""Number of validation tokens above which the ``xz`` baseline is omitted, because it would take over ten seconds."""
 
 
 class BaselineMetrics(Callback):
     """Callback that computes and logs baselines that require no training.
 
     The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the most common class and a word-based
-    classifier for classification,
-    and the true reward (fraction of correct replies) of the initial model for RL and preference tuning. They are logged
-    after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars tab shows them in the same chart as
-    the corresponding metric of the model.
+    classifier for classification, and the true reward (fraction of correct replies) of the initial model for RL and
+    preference tuning. They are logged after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars
+    tab shows them in the same chart as the corresponding metric of the model.
 
-    The baselines are computed on the text on which the model is validated, which ``trainer.limit_val_batches`` limits.
+    Text and class baselines are computed on the same validation batches as the metrics of the model.
+    ``trainer.limit_val_batches`` can limit the number of these batches.
 
     Args:
-        limit_val_batches: Limit on the batches of a validation run of the planned run; None uses the trainer's limit.
+        limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
+            of batches; None uses the value of the trainer.
     """
 
     def __init__(self, limit_val_batches: float | None = None) -> None:
@@ -100,7 +101,7 @@ def count_validated_rows(trainer: L.Trainer, data: BaseDataModule, limit: float 
     Args:
         trainer: Trainer of the run.
         data: Data module of the run.
-        limit: Number of batches (int) or fraction of them (float); None uses the limit of the trainer.
+        limit: Maximum number (int) or fraction (float) of validation batches; None uses the limit of the trainer.
     """
     limit = trainer.limit_val_batches if limit is None else limit
     rows, rows_per_batch = len(data.validation_dataset), data.batch_size * data.shard["num_replicas"]
@@ -109,7 +110,7 @@ def count_validated_rows(trainer: L.Trainer, data: BaseDataModule, limit: float 
 
 
 def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
-    """Return the bits per byte of the baselines, or nothing if the data is not continuous text.
+    """Return the bits per byte of each baseline; empty if the data is not continuous text.
 
     Args:
         data: Data module of the run.
@@ -130,7 +131,7 @@ def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
 
 
 def _class_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
-    """Return the accuracies of the baselines, or nothing if the data has no classes.
+    """Return the accuracy of each baseline; empty if the data has no classes.
 
     Args:
         data: Data module of the run.
@@ -247,7 +248,7 @@ class RunSummary(RunDirCallback):
     end of training.
 
     Args:
-        max_time_is_a_flag: Whether ``--trainer.max_time``, if anything, limits the time of the run.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
 
     state_key = "Summary"  # key in checkpoints; unchanged since 0.1

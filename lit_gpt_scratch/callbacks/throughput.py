@@ -45,7 +45,7 @@ class Throughput(Callback):
     """Callback that logs training speed and its bottlenecks every ``trainer.log_every_n_steps`` steps.
 
     - ``tokens``: number of training tokens so far across all ranks, including padding.
-    - ``tokens_per_second``: training tokens per second since it was last logged.
+    - ``tokens_per_second``: training tokens per second since the previous logged value.
     - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: fraction of the step
       time that each phase takes on rank 0; the fractions add up to 1. ``data`` is the time spent waiting for the next
       batch, ``generation`` the time spent on generating and scoring replies in RL, ``optimizer`` the time from the end

@@ -67,13 +67,13 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
     Args:
         base: The base model that the adapter was trained on.
         adapter: Path of a file written by ``save_adapter``.
-        trusted: Import paths of the code that the file may name, such as a custom attention class.
+        trusted: Import paths of the code that the file may import, such as a custom attention class.
 
     Returns:
         The merged model; ``base`` is unchanged.
 
     Raises:
-        UserError: The file contains no adapter, names code that is not trusted, or is incomplete, or it was trained on
+        UserError: The file contains no adapter, is incomplete, refers to code that is not trusted, or was trained on
             another base model.
     """
     loaded = load_safetensors(adapter, "")

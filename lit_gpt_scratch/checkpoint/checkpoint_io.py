@@ -111,9 +111,9 @@ def verify_checksum(path: Path) -> bool:
 
 
 def require_plain_archive(path: Path) -> None:
-    """Check that a checkpoint requires no more memory than the file is large, as is the case for ``torch.save``.
+    """Check that the records of a checkpoint are neither compressed nor overlapping, as in a file from ``torch.save``.
 
-    Compressed or overlapping records could expand to any size.
+    Otherwise, loading a small file could require any amount of memory.
 
     Raises:
         UserError: The file is not an archive of uncompressed records.

@@ -20,7 +20,7 @@ TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 TIMING_SYMPTOMS: Final = tuple(
     rule.name for rule in RULES if any(re.fullmatch(TIMING_NAMES, name) for name in rule.reads)
 )
-"""Symptoms that the doctor diagnoses from wall-clock measurements."""
+"""Names of the diagnostic rules that read wall-clock measurements."""
 DIAGNOSES_TAG: Final = f"{DIAGNOSES_NAME}{TEXT_SUFFIX}"
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
@@ -78,7 +78,7 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements.
 
-    Each diagnosis is a point at the step that its row of the doctor's table names.
+    Each row in a table of diagnoses becomes one point, at the step that the row contains.
     """
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     curves = {
@@ -92,7 +92,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
-    """Split the doctor's tables into their distinct rows, without diagnoses of wall-clock measurements."""
+    """Split tables of diagnoses into distinct rows, without diagnoses that are based on wall-clock measurements."""
     found = set()
     for row in (row for table in tables for row in table.splitlines()[2:]):
         _, step, symptom, _ = row.split("|", maxsplit=3)

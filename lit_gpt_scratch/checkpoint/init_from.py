@@ -60,7 +60,7 @@ class InitialModel:
         return self.metadata.load_tokenizer(self.path)
 
     def build_config(self, trusted: Trusted = None) -> GPTConfig:
-        """Build the config of the network; see ``build`` for the argument and the errors."""
+        """Build the config of the network; see ``build`` for the argument and the exceptions."""
         with explain_untrusted("model.init_from"):
             return self.metadata.build_configs(self.path, trusted)[0]
 
@@ -68,11 +68,11 @@ class InitialModel:
         """Build the network.
 
         Args:
-            trusted: Import paths of the code that the checkpoint may name, such as a custom attention class. Building
+            trusted: Import paths of the code that the checkpoint may import, such as a custom attention class. Building
                 the network runs this code.
 
         Raises:
-            UserError: The checkpoint names code that is not trusted, or its config and weights are inconsistent.
+            UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
         """
         with explain_untrusted("model.init_from"):
             return build_model(self.checkpoint, self.path, trusted)
@@ -80,7 +80,10 @@ class InitialModel:
 
 @contextmanager
 def explain_untrusted(argument: str) -> Iterator[None]:
-    """Name the argument of a task in errors of loading its file, and the flag that trusts a custom attention class."""
+    """Context manager that adds the name of a task's argument to errors that occur while the argument's file is loaded.
+
+    If the file refers to untrusted code, the error also suggests ``--model.gpt.attention``.
+    """
     try:
         yield
     except UntrustedCodeError as error:

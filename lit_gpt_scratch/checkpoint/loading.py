@@ -84,10 +84,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _validate_state_dict(state: Any, path: Path) -> None:
-    """Check that a state dict contains dense tensors, which require about as much memory as the file has bytes.
+    """Check that a state dict contains only dense tensors, whose total size is at most twice that of the stored data.
 
     Raises:
-        UserError: The state dict contains something else.
+        UserError: The state dict contains other values, or tensors that repeat the stored data.
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} is damaged: its state_dict does not map names to tensors; use another file")
@@ -102,7 +102,7 @@ def _validate_state_dict(state: Any, path: Path) -> None:
 def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()  # a stride of 0 would repeat the data
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()  # false if a stride of 0 repeats the data
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
@@ -122,11 +122,11 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
     Args:
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
         path: Path of the checkpoint, for error messages.
-        trusted: Import paths of the code that the checkpoint may name, such as a custom attention class. Building the
+        trusted: Import paths of the code that the checkpoint may import, such as a custom attention class. Building the
             model runs this code.
 
     Raises:
-        UserError: The checkpoint names code that is not trusted, or its config and weights are inconsistent.
+        UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
     """
     metadata = CheckpointMetadata.from_checkpoint(checkpoint)
     if not metadata.tokenizer:
@@ -167,7 +167,7 @@ def load_model(path: Path, trusted: Trusted = None) -> tuple[GPT, Tokenizer]:
         trusted: See ``build_model``.
 
     Raises:
-        UserError: The file is missing or not a checkpoint, names code that is not trusted, or does not contain a
+        UserError: The file is missing or not a checkpoint, refers to code that is not trusted, or does not contain a
             valid language model.
     """
     return build_model(load_checkpoint(path), path, trusted).require_language_model()

@@ -81,14 +81,14 @@ class CheckpointMetadata:
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     def build_configs(self, path: Path, trusted: Trusted) -> tuple[GPTConfig, LoRA | None]:
-        """Build the settings of the network and of its adapters; nothing else builds them from a file.
+        """Build the settings of the network and of its adapters; no other code builds these settings from a file.
 
         Args:
             path: Path of the file that contains the metadata, for error messages.
-            trusted: Import paths of the code that the file may name; building the network runs this code.
+            trusted: Import paths of the code that the file may import; building the network runs this code.
 
         Raises:
-            UserError: The file names code that is not trusted, or a setting is out of range.
+            UserError: The file refers to code that is not trusted, or a setting is out of range.
         """
         require_trusted(self.gpt.get("attention"), trusted, path)
         try:
@@ -98,7 +98,7 @@ class CheckpointMetadata:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "CheckpointMetadata":
-        """Read the metadata of a loaded checkpoint, and validate its types. No class that it names is imported.
+        """Read the metadata of a loaded checkpoint and validate its types, without importing any custom class.
 
         Raises:
             UserError: The metadata is damaged, or was written by another program or by a newer version.
@@ -140,7 +140,7 @@ class CheckpointMetadata:
         return tokenizer
 
     def _require_valid(self) -> None:
-        """Check the values that have a range.
+        """Check that all values are within their valid ranges.
 
         Raises:
             ValueError: A value is out of range.

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = ".lock"
 LOCK_SECONDS: Final = 2.0
-"""Maximum time between the creation of a run folder and its first lock."""
+"""Maximum time in seconds from the creation of a run folder until the process that created it locks it."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
@@ -125,7 +125,7 @@ class RunFolder:
             lock.release()
 
     def require_only_run(self) -> None:
-        """Check that no other process has started or saved a run of the same experiment; this folder must be locked.
+        """Check that no other process has started or saved a run of the experiment; this folder must be locked.
 
         If several processes create run folders at the same time, the one with the lowest version number passes.
 

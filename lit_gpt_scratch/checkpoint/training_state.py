@@ -1,4 +1,4 @@
-"""Types of the training state in a checkpoint, which is validated before a run is resumed from it."""
+"""Types of the training state in a checkpoint, and its validation before a run is resumed."""
 
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
@@ -29,14 +29,14 @@ class ProcessedCounts(TypedDict):
 
 
 class StepProgress(TypedDict):
-    """Steps in the current epoch, and in the whole run."""
+    """Step counts of the current epoch and of the whole run."""
 
     current: ReadyCounts
     total: ReadyCounts
 
 
 class LoopProgress(TypedDict):
-    """Batches or epochs in the current loop, and in the whole run."""
+    """Batch or epoch counts of the current loop and of the whole run."""
 
     current: ProcessedCounts
     total: ProcessedCounts
@@ -119,7 +119,7 @@ def validate_training_state(checkpoint: dict[str, Any]) -> None:
     The states of callbacks are not checked; each callback checks its own with ``validate_callback_state``.
 
     Raises:
-        UserError: A part is missing or has another type, or a count is negative.
+        UserError: An entry is missing or has the wrong type, or a count is negative.
     """
     try:
         state = validate(checkpoint, TrainingState, "checkpoint")
@@ -139,7 +139,7 @@ def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
     """Return the state of a callback after checking its type; see ``schema.validate``.
 
     Raises:
-        UserError: The state has another type.
+        UserError: The state has the wrong type.
     """
     try:
         return validate(state, hint, f"callbacks.{name}")
@@ -148,19 +148,19 @@ def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
 
 
 def validate_like(saved: Any, fresh: Any, name: str) -> None:
-    """Check that the saved state of an object has the keys and the types of numbers of its current state.
+    """Check that a saved state has all keys of the current state, and numbers where the current state has numbers.
 
     Args:
-        saved: State in a checkpoint.
-        fresh: State of the same kind of object.
-        name: Name of the state for the error message.
+        saved: State from the checkpoint.
+        fresh: State of the new object that will load ``saved``.
+        name: Name of the state, for the error message.
 
     Raises:
-        UserError: A key is missing, or a number has another type.
+        UserError: A key is missing, or a value is not a number.
     """
     if isinstance(fresh, dict):
         if not isinstance(saved, dict) or not fresh.keys() <= saved.keys():
-            raise UserError(f"the training state is damaged ({name} does not have its keys); {DAMAGED}")
+            raise UserError(f"the training state is damaged ({name} has missing keys); {DAMAGED}")
         for key in fresh:
             validate_like(saved[key], fresh[key], f"{name}.{key}")
     elif isinstance(fresh, bool | int | float) and not isinstance(saved, bool | int | float):
@@ -171,7 +171,7 @@ def _find_counts(loops: Any) -> Iterator[int]:
     """Yield all integers in nested mappings.
 
     Raises:
-        ValueError: A count of one of Lightning's progress trackers is not an integer.
+        ValueError: A progress count of Lightning is not an integer.
     """
     for name, value in loops.items():
         if isinstance(value, dict):

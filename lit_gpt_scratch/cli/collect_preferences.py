@@ -105,7 +105,9 @@ def append_line(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"argument --rank: cannot write {path}: {error.strerror}") from error
+        raise UserError(
+            f"argument --rank: cannot write {path}: {error.strerror}; check the permissions and the free disk space"
+        ) from error
 
 
 def _count_lines(path: Path) -> int:

@@ -45,7 +45,7 @@ DEFAULTS_0_1: Final[dict[str, dict[str, float]]] = {
     "linear": {"decay_share": 1.0},
     "cosine": {"decay_share": 1.0},
 }
-"""Values that version 0.1 used for arguments that its ``config.yaml`` stores as ``null``, by class or decay."""
+"""Values that version 0.1 used for arguments stored as ``null`` in ``config.yaml``, keyed by class or decay name."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
@@ -71,7 +71,7 @@ def apply_init_from(
         place: Value of ``model.init_from``, the path of the pretrained model; None if there is none.
         task: Class name or import path of the task; None for the default task.
         preset: Value of ``--preset``.
-        trusted: Import paths of the code that the pretrained model may name.
+        trusted: Import paths of the code that the pretrained model may import.
 
     Returns:
         The pretrained model, or None if ``place`` is None.
@@ -202,7 +202,7 @@ def resolve_defaults(config: Namespace) -> None:
         trainer.precision = default_precision(str(trainer.accelerator)).value
     if default_epochs is not None and trainer.val_check_interval is trainer.check_val_every_n_epoch is None:
         trainer.check_val_every_n_epoch = 1
-    if trainer.val_check_interval is None:  # a flag counts epochs, or nothing is set
+    if trainer.val_check_interval is None:  # no validation interval in steps is set
         trainer.val_check_interval = VALIDATE_EVERY if trainer.check_val_every_n_epoch is None else 1.0
     if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None:
         trainer.check_val_every_n_epoch = 1  # a fraction of an epoch
@@ -217,7 +217,7 @@ def resolve_defaults(config: Namespace) -> None:
 
 
 def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
-    """Set arguments that a run of version 0.1 left at ``null`` to the defaults of that version, which the run used.
+    """Set arguments that are ``null`` in the config of a version 0.1 run to the values that the run used.
 
     Args:
         config: Parsed config of the run.
@@ -237,7 +237,7 @@ def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
 
 
 def _replace_string_enums(value: Any) -> Any:
-    """Replace enum members that are strings, such as the default of ``Timer.interval``, which YAML cannot represent."""
+    """Replace string enum members, which YAML cannot represent, by strings, e.g. the default of ``Timer.interval``."""
     if isinstance(value, Namespace):
         return Namespace(**{name: _replace_string_enums(each) for name, each in vars(value).items()})  # type: ignore[no-untyped-call]
     if isinstance(value, list):

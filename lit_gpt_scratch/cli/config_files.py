@@ -41,16 +41,16 @@ _rank_union_member = _typehints.union_subtype_sort_key
 
 
 def _rank_numbers_first(member: Any) -> int:
-    """Rank the members of a union in the order in which the parser tries them on a value: int, float, then the others.
+    """Return the sort key of a union member, so that the parser tries int first, then float, then the other members.
 
-    ``typing`` caches unions and considers ``Union[int, float]`` and ``Union[float, int]`` equal, so the order of the
-    members of a Trainer flag is that of the first such union that any imported library creates. With float first, the
-    parser would convert ``--trainer.limit_val_batches 1`` (one batch) to 1.0 (all batches).
+    ``typing`` caches unions and considers ``Union[int, float]`` and ``Union[float, int]`` equal, so the member order of
+    a Trainer flag depends on which of them an imported library created first. With float first, the parser would
+    convert ``--trainer.limit_val_batches 1`` (one batch) to 1.0 (all batches).
     """
     return {int: -2, float: -1}.get(member) or _rank_union_member(member)
 
 
-_typehints.union_subtype_sort_key = _rank_numbers_first  # type: ignore[assignment]  # another parameter name
+_typehints.union_subtype_sort_key = _rank_numbers_first  # type: ignore[assignment]  # parameter name differs
 
 
 class FitParser(LightningArgumentParser):
@@ -60,8 +60,8 @@ class FitParser(LightningArgumentParser):
         """Parse the command line.
 
         Raises:
-            UserError: A flag names a file that does not contain its settings. The parser's own error would quote the
-                file.
+            UserError: The file passed to a flag does not contain valid settings of this flag. The parser's own error
+                message would quote the file.
         """
         try:
             config: Namespace = super().parse_args(args, *rest, **kwargs)
@@ -87,7 +87,7 @@ class FitParser(LightningArgumentParser):
 
 
 def _require_mapping(content: str, path: Any) -> None:
-    """Check that the content of a config file is a YAML mapping; the parser's own errors would quote all of it.
+    """Check that a config file is a YAML mapping; the parser's own error messages would quote the whole file.
 
     Raises:
         UserError: The file is not a config.
@@ -98,11 +98,11 @@ def _require_mapping(content: str, path: Any) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {describe_yaml_error(error)}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{where} is not a config, which is a YAML mapping of flags to values")
+        raise UserError(f"{where} is not a config; it must be a YAML mapping of flags to values")
 
 
 def _flags_with_files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each flag whose value is the path of a file, with the value."""
+    """Yield a (flag, value) pair for each flag whose value is the path of a file."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, equals, value = argument.partition("=")
         value = value if equals else following
@@ -111,7 +111,7 @@ def _flags_with_files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_undecodable(path: str, error: Exception) -> bool:
-    """Return whether an error is about decoding the content of a file."""
+    """Return whether an error was raised because the content of this file cannot be decoded."""
     if not isinstance(error, UnicodeDecodeError):
         return False
     with Path(path).open("rb") as file:
@@ -176,17 +176,17 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str]) -> Namespace:
-    """Parse the ``config.yaml`` of a run that is resumed, which imports the classes that it names.
+    """Parse the ``config.yaml`` of a resumed run, which imports the classes in the config.
 
-    A config that ``fit`` has written for this user may name any code, as the user's own configs may.
+    A config that ``fit`` wrote for this user may refer to any code, like the user's own configs.
 
     Args:
         parser: Parser of ``fit``.
         path: Path of the config.
-        trusted: Import paths of the code that the config may name if somebody else may have written it.
+        trusted: Import paths of the code that the config may refer to if somebody else could have written it.
 
     Raises:
-        UserError: The config names code that is not trusted.
+        UserError: The config refers to code that is not trusted.
     """
     arguments = ["--config", str(path)]
     try:
@@ -222,7 +222,7 @@ class SaveConfig(RunDirCallback):
         self.config = config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write all flags except ``ckpt_path``, ``force`` and ``trust``; the file can start a new, identical run."""
+        """Write all flags except ``ckpt_path``, ``force`` and ``trust``, so that ``--config`` can repeat the run."""
         if self.folder and trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.force, config.trust = None, False, None

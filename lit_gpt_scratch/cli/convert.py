@@ -128,7 +128,10 @@ def _open_model(path: Path) -> "PortableModel":
 
     checkpoint = load_checkpoint(path)
     if attention := CheckpointMetadata.from_checkpoint(checkpoint).gpt.get("attention"):
-        raise UserError(f"{path} has the custom attention class {attention}, which no published architecture has")
+        raise UserError(
+            f"{path} has the custom attention class {attention}, which no published architecture supports; "
+            "only models with the built-in attention can be converted"
+        )
     checkpoint = _merge_adapters(checkpoint, path)
     contents, state = CheckpointMetadata.from_checkpoint(checkpoint), checkpoint["state_dict"]
     gpt, _ = contents.build_configs(path, None)

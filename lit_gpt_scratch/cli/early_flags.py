@@ -84,13 +84,13 @@ class EarlyFlags:
 
     @property
     def trusted(self) -> frozenset[str]:
-        """Import paths of the classes and functions that the user names: in ``--trust``, other flags and own configs.
+        """Import paths that the user specified in ``--trust``, in other flags or in their own configs.
 
         Existing paths are skipped, because the name of a file or folder may come from somebody else.
         """
         values = [flag.partition("=")[2] if flag.startswith("-") else flag for flag in self.flags]
         values += [str(value) for config in self._configs for value in flatten(config).values()]
-        named = (value for value in values if not os.path.exists(value))  # noqa: PTH110 - values may be no valid paths
+        named = (value for value in values if not os.path.exists(value))  # noqa: PTH110 - values may be invalid paths
         return frozenset(path for value in named for path in find_import_paths(value))
 
     def class_of(self, part: str) -> str | None:

@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 TRUST: Final[dict[str, Any]] = {
     "metavar": "CLASS", "action": "append",
-    "help": "allow importing this custom class, which the checkpoint or adapter names; may be repeated",
+    "help": "import path of a custom class that the checkpoint or adapter may import; may be repeated",
 }  # fmt: skip
 """Settings of the argument ``--trust``."""
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 """Dtypes that inference supports, keyed by Lightning's precision name."""
 MAX_ERROR_LENGTH = 2000
-"""Maximum number of characters of an error message; the middle of a longer one, such as a quoted value, is omitted."""
+"""Maximum number of characters in an error message; the middle of a longer message is omitted."""
 
 
 def run_command(name: str) -> None:
-    """Run a command with the arguments in ``sys.argv``; it is imported only after the output streams are replaced."""
+    """Import and run a command with the arguments in ``sys.argv``, after replacing the output streams."""
     run(lambda: import_module(f"lit_gpt_scratch.cli.{name}").main())
 
 
 def run(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command; print a ``UserError`` as one line on standard error, and exit with code 2.
 
-    A failure of the environment, such as a full disk, is reported in the same way.
+    An error of the environment, such as a full disk, is reported in the same way.
     """
     with output_streams():
         handler = logging.StreamHandler()  # to standard error
@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _run_and_flush(main: Callable[[], None]) -> None:
-    """Run ``main``, and flush standard output, where buffered text may still fail to be written."""
+    """Run ``main``, then flush standard output, so that an error in writing buffered text is raised here."""
     try:
         main()
     except SystemExit:

@@ -18,9 +18,9 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 log = logging.getLogger(__name__)
 
 REQUESTED_OUTPUT: Final = frozenset({"callbacks", "profilers", "tuner"})
-"""Folders of Lightning's modules that log only what a flag requests, such as a profiler's report."""
+"""Subpackages of Lightning that log only output requested by a flag, such as the report of a profiler."""
 REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_dev_run")
-"""Messages of other modules of Lightning about modes that a flag requests."""
+"""Pattern that matches messages of Lightning's other modules about a mode that a flag has enabled."""
 
 
 class RequestedOutput(logging.Handler):
@@ -111,9 +111,10 @@ def _flag(chain: list[BaseException]) -> str:
 
 
 def _reason(chain: list[BaseException]) -> str:
-    """Return the message of the innermost error; if a list or a class is allowed, that of the class.
+    """Return the message of the innermost error.
 
-    The parser reports only the first type that it tried, which is the list.
+    For a flag that accepts a list or a class, the innermost error describes only the list, which the parser tries
+    first. In this case, return the message about the class.
     """
     reason = str(chain[-1])
     if not reason.startswith("Expected a <class 'list'>"):

@@ -159,8 +159,8 @@ class FitCLI(LightningCLI):
             "--trust",
             type=str | list[str] | None,
             default=None,
-            help="Import path of a custom class or function that files of others may name: the config.yaml of a run "
-            "to resume, model.init_from or a reward model. Naming it in another flag or --config has the same effect.",
+            help="Import path of a custom class or function that files from other people may import: the config.yaml "
+            "of a resumed run, the pretrained model or a reward model. Code in other flags and in --config is trusted.",
         )
         parser.add_argument(
             "--plan",
@@ -181,9 +181,9 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the flags on top of the flags of a resumed run, so that only the flags that change must be given.
+        """Parse the flags; if a run is resumed, flags that are not given keep their values from its ``config.yaml``.
 
-        Everything is parsed once, except that the config of a resumed run is also parsed alone, for comparison.
+        The config of a resumed run is also parsed on its own, to find the flags that have changed.
         """
         early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
         self._answer_questions(parser, early)
@@ -261,7 +261,7 @@ class FitCLI(LightningCLI):
         if self.config_init.plan:
             trainer.limit_val_batches = 0
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
-            log.info("starting the processes as --trainer.strategy ddp does, instead of with %s", method)
+            log.info("starting the processes in the same way as --trainer.strategy ddp, instead of with %s", method)
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None
@@ -350,7 +350,7 @@ class FitCLI(LightningCLI):
         return str(checkpointing.folder.checkpoints / best)
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
-        """Build the monitor of the other ranks, which may have to end the process without Python's cleanup."""
+        """Build the monitor of the other ranks, with a function that cleans up before the monitor ends the process."""
         trainer = self.trainer
 
         def clean_up() -> None:

@@ -113,7 +113,7 @@ class ResumedRun:
         return RunFolder.containing(self.checkpoint)
 
     def require_folder(self, runs: str | None, experiment: str | None) -> None:
-        """Check that the flags ``--runs`` and ``--experiment``, if given, name the folder in which the run continues.
+        """Check that ``--runs`` and ``--experiment``, if given, match the folder in which the run continues.
 
         Raises:
             UserError: The run continues in another folder, so a flag would have no effect.

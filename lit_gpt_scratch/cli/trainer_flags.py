@@ -1,4 +1,4 @@
-"""Check the Trainer's flags before anything is built, and name the flags that cause an error of the Trainer."""
+"""Check the Trainer's flags before anything is built, and find the flags that caused an error of the Trainer."""
 
 import math
 import re
@@ -23,39 +23,39 @@ MINIMUM: Final = {
     "num_sanity_val_steps": -1, "log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0,
     "reload_dataloaders_every_n_epochs": 0, "fast_dev_run": 0,
 }  # fmt: skip
-"""Lowest valid value of each flag that is a number."""
+"""Lowest valid value of each numeric flag."""
 MINUS_ONE: Final = {"max_epochs": "no limit", "max_steps": "no limit", "num_sanity_val_steps": "all batches"}
-"""Meaning of -1, by flag."""
+"""Meaning of the value -1, keyed by flag."""
 BATCHES: Final = (
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
     "val_check_interval",
 )  # fmt: skip
 """Flags whose value is a whole number of batches, or a fraction of the batches of an epoch."""
 DURATION: Final = re.compile(r"\d+:\d\d:\d\d:\d\d")
-"""Format of ``max_time`` and of a ``val_check_interval`` in time: days, hours, minutes and seconds."""
+"""Format of ``max_time``, and of a ``val_check_interval`` that is a duration: days, hours, minutes and seconds."""
 UNSUPPORTED_CALLBACKS: Final[dict[type[Callback], str]] = {
     BackboneFinetuning: "requires a model with a separate backbone; use --model.train_layers",
     BaseFinetuning: "is a base class; use --model.train_layers, or the import path of your own subclass",
-    BasePredictionWriter: "writes predictions, and fit makes none; use the commands generate or evaluate",
+    BasePredictionWriter: "writes predictions, but fit makes none; use the commands generate or evaluate",
     BatchSizeFinder: "would change the batch size during the run, and with it the order of the data; set "
     "--data.batch_size, and use --plan to measure the speed",
     LearningRateFinder: "would train on data that the run then skips; compare learning rates with the command sweep",
-    ModelPruning: "lists the parameters before fit builds the model, and finds none; prune the trained model",
+    ModelPruning: "looks for parameters before fit has built the model; prune the trained model",
 }
 """Callbacks of Lightning that cannot work in ``fit``, each with the reason and an alternative."""
 COMPONENTS: Final = {
     "callbacks": "callbacks", "loggers": "logger", "profilers": "profiler", "accelerators": "accelerator",
     "strategies": "strategy", "precision": "precision", "plugins": "plugins",
 }  # fmt: skip
-"""Flag that selects a class, by the folder of Lightning's modules that contains the class."""
+"""Flag that selects a class of Lightning, keyed by the subpackage that contains the class."""
 HARDWARE: Final = ("accelerator", "devices", "strategy", "precision")
-"""Flags that are named in an error whose text mentions no flag."""
+"""Flags that are listed in the error message if Lightning's message mentions no flag."""
 
 
 def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
     """Check the values of the Trainer's flags, one at a time.
 
-    Lightning would reject some of the invalid values later, with the names of its arguments, and accept others.
+    Lightning would accept some invalid values, and reject others later, with messages that name arguments, not flags.
 
     Args:
         trainer: The Trainer's flags, with defaults resolved.
@@ -143,7 +143,7 @@ def explain_trainer_error(error: Exception, trainer: Mapping[str, Any], defaults
 
 
 def find_component(error: BaseException) -> tuple[str, str] | None:
-    """Return the Trainer's flag that selects the class of Lightning that raised an error, and the name of the class."""
+    """Return the flag that selects the Lightning class in which an error was raised, and the name of this class."""
     trace, found = error.__traceback__, None
     while trace is not None:
         names = trace.tb_frame.f_globals.get("__name__", "").split(".")

@@ -35,7 +35,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Upper bound for sizes, far above any useful value; some libraries abort the process if a size is too large."""
+"""Exclusive upper bound for sizes, far above any useful size; some libraries abort the process for larger sizes."""
 
 
 class SplitCounts(NamedTuple):
@@ -115,7 +115,7 @@ class BaseDataModule(L.LightningDataModule):
     # Optional overrides, which callbacks use in reports and logs.
 
     item_name: ClassVar[str] = "row"
-    """Singular name of what ``SplitCounts.items`` counts, such as "document"."""
+    """Singular noun for the items that ``SplitCounts.items`` counts, such as "document"."""
     packing: PackingPolicy | None = None
     """Policy that packs documents into rows; None if each row is one padded record."""
     next_command: ClassVar[str] = "generate {}"
@@ -133,15 +133,15 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def cleaning_reports(self) -> list[str]:
-        """Markdown reports of what the cleaning steps removed, one per token store."""
+        """Markdown reports on the documents that the cleaning steps removed, one per token store."""
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
-        """Return the texts of a split, as far as the model reads them, and their class indices; None without classes.
+        """Return the texts of a split, truncated like the model's input, and their class indices; None without classes.
 
         Args:
             split: Name of the split.
-            rows: Number of rows to which the texts are limited; None returns all.
+            rows: Number of rows, from the start of the split; None returns all.
         """
         return None
 
@@ -154,10 +154,10 @@ class BaseDataModule(L.LightningDataModule):
         return None
 
     def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int] | None:
-        """Return the tokens of the validation text and its UTF-8 bytes, or None if the data is not continuous text.
+        """Return the tokens of the validation text and its size in UTF-8 bytes; None if it is not continuous text.
 
         Args:
-            rows: Number of validation rows to which the text is limited; None returns the whole text.
+            rows: Number of validation rows whose text is returned; None returns the whole text.
         """
         return None
 
@@ -361,15 +361,18 @@ def require_positive_ints(given: dict[str, int | None]) -> None:
 
 
 OPEN_FILES: Final = 32
-"""Number of files that a run may open in addition to those of its loader workers."""
+"""Number of files that a run may open in addition to the files for its DataLoader workers."""
 OPEN_FILES_PER_WORKER: Final = 16
-"""Upper bound for the pipes of a worker of two loaders, and for the batches that it has prepared."""
+"""Maximum number of open files per DataLoader worker, for pipes and prefetched batches.
+
+The number is large enough for two DataLoaders, which are open at the same time during validation.
+"""
 
 
 def reserve_open_files(workers: int) -> None:
-    """Raise the soft limit on open files if it is too low for a number of DataLoader workers.
+    """Raise the soft limit on open files if it is too low for the given number of DataLoader workers.
 
-    A loader that runs out of open files would fail at any time, in any of its processes.
+    Otherwise, a loader could run out of open files and fail at any time, in any of its processes.
 
     Raises:
         UserError: The hard limit is too low.

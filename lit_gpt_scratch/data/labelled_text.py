@@ -43,8 +43,8 @@ class LabelledText(RecordDataModule[LabelledExample]):
         text_column: Column that contains the text.
         label_column: Column that contains the label, a string or an integer. If the dataset defines class names, they
             replace integer labels.
-        max_windows: Maximum number of windows of ``block_size`` tokens into which ``too_long`` ``windows`` splits a
-            record; the rest of a longer record is omitted.
+        max_windows: Maximum number of windows of ``block_size`` tokens per record if ``too_long`` is ``windows``; the
+            tokens after the last window are discarded.
         balance: Whether to downsample each class to the size of the smallest class; ``split_seed`` determines which
             records are kept.
         **kwargs: See ``RecordDataModule``.
@@ -113,7 +113,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return counts
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]]:
-        """Return the texts of a split, as far as the model reads them, and their class indices."""
+        """Return the texts of a split, truncated like the model's input, and their class indices."""
         examples = self.examples[cast(RecordSplit, split)][:rows]
         ids = (np.concatenate([part.ids[1:] for part in example.sequences]) for example in examples)
         texts = [self.tokenizer.decode(text.tolist()) for text in ids]
@@ -144,7 +144,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         )
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """Tokenize the text of a record, one sequence per window. Their label is the class index."""
+        """Tokenize the text of a record into one sequence per window; the label of each sequence is the class index."""
         label = np.array([self.class_names.index(record.label)])
         ids = self.tokenizer.encode(record.text)
         if self.too_long == "windows":

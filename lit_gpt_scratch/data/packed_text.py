@@ -30,7 +30,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.cleaning_report import format_report, read_remarks
 from lit_gpt_scratch.text.corpus import CorpusSpec
-from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can name it
+from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # imported so that configs can refer to it
 from lit_gpt_scratch.text.document import first_words
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.quality import C4 as C4
@@ -42,7 +42,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 EXAMPLE_TOKENS = 40
-"""Number of validation tokens in which the words of ``example_text`` are searched."""
+"""Number of validation tokens from which the words of ``example_text`` are taken."""
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
 """Number of validation documents that provide a sample prompt, number of tokens per prompt, and number of validation
 tokens that are searched for the starts of documents."""
@@ -68,11 +68,11 @@ class PackedText(BaseDataModule):
             reaches this limit. By default, all text is read.
         cleaning: Steps that filter or edit documents, applied in order. By default, only exact duplicates are
             removed. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores in
-            ``lit-gpt`` and ``python -m``, and 1 in other scripts: each new process imports the main script, which may
-            lack an ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
+        processes: Number of processes that clean and tokenize a large corpus. By default, one per core in the commands
+            of this package, and 1 in other scripts, because each new process imports the main script, which may lack
+            an ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
         validation_share: Approximate fraction of the text held out for validation, by default 0.05. Near-duplicates are
-            kept together. If there is only one document, this fraction at the end of its text is held out.
+            kept together. If there is only one document, it is divided, and its end is held out.
         tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
             ``unigram``, ``char`` or ``byte``; or the path of an existing tokenizer: a ``tokenizer.json`` file, a folder
             that contains such a file, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
@@ -255,7 +255,7 @@ class PackedText(BaseDataModule):
     def cleaning_reports(self) -> list[str]:
         """Cleaning report of each token store that has an ``audit.json``.
 
-        The report is formatted again, because a copied store may contain any ``audit.md``.
+        The report is formatted from ``audit.json``, because the ``audit.md`` of a copied store cannot be trusted.
         """
         found = []
         for path in (store.folder / "audit.json" for store in self.stores):
@@ -264,7 +264,7 @@ class PackedText(BaseDataModule):
         return found
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if the validation text is short, and the remarks in the cleaning reports."""
+        """Yield a warning if the validation text is short, and the warnings in the cleaning reports."""
         for store in self.stores:
             yield from read_remarks(store.folder)
         n_tokens = self.store.validation.n_tokens
@@ -327,7 +327,8 @@ class PackedText(BaseDataModule):
         """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent.
 
         Args:
-            rows: Number of validation windows; their text consists of their labels, and the token before the first.
+            rows: Number of validation windows to read, starting with the first; None reads all tokens. The first token
+                that is read precedes the first label.
         """
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes

@@ -75,8 +75,8 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         copies_together: Whether to put duplicate records into the same split. By default, duplicates are split like
             other records, and the number of held-out records that also occur in the training split is logged.
         too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
-            ``cut`` truncates it at the end; ``drop`` skips it; ``windows``, the default of ``LabelledText`` and only
-            available there, splits it. The default of other classes is ``refuse``.
+            ``cut`` truncates it at the end; ``drop`` skips it; ``windows`` splits it into windows. The default is
+            ``windows`` for ``LabelledText``, the only class that supports it, and ``refuse`` for other classes.
         tokenizer: Type of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
             ``byte``), or the file or folder of an existing tokenizer. By default, the tokenizer of ``init_from``, or
             ``bpe`` if ``init_from`` is not set.
@@ -273,15 +273,15 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         }
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if there are few validation records, or if duplicates kept together exceed a split."""
+        """Yield a warning if there are few validation records, or more copies of a record than fit into a split."""
         if self.copies_together:
             key, n_copies = Counter(self._keys).most_common(1)[0]
             if n_copies > max(1, min(self.held_out.values()) * len(self._keys)):
                 index = self._keys.index(key)
                 split = next(split for split, indices in self.split_indices.items() if index in indices)
                 yield (
-                    f"{n_copies:,} of {len(self._keys):,} records are copies of each other, more than a held-out split "
-                    f"has, and --data.copies_together puts them all into the {split} split; remove copies"
+                    f"{n_copies:,} of {len(self._keys):,} records are copies of each other, more than fit into a "
+                    f"held-out split, and --data.copies_together puts all of them into the {split} split; remove copies"
                 )
         n = len(self.examples["validation"])
         if n < MIN_VALIDATION_RECORDS:

@@ -48,7 +48,8 @@ def split_records(
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
         together: Whether to put duplicates into the same split. The size of a held-out split may then differ from its
-            fraction. A group of duplicates larger than a split is not used for this split, unless all groups are.
+            fraction. A group of duplicates that is larger than a held-out split is left for training, unless no group
+            is small enough.
         name: Name of the data source, for error messages.
 
     Returns:
@@ -77,7 +78,7 @@ def split_records(
 
 
 def _take_groups(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
-    """Take groups from the end until they have about ``wanted`` records; return these records and the other groups."""
+    """Take about ``wanted`` records as whole groups, from the end; return these records and the remaining groups."""
     taken: list[int] = []
     rest: list[list[int]] = []
     for group in reversed(groups):

@@ -150,7 +150,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         start: Epoch to start at, and micro-batch within that epoch; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
         limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
-        repeats: Whether every epoch has the rows of the first epoch, in the same order.
+        repeats: Whether every epoch repeats the rows of the first epoch in the same order.
     """
 
     def __init__(
@@ -246,8 +246,8 @@ class EvaluationSampler(DistributedSampler[MicroBatch]):
 class SequentialMicroBatches(SequentialSampler):
     """Sampler that yields the micro-batches of another sampler, for ``trainer.overfit_batches``.
 
-    The class inherits from ``SequentialSampler``, because Lightning then replaces all other samplers with one that
-    yields single rows.
+    The class inherits from ``SequentialSampler`` because with ``overfit_batches``, Lightning replaces all other
+    samplers with a sampler that yields single rows.
 
     Args:
         sampler: Sampler whose micro-batches are the same in every epoch.
@@ -261,7 +261,7 @@ class SequentialMicroBatches(SequentialSampler):
         return iter(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, at whose start a resumed run may skip micro-batches."""
+        """Set the epoch; in the first epoch of a resumed run, the sampler skips the micro-batches already used."""
         self.sampler.set_epoch(epoch)
 
 

@@ -13,22 +13,22 @@ N_RECENT: Final = 5
 PEAK_SHARE: Final = 0.9
 """The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
-"""Number of steps after the warm-up within which the loss of an ongoing run must decrease."""
+"""Number of steps after the warm-up before the loss of an ongoing run is checked for a decrease."""
 MIN_STEPS_FINISHED: Final = 50
-"""Number of steps after the warm-up within which the loss of a finished run must decrease."""
+"""Minimum number of steps after the warm-up at which the loss of a finished run is checked for a decrease."""
 MIN_DECREASE: Final = 0.1
-"""Minimum decrease of the loss, relative to the loss of uniform predictions.
+"""Decrease of the loss, relative to the loss of uniform predictions, below which the loss counts as not falling.
 
 The loss of healthy runs has decreased by 0.14 to 0.34 after ``MIN_STEPS_FINISHED`` steps, and by 0.27 to 0.4 after
 ``MIN_STEPS_RUNNING`` steps.
 """
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Maximum loss relative to the loss of uniform predictions.
+"""Ratio of the loss to the loss of uniform predictions above which the learning rate is reported as too high.
 
-Only runs whose optimizer steps are too large exceed it; healthy runs stay below 1.01.
+Healthy runs stay below 1.01.
 """
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Maximum loss relative to the initial loss of a pretrained model, which may have been trained on different text."""
+"""Ratio of the loss to the initial loss of a pretrained model above which the learning rate is reported as too high."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
 """TensorBoard tags of the update ratios of attention and feed-forward layers.
 
@@ -38,19 +38,19 @@ update ratio says little about the learning rate.
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
 """TensorBoard tag of the norm of the residual stream after the first block."""
 MAX_STREAM_GROWTH: Final = 1e3
-"""Maximum norm of the residual stream relative to its first value, or to 1 if the first value was smaller.
+"""Growth of the residual stream norm, relative to its first value or 1, above which steps are reported as too large.
 
-In healthy runs, the norm grows up to 40-fold, even if it was small at first. At a thousand times the learning rate of
-these runs, it grows 10,000-fold or more.
+The growth is relative to 1 if the first value is smaller. In healthy runs, the norm grows up to 40-fold, even if it was
+small at first. At a thousand times the learning rate of these runs, it grows 10,000-fold or more.
 """
 MIN_UPDATE_RATIO: Final = 1e-4
-"""Minimum ratio of the update norm to the weight norm in one step.
+"""Ratio of the update norm to the weight norm in one step below which steps are reported as too small.
 
 A common rule of thumb is 0.001. Healthy runs have ratios of 0.003 to 0.02, and runs at a thousandth of their learning
 rate have ratios of 0.00001 to 0.00002.
 """
 UNIGRAM_SHARE: Final = 0.95
-"""Maximum bits per byte relative to those of a unigram model.
+"""Fraction of a unigram model's bits per byte above which a flat loss is reported as a problem.
 
 If optimizer steps that are too large have destroyed the layers of a network, it learns only the token frequencies. A
 healthy network reaches a ratio of 0.8 after a hundred steps.
@@ -61,11 +61,11 @@ FLAT_DECREASE: Final = 0.02
 The median of the newest ``N_RECENT`` points is compared with the median ``2 * N_RECENT`` points earlier.
 """
 MIN_RISE: Final = 0.25
-"""Fraction by which the loss must exceed its lowest value to be considered diverged."""
+"""Relative rise of the loss above its lowest value at which the run is reported as diverged."""
 MIN_RISE_NATS: Final = 0.1
-"""Rise in nats that is required on top of ``MIN_RISE``, because a loss near 0 may double without diverging."""
+"""Rise in nats that is required in addition to ``MIN_RISE``, because a loss near 0 may double without diverging."""
 OVERFIT_RISE: Final = 0.03
-"""Fraction by which the validation loss must exceed its lowest value for a run to be considered overfitting.
+"""Relative rise of the validation loss above its lowest value at which the run is reported as overfitting.
 
 In healthy runs, the relative fluctuation is at most 0.01.
 """
@@ -77,7 +77,7 @@ MIN_LAG: Final = 0.02
 It is one standard deviation for 500 validation records.
 """
 MIN_BASELINE_SHARE: Final = 0.2
-"""Minimum bits per byte relative to those of a compressor or n-gram model.
+"""Fraction of the bits per byte of a compressor or n-gram model below which the loss is reported as implausibly low.
 
 The best language models need about a third of the bits of ``xz``.
 """
@@ -104,7 +104,7 @@ def _steps_at_peak(rate: MetricCurve, step: int) -> int:
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Return whether the loss has fallen below the initial loss. Spikes are reported only once this is the case."""
+    """Return whether the loss has fallen below the initial loss; only then are spikes reported."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 

@@ -15,35 +15,38 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 N_RECENT: Final = 3
 """Number of most recent rollout phases whose median represents the current policy."""
 MIN_SEPARATION: Final = 1.5
-"""Minimum distance between the medians of two groups of rollout phases, relative to the larger range within a group.
+"""Distance between the medians of two groups of rollout phases above which a metric is considered to have risen.
 
-In a simulation with two groups of three phases and normally distributed noise, the second group exceeds the first by
-this distance in 1 of 125 cases.
+The distance is relative to the larger range of values within a group. In a simulation with two groups of three phases
+and normally distributed noise, the second group exceeds the first by this distance in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
-"""Minimum drop in the true reward (the fraction of correct replies) from its best value that is reported.
+"""Drop of the true reward (the fraction of correct replies) below its best value at which reward hacking is reported.
 
 The mean over 115 replies, as in validation, has a standard deviation of about 0.05.
 """
 MIN_REWARD_GAIN: Final = 0.1
-"""Minimum gain in true reward, as a fraction of the largest possible gain; healthy runs reach 0.6 or more."""
+"""Gain in true reward, as a fraction of the largest possible gain, below which reward hacking is reported.
+
+Healthy runs reach 0.6 or more.
+"""
 MAX_KL: Final = 30.0
-"""Maximum KL divergence from the initial policy, in nats per reply.
+"""KL divergence from the initial policy, in nats per reply, above which a problem is reported.
 
 Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a KL penalty at ten times the
 learning rate reaches 75.
 """
 MAX_KL_TO_TARGET: Final = 4.0
-"""Maximum KL relative to the target KL, if the KL coefficient is adaptive."""
+"""Ratio of the KL to the target KL above which a problem is reported, if the KL coefficient is adaptive."""
 MIN_ENTROPY_SHARE: Final = 0.1
-"""Minimum entropy per token relative to the initial entropy; healthy runs stay between 0.4 and 2."""
+"""Fraction of the initial entropy per token below which a problem is reported; healthy runs stay between 0.4 and 2."""
 MIN_LENGTH_SHARE: Final = 0.3
-"""Minimum reply length relative to the initial length, in tokens including the end token.
+"""Fraction of the initial reply length, in tokens including the end token, below which a problem is reported.
 
 Healthy runs stay above 0.6, even if short replies are preferred.
 """
 MIN_ENDED_SHARE: Final = 0.5
-"""Minimum fraction of replies with an end token; healthy runs reach 0.93 or more."""
+"""Fraction of replies with an end token below which a problem is reported; healthy runs reach 0.93 or more."""
 PENALTY_FACTOR: Final = 4
 """Factor by which a KL coefficient that is too small should be increased."""
 DEFAULT_PENALTY: Final = 0.05

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 
 MAX_REPEATED_DIAGNOSES: Final = 100
-"""Maximum number of diagnoses per repeatable symptom."""
+"""Maximum number of diagnoses per repeatable symptom; further occurrences are not reported."""
 
 
 class Finding(NamedTuple):

@@ -21,9 +21,9 @@ GUARD_ACTS: Final = 2.0
 N_RECENT: Final = 3
 """Number of most recent points whose median is used as the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
-"""Maximum fraction of the step time spent waiting for data; healthy runs spend 0.01 to 0.04."""
+"""Fraction of the step time spent waiting for data above which a problem is reported; 0.01 to 0.04 in healthy runs."""
 EARLY_SHARE: Final = 0.25
-"""Initial fraction of the run in which spikes are attributed to a missing warm-up."""
+"""Fraction of the run, counted from its start, in which spikes are attributed to a missing warm-up."""
 MAX_GUARD_LINES: Final = 4
 """Maximum number of lines quoted from the guard's report.
 
@@ -96,7 +96,7 @@ def rewound(e: MetricHistory) -> Finding | None:
     lower = f" {rate / 3:.2g}" if math.isfinite(rate) else ""
     return Finding(
         f"{PATIENCE} consecutive steps were skipped; rewound to the weights of step {rewind.last:.0f}",
-        "not a single batch; the learning rate is too high, the precision is too low, or part of the text is unusual",
+        "the learning rate is too high, the precision is too low, or a large part of the text is unusual",
         f"--model.optimizer.lr{lower}",
     )
 

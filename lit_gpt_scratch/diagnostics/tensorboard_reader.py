@@ -1,7 +1,7 @@
 """Read TensorBoard event files, and replay a run's events in a rule engine.
 
-Event files may be damaged or come from other programs, so nothing in them is trusted: the tensor of a scalar may claim
-to have any shape and type.
+Event files may be damaged or come from other programs, so their content is validated. For example, the tensor of a
+scalar may have any shape and type.
 """
 
 import logging
@@ -29,7 +29,7 @@ TEST_PREFIX: Final = "test/"
 HPARAMS_SUFFIX: Final = ".hparams"
 """Suffix of event files that contain hyperparameters instead of scalars."""
 RECORD_OVERHEAD: Final = 16
-"""Number of bytes of a record in an event file in addition to its data: the length and two checksums."""
+"""Number of bytes that a record in an event file occupies in addition to its data: its length and two checksums."""
 
 
 def event_files(run: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
 
     Args:
         path: Path of the event file.
-        growing: Whether a process is still writing the file, so that an incomplete record is no damage.
+        growing: Whether a process is still writing the file. If so, no warning is logged for an incomplete record.
     """
     size = 0
     initial_metadata: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Detection of ranks that do not respond, and termination of a process that waits for them.
+"""Detection of unresponsive ranks, and termination of a process that waits for them after a stop signal.
 
 A collective operation waits in C++ code until all ranks take part in it or a timeout of half an hour expires. In the
 meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM.
@@ -27,40 +27,40 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 log = logging.getLogger(__name__)
 
 INTERVAL: Final = 0.5
-"""Interval in seconds at which each rank shows that it responds."""
+"""Interval in seconds at which each rank stores a heartbeat."""
 UNRESPONSIVE_SECONDS: Final = 8.0
-"""Time in seconds after which a rank counts as unresponsive."""
+"""Time in seconds without a new heartbeat after which a rank counts as unresponsive."""
 GRACE_SECONDS: Final = 3.0
-"""Time in seconds that a process that waits for the other ranks to connect has to exit by itself after a signal."""
+"""Time in seconds after a signal until the monitor ends a process that waits for other ranks."""
 STUCK_SECONDS: Final = 60.0
-"""Time in seconds without CPU use after which a process that has received a signal waits for a rank that hangs.
+"""Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 
-The time in which any rank writes a checkpoint does not count.
+A process is idle if it uses no CPU time and no rank is writing a checkpoint.
 """
 IDLE_SHARE: Final = 0.02
-"""Fraction of a CPU core below which a process counts as idle."""
+"""CPU use of a process, as a fraction of one core, up to which the process counts as idle."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
-"""Time in seconds after which waiting for other ranks to connect is reported; True for several machines."""
+"""Time in seconds to wait for other ranks to connect before logging a warning; the key is True for several machines."""
 LOST_RANK: Final = (
     r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
 )
-"""Pattern of the messages of errors that occur if a rank ends or does not respond."""
+"""Pattern that matches the message of an error caused by a rank that has ended or does not respond."""
 DONE: Final = b"done"
 SAVING: Final = b"saving"
-"""Prefix of the values of a rank that is writing a checkpoint."""
+"""Prefix of the heartbeats of a rank that is writing a checkpoint."""
 
 
 class RankMonitor:
-    """Context manager with a thread that reports unresponsive ranks, and ends the process if it waits for them.
+    """Context manager with a thread that reports unresponsive ranks, and can end this process after a signal.
 
-    After a signal, the process ends if it still waits for other ranks to connect, if a rank is unresponsive, or if
-    nothing has happened for ``STUCK_SECONDS``. Otherwise, the callbacks end it.
+    After a signal, the monitor ends the process if the process still waits for other ranks to connect, if a rank is
+    unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the process.
 
     Args:
         rank: Rank of this process.
         ranks: Number of ranks; with a single rank, the monitor does nothing.
         nodes: Number of machines.
-        timeout: Timeout of collective operations and of connecting.
+        timeout: Timeout for collective operations, and for connecting to the other ranks.
         signals: Signals that end the process.
         on_abort: Function that is called before the process ends, to end its child processes and to remove files.
     """
@@ -83,7 +83,7 @@ class RankMonitor:
         self._reported: set[int] = set()
         self._store: TCPStore | None = None
         self._seen: dict[int, tuple[bytes, float]] = {}
-        """For each rank, the last value that it stored, and the time at which the value was first seen."""
+        """Last heartbeat of each rank, and the time at which this heartbeat was first read."""
         self._beats = 0
         self._store_lost = self._failing = False
         self._stopped = threading.Event()
@@ -106,7 +106,7 @@ class RankMonitor:
         lost = next((str(cause) for cause in chain if re.search(LOST_RANK, str(cause))), None)
         if lost:
             self._failing = True
-            time.sleep(4 * INTERVAL)  # a rank that responds stores several values in this time
+            time.sleep(4 * INTERVAL)  # a responsive rank stores several heartbeats in this time
         self._stopped.set()
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
@@ -117,7 +117,7 @@ class RankMonitor:
             raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
-        """Return the other ranks that have not responded for a time in seconds."""
+        """Return the other ranks whose last heartbeat was first read more than ``seconds`` ago."""
         now = time.monotonic()
         if self._store_lost:
             return [0]
@@ -160,7 +160,7 @@ class RankMonitor:
             self._cpu_seconds = time.process_time()
 
     def _beat(self) -> None:
-        """Store a new value for this rank, and read the values of all ranks if they are needed."""
+        """Store a heartbeat of this rank, and read the heartbeats of all ranks if they are needed."""
         if self._store_lost:
             return
         try:
@@ -207,7 +207,7 @@ class RankMonitor:
             self._busy_at = now
         self._cpu_seconds = cpu_seconds
         if now - self._busy_at > STUCK_SECONDS:
-            self._abort(f"after it had done nothing for {STUCK_SECONDS:.0f} s; a rank hangs")
+            self._abort(f"after it had been idle for {STUCK_SECONDS:.0f} s, probably because another rank hangs")
 
     def _any_rank_saves(self) -> bool:
         return any(value.startswith(SAVING) for value, _ in self._seen.values())

@@ -8,14 +8,15 @@ from typing import Any, Final
 STOP_SIGNALS: Final = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]
-"""Ctrl-C, a termination request, a closed terminal, and SLURM's warning before the time limit (if requested with
+"""Signals for Ctrl-C, a termination request, a closed terminal, and SLURM's warning before the time limit (if set with
 ``sbatch --signal=USR1@60``)."""
 
 
 def install_stop_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Handle all stop signals with a function; must be called in the main thread.
 
-    SIGHUP stays ignored if it already is, because ``nohup`` starts a process this way to outlive its terminal.
+    If SIGHUP is already ignored, it stays ignored, because ``nohup`` ignores it to keep a process running after its
+    terminal is closed.
 
     Returns:
         The previous handlers, keyed by signal number.

@@ -150,14 +150,14 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
 
 
 def replace_multiprocessing_launcher(strategy: Strategy) -> str | None:
-    """Let a DDP strategy that would fork or spawn its processes start them as ``ddp`` does.
+    """Make a DDP strategy start its processes in the same way as ``ddp``, instead of forking or spawning them.
 
     The computation is the same. A forked or spawned process would return neither its progress nor the state of the
     callbacks to this process. In addition, forking is unsafe once threads have started, and spawning would copy the
     data.
 
     Returns:
-        The start method that is replaced, or None if the strategy does not fork or spawn.
+        The start method that was replaced, or None if the strategy does not fork or spawn processes.
 
     Raises:
         UserError: The strategy cannot start its processes in another way.

@@ -16,11 +16,11 @@ MAX_TRAINING_TOKENS = 16_000_000
 
 
 def measure_xz_bits_per_byte(tokens_text: str, n_bytes: int) -> float:
-    """Return the bits per byte of a text whose tokens are compressed with ``xz -9``, a strong compressor.
+    """Return the bits per byte of a text compressed with ``xz -9``, a strong compressor.
 
     Args:
-        tokens_text: Text to which the tokens decode; it differs from the text if the tokenizer does not preserve it.
-        n_bytes: Length of the text in UTF-8 bytes.
+        tokens_text: Text decoded from the tokens; it differs from the original text if the tokenizer is lossy.
+        n_bytes: Length of the original text in UTF-8 bytes.
     """
     return 8 * len(lzma.compress(tokens_text.encode(), preset=9)) / n_bytes
 

@@ -141,9 +141,10 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
 def split_continuation(sequence: ScoredSequence, block_size: int) -> Iterator[ScoredSequence]:
     """Split a sequence into windows that fit into the context, so that each token of the continuation is scored once.
 
-    A continuation that fits is one window, whose context is truncated from the left. A longer one is split into parts
-    of half the context length, and each part is preceded by as many tokens as fit, at least half the context length
-    unless the text begins there. The sum of the log-likelihoods of all windows is that of the continuation.
+    If the continuation fits into the context, there is one window, and the preceding text is truncated from the left. A
+    longer continuation is split into parts of half the context length. Each part is preceded by as many tokens as fit:
+    at least half the context length, except at the beginning of the text. The log-likelihood of the continuation is the
+    sum of the log-likelihoods of all windows.
     """
     most = block_size + 1  # the last token is not an input
     first, end = len(sequence.ids) - sequence.n_scored, len(sequence.ids)

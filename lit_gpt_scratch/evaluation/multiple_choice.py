@@ -77,10 +77,10 @@ class MultipleChoiceQuestion:
         return self.context + self.choices[self.answer]
 
     def gives_away(self, other: "MultipleChoiceQuestion") -> bool:
-        """Return whether this question with its answer, as a few-shot example, contains the answer to another question.
+        """Return whether this question, used as a few-shot example, would reveal the answer to another question.
 
-        This is the case if the contexts are equal, and the choices or the answers, too. Case and white space are
-        ignored.
+        This is the case if both questions have the same context, and the same choices or the same answer. Case and
+        white space are ignored.
         """
         if _normalize(self.context) != _normalize(other.context):
             return False
@@ -103,8 +103,9 @@ def evaluate_multiple_choice(
         tokenizer: The model's tokenizer.
         questions: Questions with choices.
         few_shot: Number of few-shot examples. The first ``few_shot`` questions and their answers are prepended to each
-            of the other questions, and are not scored themselves. An example that is equal to the question is replaced
-            with the next question that is not, or left out if there is none, and a warning is logged.
+            of the other questions, and are not scored themselves. If an example is identical to the question being
+            scored, the next different question takes its place; if there is none, the example is omitted. A warning is
+            logged in both cases.
 
     Returns:
         ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character`` and ``accuracy_per_byte``; and ``chance``,
@@ -165,7 +166,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
 
 
 def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int) -> Iterator[str]:
-    """Yield the few-shot examples of each question after the first ``few_shot``, as the text that precedes it."""
+    """Yield the text of the few-shot examples for each scored question, i.e. each one after the first ``few_shot``."""
     usual = questions[:few_shot]
     n_replaced = 0
     for question in questions[few_shot:]:
@@ -177,7 +178,7 @@ def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int)
         yield "".join(example.text + EXAMPLE_SEPARATOR for example in examples)
     if n_replaced:
         log.warning(
-            "%d of %d questions are equal to a few-shot example, which was replaced for them; remove the duplicates",
+            "%d of %d questions are identical to a few-shot example, so another one is used; remove the duplicates",
             n_replaced, len(questions) - few_shot,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Text classifiers that count words, as baselines for a classifier with a neural network."""
+"""Text classifiers based on word counts, used as baselines for neural classifiers."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 MAX_TRAINING_TEXTS: Final = 20_000
 """Maximum number of training texts. Training on this many texts takes a few seconds."""
 WORD: Final = re.compile(r"\b\w\w+\b")
-"""Words of two or more characters, the default tokens of scikit-learn."""
+"""Pattern that matches words of two or more characters, as in scikit-learn's vectorizers."""
 
 
 class LabelledTexts(NamedTuple):
@@ -26,7 +26,7 @@ class LabelledTexts(NamedTuple):
 
 
 def word_baseline(train: LabelledTexts, validation: LabelledTexts) -> dict[str, float]:
-    """Return the validation accuracy of a classifier that counts words, keyed by the name of the classifier.
+    """Return the validation accuracy of a classifier based on word counts, keyed by the name of the classifier.
 
     The classifier is a logistic regression on TF-IDF features (``tf-idf``) if scikit-learn is installed, and otherwise
     ``naive bayes``.

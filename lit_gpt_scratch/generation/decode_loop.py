@@ -19,7 +19,7 @@ DecodeStep = Callable[[Tensor, KVCache], Tensor]
 MAX_BATCH_ROWS: Final = 64
 """Maximum number of prompts that are decoded at the same time."""
 MAX_CACHE_BYTES: Final = 2**30
-"""Maximum size of the KV cache in bytes, unless a single row is larger."""
+"""Maximum size of the KV cache in bytes; a single row may exceed it."""
 
 
 def generate(
@@ -47,8 +47,8 @@ def generate(
         max_new_tokens: Maximum number of new tokens per row.
         sampling: Sampling parameters.
         seeds: One seed per prompt; the global random state is not used.
-        end_of_text: Id of the end-of-text token, or ids of several, which end a row when they are sampled and are not
-            yielded.
+        end_of_text: Id of the end-of-text token, or ids of several such tokens. When one of them is sampled, the row
+            ends, and the token is not yielded.
         done: Callback that is called with the index of a prompt and its new token. If it returns True, the row ends
             after that token.
         compile: Whether to compile the decoding step. The first call then takes many seconds, but a single row decodes
@@ -78,7 +78,7 @@ def generate(
 
 
 def max_batch_rows(model: GPT, capacity: int) -> int:
-    """Return the number of prompts that are decoded at the same time, if each has room for ``capacity`` tokens."""
+    """Return the number of prompts per batch if the cache holds ``capacity`` tokens for each of them."""
     config, weight = model.config, model.embedding.weight
     row_bytes = 2 * config.n_layer * config.kv_heads * config.head_width * capacity * weight.element_size()
     return max(1, min(MAX_BATCH_ROWS, MAX_CACHE_BYTES // row_bytes))

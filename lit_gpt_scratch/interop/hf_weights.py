@@ -76,7 +76,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Check that tensors have the expected names, shapes and kinds of dtype.
+    """Check that tensors have the expected names and shapes, and floating-point dtypes where expected.
 
     Args:
         found: Tensors by name.
@@ -84,7 +84,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         where: Description of the source of the tensors, for the error message.
 
     Raises:
-        UserError: Names or shapes differ; the message lists missing and unexpected tensors and wrong shapes.
+        UserError: Names, shapes or dtypes differ; the message lists all differences.
     """
     wrong_shape = [
         f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"

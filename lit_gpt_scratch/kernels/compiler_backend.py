@@ -51,7 +51,7 @@ class CompilerBackend:
                 reason = _describe_failure(error)
                 if self.required:
                     raise UserError(
-                        f"torch.compile failed ({reason}); repair the compiler, or do not compile"
+                        f"torch.compile failed ({reason}); repair the compiler, or disable compilation"
                     ) from error
                 self.failed = True
                 log.warning("not compiled, because the compiler failed: %s", reason)
@@ -65,7 +65,7 @@ def _compile_with_inductor(graph: fx.GraphModule, example_inputs: list[Any]) -> 
 
 
 def _describe_failure(error: Exception) -> str:
-    """Return the line of an exception's messages that names the cause, such as the compiler's first error."""
+    """Return the line of an exception's messages that states the cause, such as the compiler's first error."""
     lines = [line.strip() for each in exception_chain(error) for line in str(each).splitlines() if line.strip()]
     for pattern in (r"No space left|Disk quota|Too many open", r"[Ee]rror: |not found", r""):
         for line in lines:

@@ -13,7 +13,7 @@ from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 
 MAX_TABLE_BYTES: Final = 2**28
-"""Maximum size of the position tables of a model whose weights are smaller; files do not contain these tables."""
+"""Size in bytes up to which position tables, which files do not contain, may be larger than the model's weights."""
 
 
 def expected_weights(
@@ -26,7 +26,8 @@ def expected_weights(
 ) -> dict[str, Tensor]:
     """Return the state dict of a model on the meta device, i.e. names, shapes and dtypes without allocated memory.
 
-    Time and memory depend on the weights that were found, not on the sizes in the config, which may be wrong.
+    The time and memory required depend on the number of tensors in ``found``, not on the sizes in the config, which may
+    be wrong.
 
     Args:
         found: Weights that a file contains, with any names.

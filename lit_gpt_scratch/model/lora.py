@@ -25,11 +25,11 @@ from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 MAX_RANK: Final = 2**13
-"""Maximum rank; that of a full matrix in the largest models that can be adapted."""
+"""Maximum rank of an adapter, which is the full rank of the matrices in the largest models that can be adapted."""
 PATTERN_SECONDS: Final = 1
-"""Limit on the time for matching a pattern, which may come from a file, with the names of all layers."""
+"""Maximum time in seconds for matching a pattern, which may come from a file, against the names of all layers."""
 MIN_TIMEOUT: Final = 1e-6
-"""Timeout for a name once the limit has been reached; ``regex`` does not accept 0."""
+"""Timeout in seconds for matching a name once the time limit has been reached; ``regex`` does not accept 0."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.ema import EMA_STATE_KEY
 
 LIKE_PARAMETER: Final = ("momentum", "exp_avg", "exp_avg_sq", EMA_STATE_KEY)
-"""Names of state tensors that have the shape of the parameter."""
+"""Names of the state tensors that have the same shape as their parameter."""
 
 
 def validate_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -27,11 +27,11 @@ def _find_problem(optimizer: Optimizer, saved: dict[str, Any]) -> str:
     keys = [group.get("params") for group in groups]
     sizes = [len(group) if isinstance(group, list) else -1 for group in keys]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        return "is of another model: it has other parameter groups"
+        return "belongs to another model, because its parameter groups differ"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     flat = [key for group in keys for key in group]
     if not all(isinstance(key, int | str) for key in flat) or not saved["state"].keys() <= set(flat):
-        return "is damaged: it has states of unknown parameters"
+        return "is damaged: it contains states of unknown parameters"
     for key, parameter in zip(flat, parameters, strict=True):
         for name, value in saved["state"].get(key, {}).items():
             shapes = {

@@ -32,10 +32,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 @cache
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of the Newton-Schulz iterations on a device: bfloat16 if it multiplies bfloat16 matrices fast.
+    """Return the dtype of the Newton-Schulz iterations: bfloat16 if the device has fast bfloat16 matmuls.
 
-    Otherwise it is float32. On CPUs without AVX-512, PyTorch has no optimized bfloat16 matmul: the iterations took 24
-    to 150 times as long as in float32 on an AMD Zen 3, and most of a training step. Older GPUs emulate bfloat16.
+    Otherwise, float32 is used. On CPUs without AVX-512, PyTorch has no optimized bfloat16 matmul. On an AMD Zen 3, the
+    iterations took 24 to 150 times as long as in float32, and most of a training step. Older GPUs emulate bfloat16.
     """
     if device.type == "cpu":
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

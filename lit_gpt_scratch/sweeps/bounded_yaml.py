@@ -8,23 +8,23 @@ import yaml
 from lit_gpt_scratch.errors import UserError, describe_yaml_error
 
 MAX_BYTES: Final = 2**18
-"""Maximum size of a file in bytes; PyYAML needs seconds for more."""
+"""Maximum size of a file in bytes; PyYAML would take several seconds to parse a larger file."""
 MAX_NODES: Final = 100_000
 """Maximum number of values in a file, counting the values of an alias each time it is used."""
 MAX_DEPTH: Final = 50
-"""Maximum nesting depth."""
+"""Maximum nesting depth of the values in a file."""
 
 
 def load_yaml(path: Path) -> tuple[Any, str]:
     """Read a YAML file that contains only mappings with text as keys, lists, text, numbers, true, false and null.
 
-    Keys that are numbers, booleans or null are converted to the text with which YAML writes them.
+    Keys that are numbers, booleans or null are converted to their YAML text, such as ``true``.
 
     Returns:
         The parsed content, and the text of the file.
 
     Raises:
-        UserError: The file cannot be read, is too large or nested too deeply, or is not such a file.
+        UserError: The file cannot be read, is too large, is nested too deeply, or contains other values.
     """
     try:
         with path.open("rb") as file:
@@ -62,7 +62,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
         depth: Nesting depth of the node.
 
     Raises:
-        UserError: The node contains itself, too many nodes, or is nested too deeply.
+        UserError: The node contains itself, contains too many nodes, or is nested too deeply.
     """
     if id(node) in sizes:
         size = sizes[id(node)]

@@ -30,7 +30,7 @@ MARKER_LABELS: Final = {
     WITHIN_NOISE: "within noise (p ≥ 0.05 after Holm's correction)",
 }
 MAX_CURVES: Final = 10
-"""Maximum number of trials in a plot of training curves."""
+"""Maximum number of trials in a plot of training curves; only the best trials are shown."""
 OUTLIER_RATIO: Final = 5.0
 """Minimum factor by which outliers extend farther from 0 than all other trials; outliers are clipped in plots."""
 

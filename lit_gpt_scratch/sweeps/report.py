@@ -78,7 +78,9 @@ class SweepReport:
             for name, content in files.items():
                 write_atomically(folder / name, content)
         except OSError as error:
-            raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write the report to {folder}: {error.strerror}; check the permissions and the free disk space"
+            ) from error
         return folder / "report.html"
 
     def results_csv(self) -> str:
@@ -185,7 +187,7 @@ class SweepReport:
         )
 
     def describe_failures(self) -> str:
-        """Return the number of failed runs and how to repeat them; empty if no run failed."""
+        """Return sentences with the number of failed runs, and the command to repeat them; empty if no run failed."""
         n_runs = sum(max(len(trial.runs), trial.expected_runs) for trial in self.trials)
         failed = [(trial.number, run) for trial in self.trials for run in trial.runs if run.state == "failed"]
         if not failed:
@@ -194,7 +196,7 @@ class SweepReport:
         text = f"{len(failed)} of {n_runs} runs failed, in {n_trials} of {len(self.trials)} trials. "
         n_retryable = sum(run.retryable for _, run in failed)
         if n_retryable:
-            text += f"The cause of {n_retryable} may not be the settings; run the command again to retry. "
+            text += f"For {n_retryable} of them, the settings may not be the cause; run the command again to retry. "
         if n_retryable < len(failed):
             text += "To repeat failed runs, add --retry failed to the command."
         return text.rstrip()

@@ -28,7 +28,7 @@ ENVIRONMENT_MESSAGES: Final = re.compile(
     r"|connection (closed|reset|refused|aborted)|too many open files",
     re.IGNORECASE,
 )
-"""Messages of environment failures that libraries raise as exceptions of other types than ``OSError``."""
+"""Pattern that matches messages of environment failures that libraries raise as exceptions other than ``OSError``."""
 
 
 class RunProcess:
@@ -81,7 +81,7 @@ class RunProcess:
 
     @property
     def _killed_by(self) -> str | None:
-        """Name of the signal that killed the process, or a process that it waited for; None if there was none."""
+        """Name of the signal that killed the process or a process that it waited for; None if no signal did."""
         code: int = self._process.returncode
         signum = -code if code < 0 else code - 128
         return next((each.name for each in signal.Signals if each == signum), None)
@@ -105,9 +105,9 @@ class RunProcess:
 def is_environment_failure(error: BaseException) -> bool:
     """Return whether an exception was caused by the machine, its disks or the network, not by the settings of a run.
 
-    This is the case if the exception, or one that it was raised from, is an ``OSError`` (a missing or unreadable file,
-    a full disk, a lost connection), a ``MemoryError``, or has one of the ``ENVIRONMENT_MESSAGES``. If ``fit`` exits
-    because of a ``UserError``, the causes of that error count.
+    This is the case if the exception or one of its causes is an ``OSError`` (a missing or unreadable file, a full disk,
+    a lost connection), is a ``MemoryError``, or has a message that matches ``ENVIRONMENT_MESSAGES``. If ``fit`` exits
+    because of a ``UserError``, the causes of the ``UserError`` are checked.
     """
     if isinstance(error, SystemExit) and error.code != USER_ERROR_EXIT_CODE:
         return False
@@ -122,7 +122,7 @@ def is_environment_failure(error: BaseException) -> bool:
 
 
 def run_module(module: str) -> None:
-    """Run a module as the main program; exit with ``ENVIRONMENT_EXIT_CODE`` if its environment makes it fail."""
+    """Run a module as the main program; exit with ``ENVIRONMENT_EXIT_CODE`` if it fails because of its environment."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except BaseException as error:  # fit reports a failure as SystemExit

@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 SUMMARY_FILE: Final = "summary.json"
 MAX_METRIC: Final = 1e38
-"""Maximum absolute value of a metric, close to that of float32; larger values are not finite."""
+"""Maximum absolute value of a metric, close to that of float32; larger values are treated as non-finite."""
 MAX_CURVE_POINTS: Final = 200
-"""Maximum number of points per stored curve."""
+"""Maximum number of points per stored curve; longer curves are subsampled."""
 
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class TrialResult:
         """State of the trial.
 
         The state is ``failed`` if any run failed, ``pruned`` if any run was pruned and none failed, ``finished`` if all
-        runs have finished, and otherwise ``unfinished``. Runs that will be executed again do not count.
+        runs have finished, and otherwise ``unfinished``. Runs that will be executed again are ignored.
         """
         states = [run.state for run in self.runs if not run.retryable]
         for state in ("failed", "pruned"):
@@ -164,7 +164,7 @@ def read_run_result(
         summary = read_summary(folder)
         metrics = {name: float(value) for name, value in summary.items() if is_finite_number(value)}
         if summary.get("stopped") == "guard":
-            state, reason, retryable = "failed", "the guard stopped the run, because steps were skipped in a row", False
+            state, reason, retryable = "failed", "the guard stopped the run after too many skipped steps", False
         elif metric in _names_of_metrics(summary) and metric not in metrics:
             state, reason, retryable = "failed", f"{metric} is not finite at the end of the run", False
     points = list(read_curve(folder, metric))
@@ -222,7 +222,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run has written its summary; a damaged summary does not count, and is logged."""
+    """Return whether a run has written a valid summary; log a warning if the summary is damaged."""
     if not (folder / SUMMARY_FILE).is_file():
         return False
     try:
@@ -248,7 +248,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def _names_of_metrics(summary: Mapping[str, Any]) -> list[str]:
-    """Return the names of numbers and of null, which ``fit`` writes for a metric that is not finite."""
+    """Return the names of all values that are numbers or null, which ``fit`` writes for a non-finite metric."""
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
@@ -340,7 +340,7 @@ def _read_last_session(folder: Path) -> dict[str, Any]:
 
 
 def _read_optional_json(path: Path, hint: type[T]) -> T | None:
-    """Return the content of a JSON file, or None if the file does not exist or is damaged, which is logged."""
+    """Return the content of a JSON file; None if it does not exist, or, after logging a warning, if it is damaged."""
     if not path.is_file():
         return None
     try:

@@ -40,7 +40,7 @@ RETRY_DELAYS: Final = (1.0, 10.0)
 
 
 class RunEnd(NamedTuple):
-    """How an execution of a run ended."""
+    """Outcome of one execution of a run."""
 
     state: str = "finished"
     """``finished``, ``pruned`` or ``failed``."""
@@ -135,7 +135,7 @@ class SweepRunner:
             if end is None or not end.retryable:
                 break
             log.warning(
-                "trial %d, seed %d: %s; the cause may not be the settings; retrying in %g s",
+                "trial %d, seed %d: %s; the settings may not be the cause; retrying in %g s",
                 claim.number, claim.seed, end.reason, delay,
             )  # fmt: skip
             end = None if self.stopping.wait(delay) else self._execute(claim, run_arguments, experiment, output)
@@ -158,7 +158,7 @@ class SweepRunner:
         """Execute or resume a run; a run that fails after being resumed is repeated in a new folder.
 
         Returns:
-            How the run ended; None if the sweep is stopping.
+            The outcome, or None if the sweep is stopping.
         """
         for may_resume in (True, False):
             resumes, folder = False, latest_run_folder(experiment)

@@ -18,7 +18,7 @@ FitFlags = dict[str, Any]
 MAX_NUMBER: Final = 1e18
 """Maximum absolute value of a number in a sweep file; Optuna and PyTorch store integers in 64 bits."""
 MAX_GRID_SIZE: Final = 10_000
-"""Maximum number of combinations in a grid search, each of which is a trial of several runs."""
+"""Maximum number of combinations in a grid search; each combination is a trial with one run per seed."""
 MAX_SHOWN: Final = 60
 """Maximum number of characters of a value from a sweep file in an error message."""
 
@@ -241,7 +241,7 @@ def parse_number(where: str, given: Any) -> float:
 
 
 def shorten(value: Any) -> str:
-    """Return a value from a sweep file as text for an error message, in a few characters whatever its size."""
+    """Return a value from a sweep file as short text for an error message, regardless of the value's size."""
     text = str(value) if not isinstance(value, int) or abs(value) < MAX_NUMBER else "a number with too many digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 

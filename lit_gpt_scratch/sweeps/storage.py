@@ -98,7 +98,7 @@ def _ensure_writable(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
-        raise UserError(f"--storage: cannot write to {path}: {error.strerror}") from error
+        raise UserError(f"--storage: cannot write to {path}: {error.strerror}; check the path") from error
     return path
 
 
@@ -110,7 +110,7 @@ def _reject_misspelled_url(location: str) -> None:
     """Reject a location that looks like a database URL or a connection string, but would be used as a file name.
 
     Raises:
-        UserError: The message does not quote the location, which may contain a password.
+        UserError: The location looks like a URL. The message does not quote it, because it may contain a password.
     """
     if "://" not in location and re.match(r"postgres|[\w+]+:[^/\\].*@|.*\bpassword\s*=", location, re.DOTALL):
         raise UserError(f"--storage is neither a file path nor a URL; {URL_SYNTAX}")
@@ -133,7 +133,7 @@ def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
 
 
 def _describe_location(location: str) -> tuple[str, list[str]]:
-    """Return a location without secrets, and the secrets in it: longest first, as they may contain one another."""
+    """Return a location without its secrets, and the secrets, longest first, because one may contain another."""
     scheme, _, rest = location.partition("://")
     if scheme not in POSTGRES_SCHEMES:
         return location.partition("?")[0], []

@@ -35,7 +35,7 @@ class ClaimedRun:
         assignment: Settings of the trial, keyed by the name of the search dimension.
         seed: Seed of the run.
         trial: Optuna trial to which the metric is reported during the run; None if the run cannot be pruned.
-        discarded: Path of the folder in which the run failed before, which must not be resumed; empty if there is none.
+        discarded: Folder of an earlier, failed execution of the run, which must not be resumed; empty if there is none.
     """
 
     number: int
@@ -55,9 +55,9 @@ class Study:
 
     A trial is one set of hyperparameter values, with one run per seed; processes claim runs, not trials. If a process
     is killed, Optuna still lists its trial as running, but the run's lock is released, so another process can claim and
-    resume the run. Optuna also lists trials with failed runs as running, because it cannot reopen a trial that has
-    ended, but failed runs can be repeated: those that failed because of their environment by the next process, and the
-    others on request.
+    resume the run. A trial with a failed run is also listed as running, because failed runs can be repeated, but Optuna
+    cannot reopen a trial that has ended. The next process repeats runs that failed because of their environment; other
+    failed runs are repeated only on request.
 
     Args:
         sweep: The parsed sweep file.
@@ -203,7 +203,7 @@ class Study:
         return True
 
     def _missing_seeds(self, trial: FrozenTrial) -> list[int]:
-        """Return the seeds of the runs that remain to be executed; none if a run was pruned."""
+        """Return the seeds of the runs that remain to be executed; empty if a run was pruned."""
         recorded = recorded_runs(trial)
         if any(run.state == "pruned" for run in recorded.values()):
             return []
@@ -240,7 +240,7 @@ class Study:
 def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
     """Return the recorded results of a trial's runs, keyed by seed.
 
-    A result that was discarded has been replaced with the path of the run folder.
+    Discarded results are omitted; only the paths of their run folders are stored.
     """
     attributes: Mapping[str, Any] = trial.user_attrs
     results = [plain for name, plain in attributes.items() if name.startswith("run_") and isinstance(plain, Mapping)]

@@ -35,8 +35,8 @@ class Classification(GPTModule):
     is NaN if there is no such class.
 
     Args:
-        pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token,
-            ``mean`` averages over all tokens, because indicative words can occur anywhere.
+        pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token;
+            ``mean`` (the default) averages over all tokens, because informative words can occur anywhere in a text.
         class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
             weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
             all classes have weight 1.

@@ -101,7 +101,7 @@ class GPTModule(L.LightningModule):
             other activations. This saves memory at the cost of about a third more compute.
 
     Raises:
-        UserError: The architecture names a custom attention class that cannot be imported, or arguments contradict each
+        UserError: The architecture has a custom attention class that cannot be imported, or arguments contradict each
             other.
     """
 
@@ -167,7 +167,7 @@ class GPTModule(L.LightningModule):
         """Model read from ``init_from``; None before it is read and after the network is built. Callers that have
         already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
         self.trusted: frozenset[str] = frozenset([gpt.attention] if gpt and gpt.attention else ())
-        """Import paths of the code that ``init_from`` and other checkpoints may name: by default, only the attention
+        """Import paths of the code that ``init_from`` and other checkpoints may import: by default, only the attention
         class in ``gpt``; ``fit`` adds those of ``--trust``."""
         self.lora = lora
         self.train_layers = train_layers
@@ -231,7 +231,7 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches of one row each; return none if the rows do not come from the data module."""
+        """Split a batch into batches of one row; return an empty list if the rows are not from the data module."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
@@ -251,7 +251,7 @@ class GPTModule(L.LightningModule):
             self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
 
     def _read_data_info(self) -> None:
-        """Set ``data_info``; nothing else accesses the data module."""
+        """Set ``data_info``; no other method accesses the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide errors in ``info``
             raise UserError(f"{type(self).__name__} requires a data module; call trainer.fit(model, datamodule=...)")
@@ -262,7 +262,7 @@ class GPTModule(L.LightningModule):
         """Architecture of the network.
 
         Raises:
-            UserError: It is that of ``init_from``, which names code that is not trusted.
+            UserError: The architecture is that of ``init_from``, and refers to code that is not trusted.
         """
         if self._gpt is not None:
             return self._gpt

@@ -43,7 +43,7 @@ class ReferenceModel(nn.Module):
 
     @contextmanager
     def network(self) -> Iterator[GPT]:
-        """Provide the reference network in evaluation mode; the policy must not be used inside this context."""
+        """Context manager that yields the reference network in evaluation mode; do not use the policy inside it."""
         if self.frozen is not None:
             yield self.frozen
             return

@@ -3,7 +3,7 @@
 Everything is first written under a temporary name in the same folder and then renamed, so that a symbolic link at the
 final name is replaced, and its target stays unchanged. Temporary names are random, and are created exclusively, so that
 no existing file is opened and no link is followed. A killed process leaves its temporary files behind; the next process
-removes them. It recognizes them by a checksum in their names, and leaves everything else alone.
+removes them. It recognizes them by a checksum in their names, and removes nothing else.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ PURPOSE_FILE: Final = "begun"
 UNFINISHED: Final = re.compile(r"\.(.*)\.([0-9a-f]{16})([0-9a-f]{16})\.unfinished", re.DOTALL)
 """Pattern of temporary names: the first characters of the final name, a random token, and a checksum of both."""
 KEPT_CHARACTERS: Final = 40
-"""Number of characters of the final name that a temporary name contains; file systems limit the length of names."""
+"""Maximum number of characters of the final name in a temporary name, as file systems limit the length of names."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file next to ``path``; on success, flush it to disk and rename it to ``path``.
 
-    The permissions are those of the file that is replaced, or follow the umask.
+    The file has the permissions of the file that it replaces; if it replaces none, its permissions follow the umask.
     """
     for leftover in find_unfinished(path.parent, path.name):
         _remove_if_unused(leftover)
@@ -145,11 +145,11 @@ def is_unfinished(path: Path) -> bool:
 
 
 def find_unfinished(folder: Path, name: str | None = None) -> list[Path]:
-    """Return the files and folders in a folder that this module has not finished, of processes running or killed.
+    """Return the temporary files and folders in a folder, which belong to running or killed processes.
 
     Args:
         folder: Folder to search; it may be missing.
-        name: Final name of the files and folders; None finds all.
+        name: Final name of the files and folders; None returns all.
     """
     if not folder.is_dir():
         return []
@@ -178,7 +178,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _checksum(name: str, token: str) -> str:
-    """Return the part of a temporary name that the name of any other file does not have by accident."""
+    """Return the checksum in a temporary name, by which temporary files are distinguished from other files."""
     return hashlib.sha256(f"lit_gpt_scratch {token} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -228,7 +228,7 @@ def _read_purpose(partial: Path) -> str | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power failure, if the file system supports this."""
+    """Write a rename in a folder to disk, so that a power failure cannot undo it, if the file system supports this."""
     if os.name == "posix":
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)

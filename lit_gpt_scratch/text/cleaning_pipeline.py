@@ -77,8 +77,8 @@ def run_pipeline(
             ``PipelineItem.sketch``.
         folder: Folder in which steps may store files.
         processes: Number of worker processes; 1 runs all steps in the current process.
-        remarks: List to which sentences for the cleaning report are added after the last document: those in the
-            ``remarks`` of the steps' filters, if they have this attribute.
+        remarks: List to which sentences for the cleaning report are added after the last document. They are read from
+            the attribute ``remarks`` of each step's filter, if the filter has this attribute.
 
     Yields:
         All items in order, including rejected ones.

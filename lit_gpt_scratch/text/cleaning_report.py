@@ -68,7 +68,7 @@ class CleaningReport:
         self._sample: dict[str, list[str]] = {}
         self._sampled_bytes, self._hash_limit = 0, 2**64
         self.remarks: list[str] = []
-        """Sentences about limits of a step or of the split that concern this corpus."""
+        """Sentences about limitations of a cleaning step or of the split that affect this corpus."""
 
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
         """Return whether a document is in the sample used to estimate token counts.
@@ -179,7 +179,7 @@ class StoredStep(TypedDict):
 
 
 class StoredAudit(TypedDict):
-    """Part of ``audit.json`` that is printed."""
+    """Parts of ``audit.json`` that are printed."""
 
     steps: list[StoredStep]
     tokens: str

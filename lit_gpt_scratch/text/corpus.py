@@ -38,16 +38,16 @@ SplitName = Literal["train", "validation"]
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation")
 CORPUS_FORMAT: Final = 2
 SPLIT_VERSION: Final = 2
-"""Version of the rules of the split. Cached corpora with another version are not used; token stores remain valid."""
+"""Version of the split rules. Cached corpora with another version are not used; token stores remain valid."""
 CLEANED_FILE: Final = "cleaned.parquet"
 MAX_SAMPLE_BYTES: Final = 2**28
-"""Maximum size of ``sample.json``, which contains a few versions of a few megabytes of text."""
+"""Maximum size of ``sample.json`` in bytes; it contains a few megabytes of text before and after each cleaning step."""
 EARLIER_SOURCE_HASHES: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
     "ef71f33303efd7d9": Leakage,  # version 0.1
     "824cac3d6f438e0b": ExactDuplicates,  # before NearDuplicates reported truncated comparisons
 }  # fmt: skip
-"""Mapping from each ``source_hash`` of an earlier cleaning module with the same rules to a step in the current one."""
+"""One step of each cleaning module, keyed by the ``source_hash`` of an earlier version with the same rules."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Maximum size of a document, row or line, in bytes; longer texts are unlikely to have been written by humans."""
+"""Maximum size of a document, row or line in bytes; longer texts are rejected, as humans are unlikely to write them."""
 
 
 def is_blank(text: str) -> bool:
@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 
 
 def first_words(text: str) -> str:
-    """Return the first words of a text, up to four on one line and 40 characters; empty if there is no word."""
+    """Return the first words of a text: up to four words on one line, with at most 40 characters; may be empty."""
     found = re.search(r"[^\W_]\S*(?:[ \t]+\S+){0,3}", text)
     return found[0][:40].strip() if found else ""
 

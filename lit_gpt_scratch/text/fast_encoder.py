@@ -34,12 +34,12 @@ LONG_WORD: Final = 500
 The run time of ``tiktoken`` is quadratic in the length of a word.
 """
 SEPARATORS: Final = "\x1c\x1d\x1e\x1f"
-"""Control characters that Python, but not the pre-tokenization pattern, regards as whitespace."""
+"""Control characters that are whitespace in Python, but not in the pre-tokenization pattern."""
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
-    """Build a ``tiktoken`` encoding with the same ids as ``backend``; return None if this cannot be proven."""
+    """Build a ``tiktoken`` encoding that provably returns the same ids as ``backend``; None if the proof fails."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
@@ -94,7 +94,7 @@ def _may_have_long_words(text: str) -> bool:
     """Return whether a string may contain a word or a run of whitespace with at least ``2 * LONG_WORD`` characters.
 
     Such a word or run completely covers at least one of the consecutive windows of ``LONG_WORD`` characters, each of
-    which is checked. A text with ``SEPARATORS`` may have long words that ``str.split`` would split.
+    which is checked. A text with ``SEPARATORS`` may contain long words that ``str.split`` would split.
     """
     return any(separator in text for separator in SEPARATORS) or any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)

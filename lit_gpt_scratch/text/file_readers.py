@@ -2,8 +2,8 @@
 
 Parquet and Arrow files are read with ``pyarrow``, all other files row by row with Python's ``json`` and ``csv``.
 Readers that parse many rows at once (``datasets``, ``pandas``) infer the types of columns from the first rows, drop
-text if a row has more or fewer fields than the first row, and end the process on deeply nested JSON. The size of a row
-is limited while the file is decompressed, so a small archive cannot fill the memory.
+text if a row has more or fewer fields than the first row, and crash on deeply nested JSON. The size of a row is limited
+while the file is decompressed, so a small archive cannot fill the memory.
 """
 
 import bz2
@@ -48,7 +48,7 @@ MAX_NAMES: Final = 20
 """Maximum number of column names in an error message."""
 MAX_NAME_CHARACTERS: Final = 60
 MAX_REASON_CHARACTERS: Final = 200
-"""Maximum length of the part of an error message that comes from a library."""
+"""Maximum number of characters of a library's error message that are quoted in an error message."""
 CSV_REASONS: Final = {
     "new-line character": "it contains a carriage return (\\r) outside quotes; convert the line endings to \\n",
     "unexpected end of data": "a quoted field is not closed",
@@ -115,7 +115,7 @@ def is_table(path: Path, in_folder: bool) -> bool:
 
 
 def require_columns(columns: Columns | None, existing: Iterable[str], where: str) -> None:
-    """Check that each requested column exists once.
+    """Check that each requested column exists exactly once.
 
     Raises:
         UserError: A column does not exist, or several columns have its name.
@@ -321,7 +321,7 @@ def _read_json_values(path: Path, columns: Columns | None) -> LocatedRows:
 
 
 class JsonValueReader:
-    """Reads JSON values one at a time, so that a file may be larger than the memory.
+    """Reader that parses JSON values one at a time, so that a file may be larger than the available memory.
 
     Attributes:
         line: Number of the current line, starting at 1.
@@ -394,7 +394,7 @@ class JsonValueReader:
         self._position = position
 
     def _fill(self) -> bool:
-        """Read more text, as much as is left in the buffer, so that parsing a long value again takes linear time."""
+        """Read at least as much text as the buffer still contains, so that parsing a long value takes linear time."""
         left = self._buffer[self._position :]
         more = self._text.read(max(JSON_CHUNK, len(left)))
         self._buffer, self._position = left + more, 0
@@ -436,7 +436,7 @@ def _select_fields(row: Any, columns: Columns | None, where: str, required_in: s
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Return whether a JSON value has more than a number of levels of lists and objects."""
+    """Return whether a JSON value has more than ``levels`` levels of lists and objects."""
     if not isinstance(value, list | dict):
         return False
     items = value.values() if isinstance(value, dict) else value

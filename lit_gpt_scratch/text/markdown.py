@@ -1,6 +1,7 @@
-"""Markdown: escaping of text from documents, files, models and users; code; tables.
+"""Markdown formatting: escaped text, code and tables.
 
-Such text may contain Markdown or HTML, which must be displayed, not interpreted. ``jinja2`` escapes HTML reports.
+Text from documents, files, models and users may contain Markdown or HTML, which must be displayed, not interpreted. In
+HTML reports, ``jinja2`` escapes it.
 """
 
 import re
@@ -9,7 +10,7 @@ from typing import Final
 
 from lit_gpt_scratch.terminal_output import escape_line, escape_terminal
 
-# Only what would be interpreted is escaped, so that Markdown stays readable as plain text. Python-Markdown, which
+# Only characters that would be interpreted are escaped, so that the text stays readable. Python-Markdown, which
 # TensorBoard uses, supports backslashes before fewer characters than CommonMark, so the others become entities.
 _ENTITIES: Final = re.compile(r"&(?=[#\w])|<(?=\S|$)|~|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _SPECIAL: Final = re.compile(r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word has no effect
@@ -17,13 +18,13 @@ _BLOCK_MARKER: Final = re.compile(r"^(?:\d+(?=[.)](?:\s|$))|(?=[#>]|[-+](?:\s|$|
 
 
 class Markdown(str):
-    """Text that is Markdown already: ``escape_markdown`` does not change it."""
+    """String that is already Markdown, so that ``escape_markdown`` does not change it."""
 
     __slots__ = ()
 
 
 def escape_markdown(text: str) -> Markdown:
-    """Return Markdown that displays the text, in a paragraph, a heading, a list or a table; ``Markdown`` is kept."""
+    """Return Markdown that displays the text in a paragraph, heading, list or table; ``Markdown`` is not changed."""
     if isinstance(text, Markdown):
         return text
     text = _ENTITIES.sub(lambda found: f"&#{ord(found[0])};", escape_line(text).strip())

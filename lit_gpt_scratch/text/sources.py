@@ -52,7 +52,7 @@ class DocumentSource:
             ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a
             single document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a
             folder, hidden files and files that are not text are skipped, and ``.json``, ``.csv`` and ``.tsv`` files are
-            read as plain text. Links are followed, and a folder with several links to it is read once.
+            read as plain text. Links are followed, but a folder is read only once, even if several links refer to it.
         column: Name of the text column in tables.
         config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
@@ -76,7 +76,7 @@ class DocumentSource:
             yield from (row_to_document(row, self.column) for row in self.rows(columns))
             return
         for name, path in self._files():
-            if not _is_regular_file(path):  # in a folder; if the source itself is not, _files raises an error
+            if not _is_regular_file(path):  # a file in a folder; if it is the source, _files has raised an error
                 yield RejectedDocument(name, "not text: a pipe, socket or device")
             elif is_table(path, in_folder=self._is_folder):
                 yield from (row_to_document(row, self.column) for row in read_rows(path, name, columns))
@@ -272,8 +272,8 @@ def _walk(
 def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and all folders below it, each with the sorted names of its files, following links.
 
-    Each folder is visited once, even if links form a loop: first, in sorted order, all folders without a link in their
-    paths, so that a link never replaces the name of a folder.
+    Each folder is visited once, even if links form a loop. Folders that can be reached without links are visited first,
+    in sorted order, so that their paths contain no links.
 
     Raises:
         UserError: A folder cannot be read.
@@ -304,7 +304,7 @@ def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tu
 def _expand_pattern(pattern: Path) -> Iterator[Path]:
     """Yield the files and folders that match a pattern with ``*``, ``?``, ``[...]`` and ``**``.
 
-    Like ``glob.glob``, but loops of links end, and a folder that cannot be read is an error.
+    Unlike ``glob.glob``, this function visits loops of links only once, and raises an error if a folder cannot be read.
 
     Raises:
         UserError: A folder cannot be read.

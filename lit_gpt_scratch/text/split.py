@@ -25,7 +25,7 @@ CHUNK_DOCUMENTS: Final = 4096
 MAX_CANDIDATES: Final = 1024
 """Maximum number of candidates per band compared with a document; boilerplate may produce thousands of candidates."""
 SHARE_TOLERANCE: Final = 1.3
-"""Factor by which the size of the validation text may differ from the requested share before clusters change sides."""
+"""Factor by which the validation text may differ from the requested size before clusters are moved between splits."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def split_by_cluster(
 ) -> TrainValidationSplit:
     """Assign documents to the training or validation split, keeping each cluster of near-duplicates together.
 
-    A hash of its texts places each cluster between 0 and 1, and clusters below ``validation_share`` are held out. So
-    the assignment does not depend on file names or the order of files, and a document rarely changes sides when others
-    are added. A few long documents or large clusters can make the validation text much smaller or larger than
-    requested. Only then do clusters change sides, beginning at the threshold, until the size is within
-    ``SHARE_TOLERANCE`` of the requested size.
+    A hash of the texts of a cluster determines its position between 0 and 1, and clusters whose position is below
+    ``validation_share`` are held out. The assignment therefore does not depend on file names or the order of files, and
+    a document rarely moves to the other split when documents are added. A few long documents or large clusters can make
+    the validation text much smaller or larger than requested. Only in this case are clusters moved to the other split,
+    starting with those closest to the threshold, until the size is within ``SHARE_TOLERANCE`` of the requested size.
 
-    A cluster larger than all the requested validation text is used for training. If all clusters are that large, the
-    smallest one is held out. If there is only one cluster, the end of each document is held out instead.
+    A cluster that is larger than the requested validation text is used for training. If all clusters are that large,
+    the smallest cluster is held out. If there is only one cluster, the end of each document is held out instead.
 
     Args:
         keys: Content hash of each document, (n,).
@@ -102,8 +102,8 @@ def split_by_cluster(
     if n_bytes[largest] > requested and n_documents[largest] > 1:
         shares = n_bytes / n_bytes.sum()
         remarks.append(
-            f"{n_documents[largest]:,} documents are near-duplicates of each other and {shares[largest]:.1%} of the "
-            f"text, more than data.validation_share ({validation_share:.1%}); they are all "
+            f"{n_documents[largest]:,} documents are near-duplicates of each other and make up {shares[largest]:.1%} "
+            f"of the text, more than data.validation_share ({validation_share:.1%}); they are all "
             f"{'held out' if held_out[largest] else 'used for training'}, and {shares[held_out].sum():.1%} of the text "
             "is held out; to keep only one of them, add NearDuplicates to data.cleaning"
         )
@@ -113,7 +113,7 @@ def split_by_cluster(
 def _place_clusters(
     keys: NDArray[np.uint64], cluster: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the position of each cluster, uniform between 0 and 1, and the indices of the clusters in that order.
+    """Return the position of each cluster, uniform between 0 and 1, and the cluster indices sorted by position.
 
     The smallest of k independent, uniform hashes is less than x with probability 1 - (1 - x)^k. This probability is the
     position of the cluster, so that it is uniform for any k, and equal to the hash for a single document. Comparing the
@@ -203,7 +203,7 @@ class DuplicateClusters:
         """Compare the candidates in a group, and merge the clusters of near-duplicates.
 
         Returns:
-            Whether all pairs were compared, or are in the same cluster anyway.
+            Whether each pair of documents was compared or is in the same cluster.
         """
         heads = np.array([_find_head(first, member) for member in members])
         signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
@@ -265,7 +265,7 @@ class DocumentIndex:
         size that corresponds to the weight of the source.
 
         Raises:
-            UserError: A source has no documents, or its documents are too large for its weight.
+            UserError: A source has no documents, or its weight is too low to include any of its documents.
         """
         sizes, sources = np.array(self._sizes, dtype=np.float64), np.array(self._sources)
         available = np.array([sizes[sources == source].sum() for source in range(len(names))])
@@ -284,7 +284,7 @@ class DocumentIndex:
             selected[indices[midpoints <= weight * scale * (1 + 1e-9)]] = True
             if not selected[indices].any():
                 raise UserError(
-                    f"data.source: the documents of {name} are too large for the weight of the source; split the "
+                    f"data.source: the weight of {name} is too low to include any of its documents; split the "
                     "documents, or raise the weight"
                 )
         return selected

@@ -1,10 +1,11 @@
-"""Numbers of bytes of text that tokens represent, also for tokenizers that do not preserve every text.
+"""Number of bytes of text that each token represents, even if the tokenizer does not preserve all text.
 
-Bits per byte are defined as the nats of a text's tokens, divided by ln 2 and by the UTF-8 bytes of the text itself. If
-only a part of the tokens is scored, the bytes of each document are distributed over its tokens in proportion to the
-bytes that each token decodes to. If the tokenizer preserves the text, these are exactly the bytes of the token.
-Otherwise, for example if it puts a space before a text, changes upper case or has unknown tokens, the numbers are
-rounded such that they still sum to the bytes of the document.
+The bits per byte of a text are the negative log-likelihood of its tokens in nats, divided by ln 2 and by the number of
+UTF-8 bytes of the original text. If only some tokens of a document are scored, the bytes of the document are
+distributed over its tokens in proportion to the number of bytes to which each token decodes. If the tokenizer preserves
+the text, each token is assigned exactly the bytes to which it decodes. Otherwise, for example if the tokenizer prepends
+a space, lowercases the text or has unknown tokens, the numbers are scaled and rounded so that they still sum to the
+number of bytes of the document.
 """
 
 from typing import Final
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from lit_gpt_scratch.text.token_shards import Int64Array, ShardedTokenStream, TokenShard
 
 TOKENS_PER_SUM: Final = 1024
-"""Number of tokens whose bytes are summed when a document is read for the first time."""
+"""Number of tokens between the cumulative sums that are stored when a document is read for the first time."""
 TOKENS_PER_READ: Final = 2**20
 """Number of tokens to read at once; a multiple of ``TOKENS_PER_SUM``."""
 REMEMBERED_DOCUMENTS: Final = 8
@@ -25,9 +26,9 @@ def share_bytes(token_bytes: Int64Array, n_tokens: Int64Array, n_bytes: int) -> 
     """Return the number of bytes of text before each of several positions in a document.
 
     Args:
-        token_bytes: Number of bytes to which the tokens before each position decode, (n,), ascending; the last element
-            is that of the whole document.
-        n_tokens: Number of tokens before each position, (n,), likewise; used if no token decodes to any bytes.
+        token_bytes: Number of bytes to which the tokens before each position decode, (n,), ascending; the last position
+            is the end of the document.
+        n_tokens: Number of tokens before each position, (n,), ascending; used only if all ``token_bytes`` are 0.
         n_bytes: Number of UTF-8 bytes of the document.
     """
     weights = token_bytes if token_bytes[-1] else n_tokens
@@ -49,7 +50,7 @@ class LabelByteCounter:
         self._sums: dict[tuple[str, str, int], Int64Array] = {}
 
     def count(self, start: int, length: int) -> int:
-        """Return the bytes of text that the labels of the tokens in a span represent; see ``read_with_labels``."""
+        """Return the number of bytes of text that the labels in a span represent; see ``read_with_labels``."""
         start, stop = start + 1, min(start + 1 + length, self._stream.n_tokens)
         total = 0
         while start < stop:
@@ -62,7 +63,7 @@ class LabelByteCounter:
         return total
 
     def _before(self, shard: TokenShard, document: int, position: int) -> int:
-        """Return the bytes of a document that its tokens before a position in the shard represent."""
+        """Return the number of bytes of a document that its tokens before a position in the shard represent."""
         begin, n_bytes = map(int, shard.documents[document])
         last = document + 1 == len(shard.documents)
         end = shard.n_tokens if last else int(shard.documents[document + 1, 0])
@@ -76,7 +77,7 @@ class LabelByteCounter:
         return int(share_bytes(weights, np.array([position - begin - 1, end - begin - 1]), n_bytes)[0])
 
     def _cumulative_sums(self, shard: TokenShard, document: int, begin: int, end: int) -> Int64Array:
-        """Return the token bytes before every ``TOKENS_PER_SUM`` tokens of a document, and those of all its tokens."""
+        """Return the sum of token bytes before every ``TOKENS_PER_SUM``-th token of a document, and over all tokens."""
         key = shard.folder, shard.name, document
         if key not in self._sums:
             sums = [np.zeros(1, np.int64)]

@@ -166,7 +166,7 @@ class TokenShard(PicklableMemmaps):
         else:
             if found.shape == shape and found.dtype in dtypes and found.flags.c_contiguous:
                 return found
-            problem = f"contains {found.dtype} {found.shape}, but {MANIFEST_FILE} says {shape}"
+            problem = f"contains {found.dtype} {found.shape}, but the shape in {MANIFEST_FILE} is {shape}"
         raise UserError(f"{self.path(part)} {problem}; {REBUILD_HINT}")
 
     def validate_content(self) -> None:
@@ -176,12 +176,12 @@ class TokenShard(PicklableMemmaps):
             UserError: The positions of the documents, the number of bytes or the largest token id is wrong.
         """
         starts, sizes = self.documents[:, 0], self.documents[:, 1]
-        # As Python integers or in order: sums and differences of unsigned integers wrap around.
+        # Compare starts directly and sum Python integers: differences and sums of unsigned integers wrap around.
         ordered = bool((starts[1:] > starts[:-1]).all()) and (not len(starts) or int(starts[-1]) < self.n_tokens)
         if not ordered or (len(starts) and starts[0] != 0) or sum(sizes.tolist()) != self.n_bytes:
             raise UserError(f"{self.path('documents')} does not describe the tokens of its shard; {REBUILD_HINT}")
         if self.n_tokens and int(self.tokens.max()) != self.largest:
-            raise UserError(f"{self.path('tokens')} contains other token ids than {MANIFEST_FILE} says; {REBUILD_HINT}")
+            raise UserError(f"the token ids in {self.path('tokens')} do not match {MANIFEST_FILE}; {REBUILD_HINT}")
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 """File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXTS: Final = (" A  b\r\n\tÇé…ﬁ 東京 🎉", "e\u0301 , b's \n")
-"""Test strings, of which encoding and decoding change at least one if the tokenizer normalizes text, adds or removes
-white space, or has no byte fallback."""
+"""Test strings. If the tokenizer normalizes text, adds or removes white space, or has no byte fallback, encoding and
+decoding change at least one of them."""
 MAX_ID_RATIO: Final = 16
-"""Maximum ratio of the largest token id to the number of tokens; lists have an entry for each id."""
+"""Maximum ratio of the largest token id to the number of tokens, because some lists have an entry for each id."""
 
 
 class Tokenizer:
@@ -44,7 +44,7 @@ class Tokenizer:
         start_of_text: Id of the start-of-text token; if None, the end-of-text token is used.
 
     Raises:
-        UserError: There is no end-of-text token, or text may contain a special token.
+        UserError: There is no end-of-text token, or the encoding of a text may contain a special token.
 
     Attributes:
         end_of_text: Id of the end-of-text token, which separates documents.
@@ -173,7 +173,7 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """Description of how encoding and decoding change a test string; empty if they preserve all test strings."""
+        """Description of a test string that encoding and decoding change; empty if all test strings are preserved."""
         for text in ROUND_TRIP_TEXTS:
             if (decoded := self.decode(self.encode(text))) != text:
                 return f"encoding and decoding change text: {text!r} becomes {decoded!r}"
@@ -234,12 +234,12 @@ class Tokenizer:
         return np.diff(share_bytes(before, np.arange(len(before)), n_bytes))
 
     def _split_special_tokens(self) -> None:
-        """Split the names of special tokens in text, if the model would otherwise look up special tokens by name.
+        """Add a pre-tokenizer that splits the names of special tokens, if text could be encoded as a special token.
 
-        Some models, such as T5's, contain the names of their special tokens.
+        This is the case if the vocabulary of the model contains the names of its special tokens, as in T5.
 
         Raises:
-            UserError: Text may contain a special token whose name has only one character.
+            UserError: The name of a special token has only one character and therefore cannot be split.
         """
         names = self._special_tokens_in_text()
         if not names:
@@ -253,7 +253,7 @@ class Tokenizer:
             raise UserError(f"text may contain the special token {names[0]!r}; rename it in the tokenizer file")
 
     def _special_tokens_in_text(self) -> list[str]:
-        """Return the names of special tokens, except the unknown token, that are the result of encoding a text."""
+        """Return the names of the special tokens, except the unknown token, that result from encoding their names."""
         special = {
             id_: entry.content for id_, entry in self._backend.get_added_tokens_decoder().items() if entry.special
         }
@@ -293,7 +293,7 @@ def _decoded_byte_counter(backend: Backend) -> Callable[[str], int]:
 
 @contextmanager
 def _library_errors(problem: str) -> Iterator[None]:
-    """Convert the errors of ``tokenizers``, which are plain Exceptions and panics, to ``UserError``."""
+    """Context manager that converts the errors of ``tokenizers`` (plain exceptions and panics) to ``UserError``."""
     try:
         yield
     except BaseException as error:  # a panic in Rust is not an Exception

@@ -28,7 +28,7 @@ def compare_tokenizers(
         A table row for each tokenizer: its type (``tokenizer``), its vocabulary size (``tokens``), the mean bytes per
         token, the fraction of unknown tokens, the fraction of the vocabulary that occurs in the held-out text
         (``used``), the training time in seconds, the encoding speed in MB/s, the longest tokens in the held-out text,
-        and a description of how encoding and decoding change text (``loses``).
+        and an example of text that encoding and decoding change (``loses``).
     """
     n_bytes = sum(len(text.encode()) for text in held_out)
     for kind in kinds:

@@ -1,9 +1,9 @@
-"""Script that tries a tokenizer from another source: ``python tokenizer_probe.py SECONDS BYTES < tokenizer.json``.
+"""Script that tests an untrusted tokenizer: ``python tokenizer_probe.py SECONDS BYTES < tokenizer.json``.
 
 A tokenizer file may contain regular expressions that take exponential time, replacements that multiply the text, and
-values for which the Rust library panics or aborts. Only this process is affected, which limits its time and memory. It
-prints a line that says what is wrong, or nothing if the tokenizer can be used. It imports nothing from the package, so
-that it starts in a tenth of a second.
+values for which the Rust library panics or aborts. Only the process of this script is affected, and its time and memory
+are limited. The script prints one line that describes the problem, or nothing if the tokenizer can be used. It imports
+nothing from the package, so that it starts in a tenth of a second.
 """
 
 import json
@@ -13,21 +13,21 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 RUN_LENGTH: Final = 2**13
-"""Number of repetitions in a sample. Backtracking in time cubic in the length of the text exceeds the limit."""
+"""Approximate length of a sample in characters; at this length, a pattern in cubic time exceeds the time limit."""
 MAX_UNITS: Final = 30
-"""Maximum number of characters, and of words, from the patterns that are tried."""
+"""Maximum number of characters from the patterns for which samples are built; also the maximum number of words."""
 MAX_WORD: Final = 32
-"""Maximum length of such a word."""
+"""Number of characters from which a word is too long for a sample."""
 MAX_GROWTH: Final = 20
-"""Maximum ratio of the length of a text after normalizing, or after decoding, to its length before."""
+"""Maximum factor by which normalization or decoding may increase the length of a text."""
 CHARACTERS: Final = "aA0 \n\t.,_-'é東\u0301"
-"""One character of each class that patterns distinguish."""
+"""One character of each class that patterns commonly distinguish."""
 N_DECODED: Final = 1000
-"""Number of tokens that are decoded one by one."""
+"""Maximum number of tokens that are decoded individually."""
 
 
 def main() -> None:
-    """Read a tokenizer from standard input, and print a line if it cannot be used.
+    """Read a tokenizer from standard input, and print a line that describes the problem if it cannot be used.
 
     The arguments of the script are the limits on the CPU time and the address space of the process.
     """
@@ -68,10 +68,11 @@ def _try_samples(tokenizer: Any, spec: Any) -> str:
 
 
 def make_samples(spec: Any) -> Iterator[str]:
-    """Yield texts for which the patterns in a tokenizer file may backtrack, and its replacements multiply the text.
+    """Yield texts that can make the patterns in a tokenizer file backtrack, or its replacements multiply the text.
 
-    These are long runs of a character, or of a word in a pattern. They end with characters that few patterns expect,
-    followed by all characters in the patterns, because a search fails at once if a required character is missing.
+    Each text is a long run of one character, or of one word from a pattern. It ends with characters that few patterns
+    match, followed by all characters in the patterns, because a search fails immediately if a required character is
+    missing.
     """
     patterns = list(dict.fromkeys(_find_patterns(spec)))
     literals = list(dict.fromkeys("".join(patterns)))

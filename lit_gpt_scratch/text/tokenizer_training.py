@@ -29,15 +29,15 @@ MAX_BPE_WORD_BYTES: Final = 256
 The run time of the trainer of ``tokenizers`` is quadratic in the length of a word.
 """
 LONG_WORD_BYTES: Final = 48
-"""Number of bytes from which a word is long; natural language and code have few different words of this length."""
+"""Minimum number of bytes in a long word; natural language and code have few distinct words of this length."""
 MAX_LONG_WORDS_BYTES: Final = 2**16
-"""Maximum total number of bytes of the different long words on which WordPiece and Unigram are trained.
+"""Maximum total number of bytes of the distinct long words on which WordPiece and Unigram are trained.
 
-The run time is proportional to the number of bytes of all different words. In text without spaces, almost all words
-differ, and a small part of them has the same statistics.
+The run time is proportional to the total number of bytes of all distinct words. In text without spaces, almost all
+words are distinct, and a small sample of them has the same statistics.
 """
 UNIGRAM_BYTES: Final = 2**18
-"""Minimum total number of bytes of the different words on which Unigram is trained, starting with the most frequent."""
+"""Minimum total number of bytes of the distinct words on which Unigram is trained, starting with the most frequent."""
 UNIGRAM_BYTES_PER_TOKEN: Final = 64
 
 
@@ -106,7 +106,7 @@ def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 def _count_words(texts: Iterable[str]) -> Counter[str]:
     """Count the byte-level words of at most ``MAX_WORD_BYTES`` bytes in a text; longer words are split.
 
-    Different long words of more than ``MAX_LONG_WORDS_BYTES`` in total are omitted.
+    Once the distinct long words have ``MAX_LONG_WORDS_BYTES`` bytes in total, further long words are omitted.
     """
     pre_tokenizer = _byte_level()
     counts: Counter[str] = Counter()
@@ -131,7 +131,7 @@ def _byte_level(max_word_bytes: int | None = None) -> pre_tokenizers.PreTokenize
     """Return GPT-2's pre-tokenizer, which splits text into words and maps bytes to the characters in ``BYTES``.
 
     Args:
-        max_word_bytes: Maximum number of bytes per word; longer words are split. None does not limit words.
+        max_word_bytes: Maximum number of bytes per word; longer words are split. None disables the limit.
     """
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if max_word_bytes is None:

@@ -1,4 +1,4 @@
-"""Check that a ``tokenizer.json`` from another source can be used without hanging, exhausting memory or a panic."""
+"""Check that an untrusted ``tokenizer.json`` can be used without a hang, a panic or excessive memory use."""
 
 import hashlib
 import re
@@ -19,13 +19,13 @@ PROBE_MEMORY: Final = 3 * 2**29
 PROBE_TIMEOUT: Final = 60
 """Limit on the run time of the probe in seconds, which is longer than its CPU time if the machine is busy."""
 MAX_BYTES: Final = 2**27
-"""Maximum size of a ``tokenizer.json``."""
+"""Maximum size of a ``tokenizer.json`` in bytes."""
 MAX_REPLACEMENT: Final = 100
-"""Maximum number of characters of a string that replaces another, or is inserted, in a normalizer or decoder."""
+"""Maximum number of characters in a string that a normalizer or decoder inserts, or substitutes for another string."""
 MAX_COMPONENTS: Final = 8
 """Maximum number of components in a tokenizer that is used without a probe."""
 LINEAR_PATTERN: Final = r"(\.|\\[sSdDwW]|\[(\\[sSdDwW]|[^\[\]\\])*\])(\{\d+(,\d+)?\}|[+*?])?"
-"""Pattern of a regular expression that consists of one repeated character class and therefore takes linear time."""
+"""Pattern that matches a regular expression with one repeated character class, which therefore takes linear time."""
 PLAIN_COMPONENTS: Final = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "BertNormalizer", "Prepend"},
     "pre_tokenizer": {
@@ -34,7 +34,7 @@ PLAIN_COMPONENTS: Final = {
     "post_processor": {"ByteLevel"},
     "decoder": {"ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Fuse", "ByteFallback"},
 }  # fmt: skip
-"""Types of components that take linear time whatever their settings, and do not multiply the text."""
+"""Types of components that take linear time and do not multiply the text, regardless of their settings."""
 PLAIN_MODELS: Final = ("BPE", "WordPiece", "WordLevel", "Unigram")
 
 _valid: set[str] = set()
@@ -44,9 +44,9 @@ _valid: set[str] = set()
 def validate_tokenizer_json(text: str) -> None:
     """Check the content of a ``tokenizer.json`` before ``tokenizers`` loads it in this process.
 
-    A tokenizer made of components that cannot do harm, like those that this package trains, is accepted at once. Any
-    other is tried in another process, with limits on time and memory. Trying finds patterns that take exponential or
-    cubic time on a run of characters; patterns that take quadratic time are accepted.
+    A tokenizer that consists only of harmless components, such as a tokenizer trained by this package, is accepted
+    immediately. Any other tokenizer is tested in a separate process, with limits on time and memory. The test detects
+    patterns that take exponential or cubic time on a run of characters; patterns that take quadratic time are accepted.
 
     Raises:
         UserError: The content is not a tokenizer, or cannot be used.
@@ -63,7 +63,10 @@ def validate_tokenizer_json(text: str) -> None:
     for _, part in components:
         for name in ("content", "prepend"):
             if isinstance(inserted := part.get(name), str) and len(inserted) > MAX_REPLACEMENT:
-                raise UserError(f"the content is not a valid tokenizer: it inserts {len(inserted):,} characters")
+                raise UserError(
+                    f"the tokenizer inserts a string of {len(inserted):,} characters into the text; the maximum is "
+                    f"{MAX_REPLACEMENT}"
+                )
     plain = len(components) <= MAX_COMPONENTS and all(_is_plain(kind, part) for kind, part in components)
     if not plain or not _is_plain_model(model) or spec.get("padding") or spec.get("truncation"):
         _probe(text)
@@ -71,7 +74,7 @@ def validate_tokenizer_json(text: str) -> None:
 
 
 def _probe(text: str) -> None:
-    """Try a tokenizer in another process.
+    """Test a tokenizer in a separate process.
 
     Raises:
         UserError: The tokenizer cannot be used, or the process exceeded its limits.
@@ -92,7 +95,7 @@ def _probe(text: str) -> None:
 
 
 def _list_components(component: Any) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a component, which may be a sequence of components; anything that is not one is skipped."""
+    """Yield a component or, if it is a sequence, its components; an invalid component is yielded as an empty dict."""
     if isinstance(component, dict) and component.get("type") == "Sequence":
         for parts in component.values():
             for part in parts if isinstance(parts, list) else ():

@@ -3,7 +3,7 @@
 A verifiable reward is a rule that a program can check, such as "the reply ends with a full stop"; a reply is an
 assistant message. The effect of alignment can therefore be measured exactly. A verifiable reward also provides
 functions that convert a reply that violates the rule to one that satisfies it, and vice versa. A reply without a letter
-or digit never satisfies a preference.
+or digit never satisfies a rule.
 """
 
 import ast
@@ -113,7 +113,7 @@ def get_verifiable_reward(name: str) -> VerifiableReward:
     """Return the verifiable reward with the given name.
 
     Raises:
-        UserError: The preference does not exist.
+        UserError: No verifiable reward has this name.
     """
     if name not in VERIFIABLE_REWARDS:
         raise UserError(f"verifiable reward {name} not found; choose from {', '.join(VERIFIABLE_REWARDS)}")

@@ -5,22 +5,22 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 MAX_WINDOWS: Final = 1024
-"""Largest permitted number of windows per text."""
+"""Maximum supported number of windows per text."""
 
 
 class Windows(NamedTuple):
-    """How a classifier splits a text that exceeds its context into windows.
+    """Maximum size and number of the windows into which a classifier splits a text that exceeds its context.
 
     Attributes:
         size: Maximum number of tokens per window, including the start-of-text token.
-        most: Maximum number of windows per text; the rest of a longer text is omitted.
+        most: Maximum number of windows per text; the tokens after the last window are omitted.
     """
 
     size: int
     most: int = 1
 
     def split(self, ids: Sequence[int], start_of_text: int) -> list[list[int]]:
-        """Split token ids into windows of equal length, up to one token. Each begins with the start-of-text token.
+        """Split token ids into windows that begin with the start-of-text token; lengths differ by at most one token.
 
         Args:
             ids: Token ids of the text, without a start-of-text token.

@@ -49,8 +49,8 @@ def train_wordpiece(
 class _PairCounts:
     """Words as sequences of pieces, with up-to-date counts of pieces and adjacent pairs.
 
-    The sequences of all words are stored in one array, in which the sequence of a word keeps its place and becomes
-    shorter with each merge. Pairs are identified by the key ``left * MAX_PIECES + right``.
+    The sequences of all words are stored in one array. With each merge, the sequence of a word becomes shorter, but its
+    start position stays the same. Pairs are identified by the key ``left * MAX_PIECES + right``.
     """
 
     def __init__(self, words: Mapping[str, int], alphabet: Iterable[str], prefix: str) -> None:
@@ -124,7 +124,7 @@ class _PairCounts:
 
 
 def _initial_pieces(words: Iterable[str], alphabet: Iterable[str], prefix: str) -> dict[str, None]:
-    """Return the pieces of one letter: those of the alphabet, and those that occur in the words."""
+    """Return all pieces that consist of one letter: the letters of the alphabet, and those that occur in the words."""
     pieces = {piece: None for symbol in alphabet for piece in (symbol, prefix + symbol)}
     for word in words:
         pieces.setdefault(word[0])
@@ -151,7 +151,7 @@ def _ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 
 
 def _without_overlaps(found: Int64Array) -> Int64Array:
-    """Keep every other one of consecutive positions, as when merging ``a a`` in ``a a a`` from the left."""
+    """Keep every second position of each consecutive run, as when merging ``a a`` in ``a a a`` from the left."""
     begins = np.diff(found, prepend=-2) != 1
     run_start = found[np.flatnonzero(begins)][np.cumsum(begins) - 1]
     kept: Int64Array = found[(found - run_start) % 2 == 0]

@@ -177,14 +177,14 @@ def test_false_document_positions(store: Path, change: Callable[[Any], Any]) -> 
 
 def test_false_token_ids(store: Path) -> None:
     replace_array(store, "tokens", lambda path, array: np.save(path, np.full_like(array, 60_000)))
-    assert "tokens.npy contains other token ids" in error_message(store)
+    assert "tokens.npy do not match" in error_message(store)
 
 
 def test_stream_does_not_read_beyond_a_short_shard(tmp_path: Path) -> None:
     """A shard that claimed more tokens than it had was read for ever."""
     shard = TokenShard.write(tmp_path, "train-00000", np.arange(9, dtype="<u2"), np.array([[0, 9]], "<u8"))
     claimed = TokenShard.from_metadata(tmp_path, shard.metadata | {"n_tokens": 10**9}, "shard")
-    with pytest.raises(UserError, match=r"tokens\.npy contains uint16 \(9,\), but store\.json says"):
+    with pytest.raises(UserError, match=r"tokens\.npy contains uint16 \(9,\), but the shape in store\.json is"):
         claimed.tokens  # noqa: B018
 
 

@@ -240,7 +240,7 @@ def test_copies_that_exceed_a_split_are_warned_of(build: Callable[..., RecordDat
         warnings = list(build(LabelledText, source=source, copies_together=together).validation_warnings())
         found = [warning for warning in warnings if warning.startswith("60 of 260 records are copies of each other")]
         assert len(found) == together
-        assert all("puts them all into the train split" in warning for warning in found)
+        assert all("puts all of them into the train split" in warning for warning in found)
 
 
 LABELLED = "text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40))

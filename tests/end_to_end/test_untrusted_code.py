@@ -232,7 +232,7 @@ def test_code_that_a_file_names_runs_only_if_the_user_names_it(command: Command,
     assert not mark.exists()
     assert len([line for line in refused.err.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in refused.err
-    assert f"names the custom code {known.name}" in refused.err
+    assert f"would run the custom code {known.name}" in refused.err
     assert f"{known.flag.replace('=', ' ')}{known.name}" in refused.err
 
 
@@ -323,7 +323,7 @@ def test_own_run_is_resumed_without_trust_until_somebody_changes_its_config(comm
     config.write_text(config.read_text().replace("log_every_n_steps: 4", "log_every_n_steps: 5"))
     refused = command("fit", f"--ckpt_path={RUN}", "--trainer.max_steps=16")
     assert refused.code == 2
-    assert f"{config.resolve()} names the custom code {ATTENTION}" in refused.err
+    assert f"{config.resolve()} would run the custom code {ATTENTION}" in refused.err
 
 
 @pytest.mark.parametrize("name", [["planted", "Attn"], {"planted": 1}, 3, True, b"planted.Attn", "planted.Attn.more"])

@@ -109,7 +109,7 @@ def test_few_shot_example_equal_to_the_question(
     examples = [f"{each.text}\n\n" for each in (CAT, first, rest[0])]
     assert prompts[0] == "".join(examples[1:] if equal else examples[:2]) + other.context
     assert prompts[-1] == "".join(examples[:2]) + rest[1].context
-    assert ("1 of 3 questions are equal to a few-shot example" in caplog.text) == equal
+    assert ("1 of 3 questions are identical to a few-shot example" in caplog.text) == equal
 
 
 def test_all_questions_equal_to_the_few_shot_example(model: GPT, tokenizer: Tokenizer) -> None:

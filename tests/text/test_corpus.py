@@ -264,7 +264,7 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
-    with pytest.raises(UserError, match=r"the documents of .*large\.jsonl are too large for the weight"):
+    with pytest.raises(UserError, match=r"the weight of .*large\.jsonl is too low to include any"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
     with pytest.raises(UserError, match=r"no documents of .*empty\.jsonl are left after cleaning"):

@@ -38,12 +38,12 @@ class RewardModelScorer:
         tokenizer_json: Content of the policy's tokenizer file.
         max_length: Maximum number of tokens in a prompt and its reply.
         batch_size: Number of replies per forward pass.
-        trusted: Import paths of the code that the checkpoint may name, such as a custom attention class, because
+        trusted: Import paths of the code that the checkpoint may import, such as a custom attention class, because
             building the model runs this code.
 
     Raises:
         UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
-            short a context, or names code that is not trusted.
+            short a context, or refers to code that is not trusted.
     """
 
     def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: Trusted) -> None:
