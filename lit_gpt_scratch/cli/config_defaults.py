@@ -146,6 +146,8 @@ def _accepts_none(kind: type, argument: str) -> bool:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if argument in parameters:
             return parameters[argument].default is None
+        if parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            return False
     return False
 
 

@@ -12,6 +12,7 @@ from lit_gpt_scratch.cli.config_defaults import class_defaults, resolve_built_de
 from lit_gpt_scratch.cli.config_files import config_to_dict, read_config
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
+from lit_gpt_scratch.tasks import Classification
 
 PACKAGE = Path(__file__).parents[2] / "lit_gpt_scratch"
 NULLS = {
@@ -175,3 +176,27 @@ def test_nulls_of_0_1_keep_their_meaning(tmp_path: Path) -> None:
         arguments = config.model.init_args
         found = {**vars(arguments.optimizer.init_args), **vars(arguments.schedule)}
         assert {name: found[name] for name in expected} == expected
+
+
+def test_classification_has_its_own_defaults() -> None:
+    """Rates, epochs and validation that suit fine-tuning; a limit on the steps replaces the epochs."""
+
+    def parsed(*flags: str) -> dict[str, Any]:
+        cli = FitCLI(["--model=Classification", "--data=LabelledText", *flags])
+        return flatten(config_to_dict(cli.parser, cli.config))
+
+    found = parsed()
+    rates = {name: found[f"model.init_args.optimizer.init_args.{name}"] for name in ("lr", "adamw_lr")}
+    assert rates == Classification.optimizer_defaults["Muon"]
+    assert (found["trainer.max_epochs"], found["trainer.max_steps"]) == (Classification.default_epochs, -1)
+    assert (found["trainer.check_val_every_n_epoch"], found["trainer.val_check_interval"]) == (1, 1.0)
+    assert (found["data.init_args.too_long"], found["model.init_args.pooling"]) == ("windows", "mean")
+
+    adamw = parsed("--model.optimizer=AdamW", "--trainer.max_steps=50", "--trainer.val_check_interval=10")
+    assert adamw["model.init_args.optimizer.init_args.lr"] == Classification.optimizer_defaults["AdamW"]["lr"]
+    assert (adamw["trainer.max_epochs"], adamw["trainer.max_steps"]) == (None, 50)
+    assert (adamw["trainer.check_val_every_n_epoch"], adamw["trainer.val_check_interval"]) == (None, 10)
+
+    by_hand = Classification().optimizer
+    assert isinstance(by_hand, Muon)
+    assert {name: getattr(by_hand, name) for name in rates} == rates
