@@ -174,6 +174,9 @@ class DataInfo:
         has_pairs: Whether batches are of type ``PairBatch``.
         truncates: Whether rows that are too long are truncated.
         prompts: Source of the prompts for on-policy training; None for other data.
+        stop_ids: Ids of the tokens that end generated text; empty if only ``end_of_text`` does.
+        published: Fields of the ``PublishedSettings`` of the tokenizer, which are stored in checkpoints; None if the
+            tokenizer does not belong to a published model.
     """
 
     name: str
@@ -189,3 +192,5 @@ class DataInfo:
     has_pairs: bool = False
     truncates: bool = False
     prompts: PromptSource | None = None
+    stop_ids: frozenset[int] = frozenset()
+    published: dict[str, Any] | None = None

@@ -10,6 +10,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
 from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
+from lit_gpt_scratch.text.published_settings import PublishedSettings
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted, require_trusted
 
@@ -33,6 +34,8 @@ class CheckpointMetadata:
         classes: Class names of a classification head; None for other heads.
         pooling: Pooling method of a classifier, a key of ``model.output_heads.POOLINGS``; None for other heads.
         rewards: Whether the head predicts the reward of a conversation.
+        published: Fields of the ``PublishedSettings`` of the published model that the weights or the initial weights
+            come from; None if there is no such model.
     """
 
     gpt: dict[str, Any]
@@ -46,6 +49,7 @@ class CheckpointMetadata:
     classes: list[str] | None = None
     pooling: str | None = None
     rewards: bool = False
+    published: dict[str, Any] | None = None
 
     @property
     def head(self) -> OutputHead:
@@ -100,6 +104,8 @@ class CheckpointMetadata:
             validate_fields(metadata.gpt, GPTConfig, "metadata.gpt")
             if metadata.lora is not None:
                 validate_fields(metadata.lora, LoRA, "metadata.lora")
+            if metadata.published is not None:
+                validate_fields(metadata.published, PublishedSettings, "metadata.published")
             metadata._require_valid()
         except UnknownFieldError as error:
             raise UserError(
@@ -119,7 +125,8 @@ class CheckpointMetadata:
             UserError: The tokenizer is invalid, or has more tokens than the network.
         """
         try:
-            tokenizer = Tokenizer.from_json(self.tokenizer, self.start_of_text)
+            published = None if self.published is None else PublishedSettings(**self.published)
+            tokenizer = Tokenizer.from_json(self.tokenizer, self.start_of_text, published)
         except UserError as error:
             raise UserError(f"the tokenizer in {path} cannot be used: {error}") from error
         if tokenizer.vocab_size > self.vocab_size:
