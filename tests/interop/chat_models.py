@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from lit_gpt_scratch.text.tokenizer_training import train_tokenizer
 from tests import tokenizer_forms
 from tests.conftest import sentences
 from tests.interop.conftest import LLAMA, library, randomised
 
-# As published with Llama 3 and Qwen2.5, with the marks for replies that ``transformers`` needs for its loss mask.
+# As published with Llama 3, Qwen2.5, Qwen3 (without tools) and Llama 2, with the marks for replies from which
+# ``transformers`` computes the loss mask.
 LLAMA3_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}"
@@ -39,6 +42,46 @@ QWEN_TEMPLATE = """
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+QWEN3_TEMPLATE = """
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- generation %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {{- '<|im_end|>' }}{%- endgeneration %}
+        {{- '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 LLAMA2_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -51,22 +94,34 @@ LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
-def bpe(end_of_text: str, special: list[str]) -> Any:
+def bpe(end_of_text: str, special: list[str]) -> Backend:
     """A small tokenizer with the special tokens of a published one."""
-    from tokenizers import Tokenizer as Backend
-
     trained = train_tokenizer("bpe", [sentences(seed) for seed in range(5)], 300, special).to_str()
     return Backend.from_str(trained.replace("<|endoftext|>", end_of_text))
+
+
+def llama3() -> Backend:
+    """A tokenizer that also adds the start of a text, which a chat template must not repeat."""
+    backend = bpe("<|end_of_text|>", LLAMA3_TOKENS)
+    start = "<|begin_of_text|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, backend.token_to_id(start))]
+    )
+    return backend
 
 
 # Tokenizer, template, tokens of tokenizer_config.json, tokens that end replies in generation_config.json.
 MODELS: dict[str, tuple[Any, str, dict[str, str], list[str]]] = {
     "llama3": (
-        lambda: bpe("<|end_of_text|>", LLAMA3_TOKENS), LLAMA3_TEMPLATE,
+        llama3, LLAMA3_TEMPLATE,
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, ["<|end_of_text|>", "<|eot_id|>"],
     ),
     "qwen": (
         lambda: bpe("<|endoftext|>", QWEN_TOKENS), QWEN_TEMPLATE,
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, ["<|im_end|>", "<|endoftext|>"],
+    ),
+    "qwen3": (
+        lambda: bpe("<|endoftext|>", QWEN_TOKENS), QWEN3_TEMPLATE,
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, ["<|im_end|>", "<|endoftext|>"],
     ),
     "llama2": (

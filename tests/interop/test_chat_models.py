@@ -4,7 +4,9 @@ The expected token ids, generated tokens and settings are those of ``transformer
 """
 
 import json
+import random
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,22 @@ import pytest
 import torch
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
-from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.loading import LoadedModel, build_model, load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.cli import convert
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.interop.hf_checkpoint import read_hf_checkpoint
+from lit_gpt_scratch.interop.hf_checkpoint import PortableModel, read_hf_checkpoint, write_hf_checkpoint
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.tasks.rl.rollouts import generate_replies
 from lit_gpt_scratch.text.chat_template import ChatTemplate, ImportedChatTemplate, Message, load_chat_template
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.interop.chat_models import LLAMA3_TEMPLATE, MODELS, SYSTEM, TALK
 from tests.interop.chat_models import chat_model as chat_model  # a fixture
 from tests.interop.conftest import library
+from tests.mutations import mutate_json
 
 
 def messages(talk: list[dict[str, str]]) -> list[Message]:
@@ -243,6 +247,33 @@ def test_damaged_files(chat_model: Path, file: str, text: str) -> None:
         read_hf_checkpoint(chat_model)
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "config.json"])
+def test_a_checkpoint_can_store_all_that_is_imported(chat_model: Path, tmp_path: Path, file: str) -> None:
+    change(chat_model / "tokenizer_config.json", chat_template=LLAMA3_TEMPLATE, bos_token={"content": "<|eot_id|>"})
+    (chat_model / "chat_template.jinja").unlink()
+    whole, imported = settings(chat_model, file), 0
+    for seed in range(20):
+        mutated = mutate_json(whole, random.Random(seed))
+        (chat_model / file).write_text(json.dumps(mutated), encoding="utf-8")
+        try:
+            checkpoint = load_checkpoint(chat_model)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - many mutations are accepted
+            continue
+        imported += 1
+        loaded = build_model(checkpoint, chat_model)
+        again = write_hf_checkpoint(portable(loaded), tmp_path / f"again{seed}")
+        assert again == "LlamaForCausalLM"
+        with suppress(UserError):
+            load_chat_template(loaded.tokenizer).render(messages(TALK))
+    assert 0 < imported < 20
+
+
+def portable(loaded: LoadedModel) -> PortableModel:
+    shape = ModelShape(loaded.net.config, loaded.net.vocab_size, loaded.net.block_size)
+    return PortableModel(shape, loaded.net.state_dict(), loaded.tokenizer)
+
+
 def test_nested_settings_are_not_kept(chat_model: Path) -> None:
     change(
         chat_model / "generation_config.json", watermarking={"a": {}}, suppress_tokens=[1, 2], deep=[[1]], big=10**30
@@ -285,6 +316,10 @@ def test_damaged_metadata(chat_model: Path, tmp_path: Path, published: Any) -> N
         load_model(tmp_path / "damaged.ckpt")
 
 
+THOUGHT = r"\s*(<think>\s*</think>\s*)?"
+"""What Qwen3's template puts before the last reply."""
+
+
 @every_model
 def test_fine_tuning_uses_the_template_of_the_model(chat_model: Path, tmp_path: Path) -> None:
     """In each kind of data; its labels are the replies with the tokens that end them."""
@@ -297,7 +332,7 @@ def test_fine_tuning_uses_the_template_of_the_model(chat_model: Path, tmp_path: 
     common = {"source": str(rows), "init_from": str(chat_model), "block_size": 128, "cache": str(tmp_path)}
     (sequence,) = Conversations(**common).examples["train"][0].sequences
     learned = [label for label in sequence.labels.tolist() if label != -100]
-    assert re.fullmatch(rf"\s*sees \d+{re.escape(eos)}", reference.decode(learned))
+    assert re.fullmatch(rf"{THOUGHT}sees \d+{re.escape(eos)}", reference.decode(learned))
     assert sequence.label_bytes is not None
     text = re.search(r"sees \d+", reference.decode(learned))
     assert text is not None
@@ -305,7 +340,7 @@ def test_fine_tuning_uses_the_template_of_the_model(chat_model: Path, tmp_path: 
     pair = Preferences(**common).examples["train"][0].sequences
     for side, sequence in zip("ab", pair, strict=True):
         learned = [label for label in sequence.labels.tolist() if label != -100]
-        assert re.fullmatch(rf"\s*{side} \d+{re.escape(eos)}", reference.decode(learned))
+        assert re.fullmatch(rf"{THOUGHT}{side} \d+{re.escape(eos)}", reference.decode(learned))
     data = Prompts(**common, reply_tokens=8)
     ids, (prompt,) = data.lookup_prompts("train", [0])
     talk = [{"role": "user", "content": prompt}]
