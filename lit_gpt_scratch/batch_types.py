@@ -180,6 +180,9 @@ class DataInfo:
         truncates: Whether rows that are too long are truncated.
         max_windows: Maximum number of windows of ``block_size`` tokens into which a row that is too long is split.
         prompts: Source of the prompts for on-policy training; None for other data.
+        stop_ids: Ids of the tokens that end generated text; empty if only ``end_of_text`` does.
+        published: Fields of the ``PublishedSettings`` of the tokenizer, which are stored in checkpoints; None if the
+            tokenizer does not belong to a published model.
     """
 
     name: str
@@ -196,3 +199,5 @@ class DataInfo:
     truncates: bool = False
     max_windows: int = 1
     prompts: PromptSource | None = None
+    stop_ids: frozenset[int] = frozenset()
+    published: dict[str, Any] | None = None

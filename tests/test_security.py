@@ -28,6 +28,7 @@ IMPORTERS = {
     "cli.entrypoint.run_command": {"import_module"},  # a command of this package
     "cli.help.HelpPage._of_other_classes": {"import_module"},  # packages in a table
     "cli.help.class_flags": {"import_module"},
+    "text.template_worker.compile_template": {"environment.from_string"},  # in a sandbox, in a process with limits
     "sweeps.run_process.run_module": {"runpy.run_module"},  # fit, in a child process
 }
 """Functions that run code by name, and how."""

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, time_is_up
+from lit_gpt_scratch.callbacks.spike_guard import guard_gave_up
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -23,14 +24,14 @@ def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_tim
     Args:
         trainer: Trainer of the finished run.
         folder: Run directory.
-        diverged: Whether the loss is not finite, so that the model cannot be used.
+        diverged: Whether the loss is not finite, or the spike guard has stopped the run.
         max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     path = _quote(folder.path)
     if any(isinstance(callback, Checkpointing) for callback in callbacks):
         yield MODULE + (f"doctor {path}" if diverged else _use_model(trainer, path))
-        if flags := _flags_to_continue(trainer, max_time_is_a_flag):
+        if not guard_gave_up(trainer) and (flags := _flags_to_continue(trainer, max_time_is_a_flag)):
             yield f"{MODULE}fit --ckpt_path {path} {' '.join(flags)}"
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -81,9 +81,7 @@ class SignalHandling(StopBetweenSteps):
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
         """Exit this process with code 128 + signal number, or 0 if Lightning would otherwise kill rank 0."""
-        if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
-            raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
-        raise SystemExit(128 + self.signum)
+        exit_rank(trainer, 128 + self.signum)
 
     def stop(self, trainer: L.Trainer) -> NoReturn:
         """Print how to resume the run, and exit."""
@@ -94,6 +92,13 @@ class SignalHandling(StopBetweenSteps):
             name = signal.Signals(self.signum).name
             log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, resume or "nothing was saved")
         self.leave(trainer)
+
+
+def exit_rank(trainer: L.Trainer, code: int) -> NoReturn:
+    """Exit this process with an exit code, or with 0 if Lightning would otherwise kill rank 0."""
+    if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
+        raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
+    raise SystemExit(code)
 
 
 def _is_launched_externally(trainer: L.Trainer) -> bool:

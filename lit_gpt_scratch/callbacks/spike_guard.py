@@ -33,6 +33,8 @@ MAX_REWINDS: Final = 3
 """Maximum number of rewinds to the same checkpoint; after that, the new loss level is accepted as normal."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
 """Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
+GAVE_UP_EXIT_CODE: Final = 3
+"""Exit code of ``fit`` if the guard has stopped the run."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
 """Step classifications in order of severity; all ranks use the most severe classification of any rank."""
 
@@ -55,8 +57,8 @@ class SpikeGuard(RunDirCallback):
     with the next batch. If ``PATIENCE`` consecutive steps are outliers, their batches are probably not the cause. The
     guard then rewinds the run: it restores the weights and optimizer states of the last good checkpoint, and training
     continues with the next batch. If rewinding does not help either, a new loss level is accepted if it is finite;
-    otherwise, the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive skipped steps. In this mode, all ranks make the
-    same decision.
+    otherwise, the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive skipped steps, and ``fit`` exits with
+    ``GAVE_UP_EXIT_CODE``. In this mode, all ranks make the same decision.
 
     A good checkpoint is one saved after a normal step. In ``act`` mode, good checkpoints are saved as ``good-N.ckpt``
     next to ``last.ckpt``, every ``every_n_steps`` steps and before each validation run. They are not saved at time
@@ -89,6 +91,11 @@ class SpikeGuard(RunDirCallback):
         self._outdated: Path | None = None
         self._unread: list[tuple[int, Tensor]] = []
         self._batches: dict[int, Any] = {}
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the guard has stopped the run, because neither skipping steps nor rewinding has helped."""
+        return self.mode == "act" and self.detector.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register the guard as the step filter of the task."""
@@ -261,6 +268,12 @@ class SpikeGuard(RunDirCallback):
         state = validate_callback_state(state_dict, SpikeGuardState, self.state_key)
         self.detector.load_state_dict(dict(state["watch"]))
         self.n_skipped, self.good, self._rewinds = state["refused"], state["good"], state["rewinds"]
+
+
+def guard_gave_up(trainer: L.Trainer) -> bool:
+    """Return whether a spike guard has stopped the run of a trainer; the same on every rank."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    return any(isinstance(callback, SpikeGuard) and callback.gave_up for callback in callbacks)
 
 
 EXCERPT_LENGTH = 160

@@ -21,6 +21,7 @@ from lit_gpt_scratch.callbacks.event_logger import tolerate_write_errors
 from lit_gpt_scratch.callbacks.next_commands import next_commands
 from lit_gpt_scratch.callbacks.progress import format_metrics
 from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
+from lit_gpt_scratch.callbacks.spike_guard import guard_gave_up
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -286,6 +287,7 @@ class RunSummary(RunDirCallback):
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
             "baselines": baselines.figures if baselines else {},
+            **({"stopped": "guard"} if guard_gave_up(trainer) else {}),
             "step": trainer.global_step,
             "tokens": throughput and throughput.tokens,
             "seconds": self._seconds(),
@@ -336,7 +338,7 @@ class RunSummary(RunDirCallback):
         if sample:
             log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")))
         losses = [value.item() for name, value in trainer.callback_metrics.items() if name.endswith("/loss")]
-        diverged = not all(map(math.isfinite, losses))
+        diverged = not all(map(math.isfinite, losses)) or guard_gave_up(trainer)
         commands = list(next_commands(trainer, folder, diverged, self.max_time_is_a_flag))
         log.info("\n%.0f s. Run directory: %s", summary["seconds"], folder.path)
         if commands:

@@ -112,7 +112,10 @@ def load_hf_checkpoint(path: Path) -> dict[str, Any]:
         UserError: The folder is missing, or its model is not supported.
     """
     (gpt, vocab_size, block_size), weights, tokenizer = hf_checkpoint.read_hf_checkpoint(path)
-    metadata = CheckpointMetadata(asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text)
+    published = None if tokenizer.published is None else asdict(tokenizer.published)
+    metadata = CheckpointMetadata(
+        asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text, published=published
+    )
     return {METADATA_KEY: asdict(metadata), "state_dict": {STATE_PREFIX + name: weights[name] for name in weights}}
 
 

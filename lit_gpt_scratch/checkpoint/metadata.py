@@ -10,6 +10,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
 from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
+from lit_gpt_scratch.text.published_settings import PublishedSettings
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.windows import MAX_WINDOWS, Windows
 from lit_gpt_scratch.trust import Trusted, require_trusted
@@ -36,6 +37,8 @@ class CheckpointMetadata:
         rewards: Whether the head predicts the reward of a conversation.
         window_size: Maximum number of tokens per window of a classifier; None if a window has ``block_size`` tokens.
         max_windows: Maximum number of windows into which a classifier splits a text.
+        published: Fields of the ``PublishedSettings`` of the published model that the weights or the initial weights
+            come from; None if there is no such model.
     """
 
     gpt: dict[str, Any]
@@ -51,6 +54,7 @@ class CheckpointMetadata:
     rewards: bool = False
     window_size: int | None = None
     max_windows: int = 1
+    published: dict[str, Any] | None = None
 
     @property
     def windows(self) -> Windows:
@@ -110,6 +114,8 @@ class CheckpointMetadata:
             validate_fields(metadata.gpt, GPTConfig, "metadata.gpt")
             if metadata.lora is not None:
                 validate_fields(metadata.lora, LoRA, "metadata.lora")
+            if metadata.published is not None:
+                validate_fields(metadata.published, PublishedSettings, "metadata.published")
             metadata._require_valid()
         except UnknownFieldError as error:
             raise UserError(
@@ -129,7 +135,8 @@ class CheckpointMetadata:
             UserError: The tokenizer is invalid, or has more tokens than the network.
         """
         try:
-            tokenizer = Tokenizer.from_json(self.tokenizer, self.start_of_text)
+            published = None if self.published is None else PublishedSettings(**self.published)
+            tokenizer = Tokenizer.from_json(self.tokenizer, self.start_of_text, published)
         except UserError as error:
             raise UserError(f"the tokenizer in {path} cannot be used: {error}") from error
         if tokenizer.vocab_size > self.vocab_size:

@@ -1,4 +1,4 @@
-"""Chat in the terminal, with the chat template that instruction tuning uses."""
+"""Chat in the terminal, with the chat template of the model."""
 
 import io
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import ASSISTANT, ChatTemplate, Message, validate_messages
+from lit_gpt_scratch.text.chat_template import ASSISTANT, Message, load_chat_template, validate_messages
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iter
     Raises:
         UserError: A question is empty.
     """
-    template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
+    template, head = load_chat_template(tokenizer), [] if system is None else [Message("system", system)]
     conversations = [[*head, Message("user", question)] for question in questions]
     for messages in conversations:
         validate_messages(messages)
@@ -53,7 +53,7 @@ def chat_session(
     Yields:
         Parts of the replies as they are generated, and an empty string after each complete reply.
     """
-    template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
+    template, head = load_chat_template(tokenizer), [] if system is None else [Message("system", system)]
     turns: list[Message] = []
     reply_tokens = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):

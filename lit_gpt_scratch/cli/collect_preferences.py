@@ -11,7 +11,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.chat_eval import generate_replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import ChatTemplate, Message, validate_messages
+from lit_gpt_scratch.text.chat_template import Message, load_chat_template, validate_messages
 from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def collect_preferences(
     Raises:
         UserError: A prompt is too long, or the file cannot be written.
     """
-    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
+    template, told = load_chat_template(tokenizer), [] if system is None else [Message("system", system)]
     append_line(path, "")  # fail before the first answer if the file is not writable
     seeds = count(seed + 2 * MAX_ATTEMPTS * _count_lines(path))
     for question in (each.strip() for each in questions if not is_blank(each)):

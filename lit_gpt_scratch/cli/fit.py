@@ -20,8 +20,8 @@ from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.event_logger import RunLogger, tolerate_logger_errors
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
-from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
-from lit_gpt_scratch.callbacks.spike_guard import GuardMode
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal, exit_rank
+from lit_gpt_scratch.callbacks.spike_guard import GAVE_UP_EXIT_CODE, GuardMode, guard_gave_up
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
@@ -147,7 +147,7 @@ class FitCLI(LightningCLI):
             default="warn",
             help="Check each optimizer step before it is applied, and warn if its loss or gradient norm is an outlier "
             "or not finite. 'act' also skips the step, and rewinds to the last good checkpoint if that does not help; "
-            "'off' disables the check.",
+            "if the run does not recover, it ends with exit code 3. 'off' disables the check.",
         )
         parser.add_argument(
             "--force",
@@ -294,7 +294,7 @@ class FitCLI(LightningCLI):
         Raises:
             UserError: The data, the run folder or the checkpoint is unusable, another process is training in the
                 folder, or no steps are left to train. A run folder created by this call is removed.
-            SystemExit: The process received a termination signal.
+            SystemExit: The process received a termination signal, or the spike guard has stopped the run.
         """
         writes_nothing = self.config.plan or self.config.trainer.fast_dev_run
         folder = self.resumed.folder if self.resumed and not writes_nothing else None
@@ -336,6 +336,8 @@ class FitCLI(LightningCLI):
                 claimed.delete()
         if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)
+        if guard_gave_up(self.trainer):
+            exit_rank(self.trainer, GAVE_UP_EXIT_CODE)
 
     def _best_checkpoint(self) -> str | None:
         """Return the checkpoint to test; None for the final weights."""

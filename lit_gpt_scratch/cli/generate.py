@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--chat",
         action="store_true",
-        help="reply to each --prompt, or to lines typed in the terminal, with the chat template of instruction tuning",
+        help="reply to each --prompt, or to lines typed in the terminal, with the chat template of the model",
     )
     flags.add_argument("--system", help="system message for --chat or --rank")
     flags.add_argument(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REQUIRED_MODULES = ("optuna", "sklearn", "scipy", "matplotlib", "jinja2", "psycopg")
+REQUIRED_MODULES = ("optuna", "sklearn", "scipy", "matplotlib", "psycopg")
 
 
 def main(args: Sequence[str] | None = None, module: str | None = None) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -184,6 +185,7 @@ class BaseDataModule(L.LightningDataModule):
     @property
     def info(self) -> DataInfo:
         """Description of the data for the LightningModule; complete after ``setup``."""
+        published = self.tokenizer.published
         return DataInfo(
             name=type(self).__name__,
             vocab_size=self.vocab_size,
@@ -193,6 +195,8 @@ class BaseDataModule(L.LightningDataModule):
             end_of_text=self.tokenizer.end_of_text,
             layout=self.layout,
             rank=self.shard["rank"],
+            stop_ids=self.tokenizer.stop_ids,
+            published=None if published is None else asdict(published),
         )
 
     def load_initial_tokenizer(self) -> Tokenizer | None:

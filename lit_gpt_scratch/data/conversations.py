@@ -14,7 +14,14 @@ from lit_gpt_scratch.data.packing import InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.chat_template import ASSISTANT, ROLE_TOKENS, ChatTemplate, Message, parse_conversation
+from lit_gpt_scratch.text.chat_template import (
+    ASSISTANT,
+    ROLE_TOKENS,
+    ChatTemplate,
+    Message,
+    load_chat_template,
+    parse_conversation,
+)
 from lit_gpt_scratch.text.document import TableRow
 
 N_SAMPLE_CONVERSATIONS: Final = 3
@@ -55,14 +62,16 @@ class Conversations(RecordDataModule[ConversationExample]):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template for the tokenizer of this data module."""
-        return ChatTemplate(self.tokenizer)
+        """Chat template of the model to fine-tune, or of this package."""
+        return load_chat_template(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
         """Render and tokenize a conversation; each token's label is the next token if that token belongs to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
         token_bytes = np.zeros(len(ids), dtype=np.int64)
-        bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))  # of the replies with their end-of-text
+        bounds = np.flatnonzero(
+            np.diff(learned, prepend=False, append=False)
+        )  # of the replies with the tokens that end them
         replies = (message.content for message in record.messages if message.role == ASSISTANT)
         for start, stop, reply in zip(bounds[::2], bounds[1::2] - 1, replies, strict=True):
             token_bytes[start:stop] = self.tokenizer.distribute_bytes(ids[start:stop], len(reply.encode()))

@@ -212,10 +212,13 @@ class PackedText(BaseDataModule):
         """Token store that concatenates all stores."""
         return concatenate_stores(self.stores)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer that produced the tokens."""
-        return self.store.tokenizer
+        """Tokenizer that produced the tokens, with the settings of the published model to train further, if any."""
+        tokenizer, initial = self.store.tokenizer, self.load_initial_tokenizer()
+        if initial is None or initial.published is None:
+            return tokenizer
+        return Tokenizer.from_json(tokenizer.to_json(), published=initial.published)
 
     @property
     def vocab_size(self) -> int:

@@ -86,9 +86,9 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
         """Tokenize a whole conversation, with labels only for its last reply."""
-        ids = np.array(self.template.render(messages).ids)
+        ids, learned = map(np.array, self.template.render(messages))
         labels = np.full(len(ids), IGNORE_INDEX)
-        begin = len(self.template.render_prompt(messages[:-1]))
+        begin = np.flatnonzero(~learned)[-1] + 1  # of the last reply, which ends the conversation
         labels[begin - 1 : -1] = ids[begin:]
         return EncodedSequence(ids, labels)
 

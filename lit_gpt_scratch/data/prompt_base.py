@@ -10,7 +10,7 @@ from lit_gpt_scratch.data.base_datamodule import reject_null, require_positive_i
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.data.tokenized_examples import TextRecord
-from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message
+from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message, load_chat_template
 from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_reward
 
 SAMPLE_PROMPTS: Final = 3
@@ -71,8 +71,8 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template for the tokenizer of this data module."""
-        return ChatTemplate(self.tokenizer)
+        """Chat template of the model to fine-tune, or of this package."""
+        return load_chat_template(self.tokenizer)
 
     def prompt_ids(self, split: RecordSplit) -> list[list[int]]:
         """Return the token ids of each prompt in a split, omitting prompts of ``block_size`` tokens or more."""

@@ -171,7 +171,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @abstractmethod
     def encode_record(self, record: R) -> tuple[EncodedSequence, ...]:
-        """Tokenize a record, without a length limit."""
+        """Tokenize a record, without a length limit.
+
+        Raises:
+            UserError: The record cannot be tokenized. The caller adds the location of the row to the message.
+        """
 
     @abstractmethod
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> RowDataset[Any]:
@@ -201,6 +205,12 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             return self.parse_row(row.fields)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
+
+    def _encode(self, where: str, record: R) -> tuple[EncodedSequence, ...]:
+        try:
+            return self.encode_record(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
     @property
     def example_text(self) -> str:
@@ -257,7 +267,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         found: dict[RecordSplit, list[TokenizedExample]] = {}
         for split in (name for name in RECORD_SPLITS if name in self.split_indices):
             records = (self.records[index] for index in self.split_indices[split])
-            examples = (TokenizedExample(where, self.encode_record(record)) for where, record in records)
+            examples = (TokenizedExample(where, self._encode(where, record)) for where, record in records)
             found[split] = limit_length(examples, self.max_record_tokens, self.too_long, split)
         return found
 

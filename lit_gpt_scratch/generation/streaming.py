@@ -47,7 +47,7 @@ def stream_text(
     ]
     texts = [_StopStringBuffer(tokenizer.stream_decoder(prompt[1:]), tuple(stop)) for prompt in ids]
     tokens = generate(
-        model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
+        model, ids, max_new_tokens, sampling, seeds, tokenizer.stop_ids, lambda row, _: texts[row].stopped, compile
     )
     return _emit_pieces(tokens, texts)
 

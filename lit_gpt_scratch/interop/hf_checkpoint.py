@@ -9,12 +9,17 @@ from typing import Any, Final, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.hf_tokenizer import (
+    TEMPLATE_FILE,
+    build_settings_files,
+    read_published_settings,
+    special_ids,
+)
 from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, read_tensors, validate_tensors
 from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
@@ -23,6 +28,7 @@ from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.model.weight_init import INIT_STD
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
+from lit_gpt_scratch.text.published_settings import PublishedSettings
 from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
             f"{', '.join(sorted(FAMILIES))}"
         )
     shape = family.read_config(config)
-    tokenizer = _read_tokenizer(folder, family)
+    tokenizer = _read_tokenizer(folder, family, read_published_settings(folder, config.values, config.path))
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer in the same folder has ids up to "
@@ -118,6 +124,8 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
         for name, content in _build_json_files(family, model, hf_weights).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
+        if (published := model.tokenizer.published) and published.chat_template is not None:
+            (place / TEMPLATE_FILE).write_bytes(published.chat_template.encode())
         save_file(hf_weights, place / WEIGHTS_FILE, metadata={"format": "pt"})
         (place / WEIGHTS_FILE).chmod((place / TOKENIZER_FILE).stat().st_mode)  # safetensors ignores the umask
 
@@ -148,10 +156,7 @@ def _build_json_files(
     family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Return the contents of the JSON files, keyed by file name."""
-    shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
-    special_ids = {"bos_token_id": start, "eos_token_id": end}
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
-    token_of = Backend.from_str(model.tokenizer.to_json()).id_to_token
+    shape, dtype = model.shape, reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
     return {
         CONFIG_FILE: {
             "architectures": [family.architecture],
@@ -161,18 +166,10 @@ def _build_json_files(
             "tie_word_embeddings": shape.gpt.tied_embeddings,
             "initializer_range": INIT_STD,
             "use_cache": True,
-            **special_ids,
+            **special_ids(model.tokenizer),
             **family.build_config(shape),
         },
-        # pad_token_id is not in config.json, because the embedding of that token would then receive no gradient.
-        "generation_config.json": {**special_ids, "pad_token_id": end},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": token_of(start),
-            "eos_token": token_of(end),
-            "model_max_length": shape.block_size,
-            "clean_up_tokenization_spaces": False,
-        },
+        **build_settings_files(model.tokenizer, shape.block_size),
     }
 
 
@@ -207,9 +204,9 @@ def _read_config(folder: Path) -> HFConfigReader:
     return HFConfigReader(path, values)
 
 
-def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
+def _read_tokenizer(folder: Path, family: ModelFamily, published: PublishedSettings) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
-        return Tokenizer.load(folder / TOKENIZER_FILE)
+        return Tokenizer.load(folder / TOKENIZER_FILE, published)
     # vocab.json and merges.txt do not specify how text is split into words, but for GPT-2 this is known.
     if not isinstance(family, GPT2Family) or not any(
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
@@ -218,4 +215,4 @@ def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
             f"no {TOKENIZER_FILE} in {folder}; create it with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    return Tokenizer.load(folder)
+    return Tokenizer.load(folder, published)

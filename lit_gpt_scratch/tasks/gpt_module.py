@@ -541,6 +541,7 @@ class GPTModule(L.LightningModule):
             lora=None if self.lora is None else asdict(self.lora),
             base=self._base_hash,
             new_head=self._trains_new_head and self.lora is not None,
+            published=data.published,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

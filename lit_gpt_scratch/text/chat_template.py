@@ -1,8 +1,10 @@
-"""Chat template that converts messages to token ids, identically for fine-tuning and generation.
+"""Chat templates that convert messages to token ids, identically for fine-tuning and generation.
 
-A conversation starts with the start-of-text token. Each turn consists of a role marker, the content and an end marker.
-The end marker of an assistant message is the end-of-text token, which is included in the loss so that the model learns
-to stop; the end marker of all other turns is a newline::
+A model that was published with a chat template keeps it (``ImportedChatTemplate``), also in fine-tuning. All other
+models have the template of this package (``ChatTemplate``): a conversation starts with the start-of-text token, and
+each turn consists of a role marker, the content and an end marker. The end marker of an assistant message is the
+end-of-text token, which is included in the loss so that the model learns to stop; the end marker of all other turns is
+a newline::
 
     <|endoftext|><|user|>Hi!
     <|assistant|>Hello.<|endoftext|><|user|>And now?
@@ -13,12 +15,14 @@ any pretrained model can be fine-tuned without new tokens. Markers and contents 
 boundary is always a token boundary, and a prompt has exactly the same ids as the same messages in training.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import get_text, is_blank
+from lit_gpt_scratch.text.template_process import REMEDY, TemplateProcess
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -28,6 +32,10 @@ ASSISTANT: Final = "assistant"
 ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
 """Special tokens to add when training a tokenizer for conversations."""
 TURN_END: Final = "\n"
+TURN_MARKERS: Final = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
+"""Role markers in both of their forms."""
+MARK: Final = "\ue000"
+"""Private-use character that marks the names of special tokens in messages."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class RenderedConversation(NamedTuple):
 
     Attributes:
         ids: Token ids, (n,).
-        loss_mask: Loss mask, (n,): True for the tokens of assistant messages, including their end-of-text tokens.
+        loss_mask: Loss mask, (n,): True for the tokens of assistant messages, including the tokens that end them.
     """
 
     ids: list[int]
@@ -51,11 +59,14 @@ class RenderedConversation(NamedTuple):
 
 
 class ChatTemplate:
-    """Chat template that converts messages to token ids.
+    """Chat template of this package, which any tokenizer can encode.
 
     Args:
         tokenizer: Tokenizer that encodes the messages.
     """
+
+    turn_markers: Sequence[str] = TURN_MARKERS
+    """Texts that begin or end a turn; a well-formed reply contains none of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -80,6 +91,118 @@ class ChatTemplate:
     def _role_marker(self, role: Role) -> list[int]:
         special = self._tokenizer.special_token_id(f"<|{role}|>")
         return [special] if special is not None else self._tokenizer.encode(f"### {role.capitalize()}:\n")
+
+
+class ImportedChatTemplate(ChatTemplate):
+    """Chat template of a published model, which results in the same token ids as with ``transformers``.
+
+    As in the template of this package, messages cannot contain special tokens: the names of these tokens in messages
+    are replaced by marks before rendering, and encoded as ordinary text afterwards. The template cannot read the
+    current time, so that a run can be resumed on another day.
+
+    Args:
+        tokenizer: Tokenizer of the published model.
+        template: Jinja template.
+        tokens: Special tokens that the template can insert, keyed by name.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, tokens: Mapping[str, str]) -> None:
+        self._tokenizer = tokenizer
+        self._process = TemplateProcess(template)
+        self._variables = {**tokens, "tools": None, "documents": None}
+        self.turn_markers = tuple(tokenizer.special_tokens)
+        # The mark itself is marked, too, so that no message can contain a mark. Longer names are found first.
+        self._marked = sorted({MARK, *self.turn_markers}, key=lambda name: (-len(name), name))
+        self._names = re.compile("|".join(map(re.escape, self._marked)))
+        self._marks = re.compile(f"{MARK}({'|'.join(map(str, range(len(self._marked))))}){MARK}")
+
+    def render(self, messages: Sequence[Message]) -> RenderedConversation:
+        """Tokenize a conversation for training, up to the end of its last reply.
+
+        A reply is the text that follows the prompt, up to the first token that ends generation.
+
+        Raises:
+            UserError: The template is invalid, or replies cannot be located in the conversation.
+        """
+        replies = [n for n, message in enumerate(messages) if message.role == ASSISTANT]
+        parts = [part for n in replies for part in ((messages[:n], True), (messages[: n + 1], False))]
+        whole, *texts = self._render([(messages, False), *parts])
+        ids, ranges = self._encode(whole)
+        loss_mask, first = [False] * len(ids), 0
+        for n, prompt, until in zip(replies, texts[::2], texts[1::2], strict=True):
+            if not whole.startswith(prompt):
+                raise UserError(
+                    f"the chat template of the model renders the messages before message {n + 1} in another way if a "
+                    f"reply follows, so replies cannot be trained on; {REMEDY}"
+                )
+            limit = len(until) if whole.startswith(until) else len(whole)  # a template may shorten earlier replies
+            reply = [at for at in range(first, len(ids)) if ranges[at][1] > len(prompt) and ranges[at][0] < limit]
+            end = next((at for at in reply if ids[at] in self._tokenizer.stop_ids), None)
+            if end is None:
+                raise UserError(
+                    f"the chat template of the model does not end message {n + 1} with a token that ends generation; "
+                    "add this token to eos_token_id in generation_config.json of the model's Hugging Face folder, and "
+                    "import the model again"
+                )
+            first = end + 1
+            loss_mask[reply[0] : first] = [True] * (first - reply[0])
+        length = first if replies else len(ids)
+        return RenderedConversation(ids[:length], loss_mask[:length])
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokenize messages as a prompt, which ends with the text that begins a reply.
+
+        Raises:
+            UserError: The template is invalid.
+        """
+        return self._encode(self._render([(messages, True)])[0])[0]
+
+    def _render(self, requests: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+        """Render messages as text with marks; the flags specify whether a reply is to be generated."""
+        contexts = [
+            {
+                **self._variables,
+                "messages": [{"role": message.role, "content": self._mark(message.content)} for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+            }
+            for messages, add_generation_prompt in requests
+        ]
+        return self._process.render(contexts)
+
+    def _mark(self, text: str) -> str:
+        """Replace each name of a special token in a message by its index between two marks."""
+        marked = self._names.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK}", text)
+        if self._tokenizer.normalizes_special_tokens:
+            ids = set(self._tokenizer.encode_with_special_tokens(marked)[0]) - {self._tokenizer.unknown_id}
+            if found := [name for name, id_ in self._tokenizer.special_tokens.items() if id_ in ids]:
+                raise UserError(f"a message contains a text that stands for the special token {found[0]}; change it")
+        return marked
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a text with marks, and the range of characters that each token represents."""
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        at = 0
+        for n, part in enumerate(self._marks.split(text)):
+            if n % 2:  # the index between two marks
+                plain, width = self._tokenizer.encode(self._marked[int(part)]), len(part) + 2
+                ids += plain
+                ranges += [(at, at + width)] * len(plain)
+            else:
+                found, places = self._tokenizer.encode_with_special_tokens(part)
+                width = len(part)
+                ids += found
+                ranges += [(at + start, at + stop) for start, stop in places]
+            at += width
+        return ids, ranges
+
+
+def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the chat template of the published model that a tokenizer belongs to, or else that of this package."""
+    published = tokenizer.published
+    if published is None or published.chat_template is None:
+        return ChatTemplate(tokenizer)
+    return ImportedChatTemplate(tokenizer, published.chat_template, published.tokens)
 
 
 def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer as Backend
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import write_atomically
+from lit_gpt_scratch.text.published_settings import PublishedSettings
 from lit_gpt_scratch.text.text_bytes import share_bytes
 from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_tokenizer
 from lit_gpt_scratch.text.tokenizer_validation import validate_tokenizer_json
 
-END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
 """Names of the end-of-text token in various tokenizer families, in order of preference."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
@@ -40,8 +41,10 @@ class Tokenizer:
     The class is a thin wrapper around ``tokenizers.Tokenizer``, so other tools can read the saved file.
 
     Args:
-        backend: Tokenizer to wrap; it must have an end-of-text token whose name is in ``END_OF_TEXT_NAMES``.
+        backend: Tokenizer to wrap; it must have an end-of-text token whose name is in ``END_OF_TEXT_NAMES``, unless
+            ``published`` specifies one.
         start_of_text: Id of the start-of-text token; if None, the end-of-text token is used.
+        published: Settings of the published model that the tokenizer belongs to.
 
     Raises:
         UserError: There is no end-of-text token, or the encoding of a text may contain a special token.
@@ -50,15 +53,20 @@ class Tokenizer:
         end_of_text: Id of the end-of-text token, which separates documents.
         start_of_text: Id of the token that precedes every document in training. It differs from the end-of-text token
             in some published models.
+        published: Settings of the published model that the tokenizer belongs to; None for other tokenizers.
     """
 
-    def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
+    def __init__(
+        self, backend: Backend, start_of_text: int | None = None, published: PublishedSettings | None = None
+    ) -> None:
+        ids = set(backend.get_vocab().values())
         found = [id_ for name in END_OF_TEXT_NAMES if (id_ := backend.token_to_id(name)) is not None]
+        if published is not None:
+            found += [id_ for id_ in published.eos_ids if id_ in ids]
         if not found:
             raise UserError(
                 f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its file, or train a new tokenizer"
             )
-        ids = backend.get_vocab().values()
         if max(ids) > MAX_ID_RATIO * len(ids):
             raise UserError(f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}; renumber them")
         # Special tokens in documents are encoded as ordinary text, so that "<|endoftext|>" does not end a document.
@@ -71,6 +79,7 @@ class Tokenizer:
         self._split_special_tokens()
         self.end_of_text: int = found[0]
         self.start_of_text = self.end_of_text if start_of_text is None else start_of_text
+        self.published = published
 
     @classmethod
     def train(
@@ -80,12 +89,13 @@ class Tokenizer:
         return cls(train_tokenizer(kind, texts, vocab_size, special))
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def load(cls, path: Path, published: PublishedSettings | None = None) -> "Tokenizer":
         """Load a tokenizer, and verify its SHA-256 checksum if a checksum file is next to it.
 
         Args:
             path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or one of the pairs
                 of files in ``GPT2_FILES``.
+            published: Settings of the published model that the tokenizer belongs to.
 
         Raises:
             UserError: The file is missing, is not a valid tokenizer, or does not match its checksum.
@@ -93,13 +103,13 @@ class Tokenizer:
         try:
             for names in GPT2_FILES:
                 if path.is_dir() and not (path / TOKENIZER_FILE).exists() and (path / names[0]).exists():
-                    return cls(_load_gpt2_files(*(path / name for name in names)))
+                    return cls(_load_gpt2_files(*(path / name for name in names)), published=published)
             path = path / TOKENIZER_FILE if path.is_dir() else path
             content = path.read_bytes()
             checksum_path = _checksum_path(path)
             if checksum_path.exists() and checksum_path.read_bytes() != _checksum(content, path):
                 raise UserError(f"its checksum does not match the one in {checksum_path.name}; copy both files again")
-            return cls.from_json(content.decode())
+            return cls.from_json(content.decode(), published=published)
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
 
@@ -110,8 +120,10 @@ class Tokenizer:
             write_atomically(target, data)
 
     @classmethod
-    def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
-        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include ``start_of_text``.
+    def from_json(
+        cls, text: str, start_of_text: int | None = None, published: PublishedSettings | None = None
+    ) -> "Tokenizer":
+        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include the other arguments.
 
         Raises:
             UserError: The content is not a tokenizer, or could hang or crash this process.
@@ -119,7 +131,7 @@ class Tokenizer:
         validate_tokenizer_json(text)
         with _library_errors("the content is not a valid tokenizer"):
             backend = Backend.from_str(text)
-        return cls(backend, start_of_text)
+        return cls(backend, start_of_text, published)
 
     def to_json(self) -> str:
         """Return the tokenizer in the JSON format of a ``tokenizer.json``."""
@@ -136,6 +148,29 @@ class Tokenizer:
         with _library_errors("the tokenizer cannot encode the text"):
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenize a text in which the names of special tokens stand for these tokens, as in a rendered template.
+
+        Args:
+            text: String to tokenize, with all its special tokens; none is added.
+
+        Returns:
+            Token ids, (n,), and the range of characters (start, stop) that each token represents, (n,).
+        """
+        with _library_errors("the tokenizer cannot encode the text"):
+            encoding = self._parsing_backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def _parsing_backend(self) -> Backend:
+        """Tokenizer that looks up the names of special tokens; a copy, because ``encode`` must not look them up."""
+        backend = Backend.from_str(self.to_json())
+        backend.encode_special_tokens = False
+        backend.no_padding()
+        backend.no_truncation()
+        backend.post_processor = None  # it would change the offsets
+        return backend
 
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
@@ -185,6 +220,19 @@ class Tokenizer:
         ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
         return ids
 
+    @cached_property
+    def normalizes_special_tokens(self) -> bool:
+        """Whether a text may stand for a special token without containing its name, because it is normalized first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return self._backend.normalizer is not None and any(entry.special and entry.normalized for entry in added)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids of all tokens that end generated text: end-of-text, and those that the published model specifies."""
+        published = self.published or PublishedSettings()
+        named = self.special_token_id(published.tokens.get("eos_token", ""))
+        return frozenset([self.end_of_text, *(published.eos_ids or ([] if named is None else [named]))])
+
     @property
     def unknown_id(self) -> int | None:
         """Id of the unknown token; None if the tokenizer has no unknown token."""
@@ -194,10 +242,19 @@ class Tokenizer:
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
+    def token_name(self, token_id: int) -> str:
+        """Return the name of a token in the vocabulary, which differs from its text for most types of tokenizers."""
+        return str(self._backend.id_to_token(token_id))
+
     def special_token_id(self, token: str) -> int | None:
         """Return the id of a special token; None if the tokenizer has no special token with this text."""
+        return self.special_tokens.get(token)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of all special tokens, keyed by their text."""
         added = self._backend.get_added_tokens_decoder().items()
-        return next((id_ for id_, entry in added if entry.special and entry.content == token), None)
+        return {entry.content: id_ for id_, entry in added if entry.special}
 
     def tokens(self) -> list[str]:
         """Return the text of every token, indexed by token id; invalid UTF-8 is replaced with U+FFFD."""
@@ -254,12 +311,9 @@ class Tokenizer:
 
     def _special_tokens_in_text(self) -> list[str]:
         """Return the names of the special tokens, except the unknown token, that result from encoding their names."""
-        special = {
-            id_: entry.content for id_, entry in self._backend.get_added_tokens_decoder().items() if entry.special
-        }
         found = {
             id_: name
-            for id_, name in special.items()
+            for name, id_ in self.special_tokens.items()
             if any(id_ in self.encode(text) for text in {name, self.decode([id_])})
         }
         unknown = self.unknown_id if found else None

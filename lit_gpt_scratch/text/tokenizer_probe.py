@@ -34,7 +34,7 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     content = sys.stdin.buffer.read().decode()
-    _limit_resources(*map(int, sys.argv[1:]))
+    limit_resources(*map(int, sys.argv[1:]))
     try:
         tokenizer = Tokenizer.from_str(content)
         tokenizer.no_padding()
@@ -98,8 +98,8 @@ def _find_patterns(spec: Any) -> Iterator[str]:
             yield from _find_patterns(value)
 
 
-def _limit_resources(seconds: int, memory: int) -> None:
-    """Limit CPU time and memory, where the platform supports it."""
+def limit_resources(seconds: int, memory: int) -> None:
+    """Limit this process's CPU time, counted from now, and its memory, where the platform supports it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -158,6 +158,10 @@ def test_a_run_that_stays_non_finite_is_rewound_then_stopped_and_reported(
     assert (skipped.step, skipped.last) == (own.global_step - 1, guard.n_skipped)
     assert caplog.text.count("consecutive outliers; rewinding to the weights of step 30") == guard_module.MAX_REWINDS
     assert "12 consecutive steps were skipped after 3 rewinds; stopping the run" in caplog.text
+    assert guard.gave_up
+    last = Path(own.loggers[0].log_dir or "") / "checkpoints" / "last.ckpt"
+    assert run("act", faults, max_steps=100, ckpt_path=last)[2].gave_up
+    assert not run("act", {}, max_steps=100, ckpt_path=last)[2].gave_up
 
 
 def test_a_killed_run_resumes_exactly(run: Build, tmp_path: Path) -> None:

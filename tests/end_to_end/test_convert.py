@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
+from tests.interop.chat_models import chat_model as chat_model  # a fixture
 from tests.interop.conftest import (
     Published,
     library,
@@ -118,3 +119,33 @@ def test_a_model_with_tied_embeddings_is_exported_as_safetensors(command: Comman
     assert outcome.code == 0, outcome.err
     shared, own = (command("generate", *path, "--max_new_tokens", "5") for path in (["m.safetensors"], []))
     assert shared.out == own.out
+
+
+def test_a_chat_model_is_fine_tuned_and_exported(command: Command, small: list[str], chat_model: Path) -> None:
+    """With its own chat template and stop tokens, in each kind of file."""
+    transformers = library()
+    own = ("--data.source", "--data.vocab_size", "--data.block_size", "--model.gpt")
+    flags = [flag for flag in small if not flag.startswith(own)]
+    stage = ["--data=Conversations", "--data.block_size=256", "--data.too_long=drop", "--trainer.max_steps=2"]
+    trained = command("fit", *stage, *flags, f"--model.init_from={chat_model}")
+    assert trained.code == 0, trained.err
+    run, files = "runs/pretrain/version_0", ["generation_config.json", "chat_template.jinja"]
+    assert command("convert", "to-safetensors", run, "m.safetensors").code == 0
+    assert command("convert", "to-hf", "m.safetensors", "again").code == 0
+    for file in files:
+        assert Path("again", file).read_text().split() == (chat_model / file).read_text().split()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("again").eval()
+    encoder = transformers.AutoTokenizer.from_pretrained("again")
+    prompt = encoder.apply_chat_template(
+        [{"role": "system", "content": "a dog"}, {"role": "user", "content": "the cat"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    reply = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+    ends = theirs.generation_config.eos_token_id
+    expected = encoder.decode(reply[:-1] if reply[-1] in ends else reply)
+    asked = ["--chat", "--system", "a dog", "--prompt", "the cat", "--temperature=0", "--max_new_tokens=12", "--json"]
+    for place in (run, "m.safetensors", "again"):
+        answered = command("generate", place, *asked)
+        assert answered.code == 0, answered.err
+        assert json.loads(answered.out)["text"] == expected

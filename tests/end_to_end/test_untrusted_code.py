@@ -276,7 +276,7 @@ def test_other_commands_import_nothing(
 @pytest.mark.slow
 @pytest.mark.usefixtures("run")
 def test_comparing_runs_imports_nothing(command: Command, mark: Path) -> None:
-    for library in ("optuna", "scipy", "sklearn", "matplotlib", "jinja2", "psycopg"):
+    for library in ("optuna", "scipy", "sklearn", "matplotlib", "psycopg"):
         pytest.importorskip(library)
     edit_config(lambda config: config["model"].update(class_path="planted.Task"))()
     outcome = command("sweep", "--compare", RUN, RUN)

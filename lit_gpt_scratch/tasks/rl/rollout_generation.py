@@ -48,19 +48,19 @@ class RolloutGenerator:
         Raises:
             UserError: A score is not finite.
         """
-        prompts, end = self.data.prompts, self.data.end_of_text
+        prompts, stop_ids = self.data.prompts, self.data.stop_ids or {self.data.end_of_text}
         assert prompts is not None
         prompt_ids, prompt_texts = prompts.lookup(split, indices)
         ids = generate_replies(
-            self.net, prompt_ids, prompts.reply_tokens, self.temperature, seeds, end, self.batch_size
+            self.net, prompt_ids, prompts.reply_tokens, self.temperature, seeds, stop_ids, self.batch_size
         )
-        ended = [reply[-1] == end for reply in ids]
+        ended = [reply[-1] in stop_ids for reply in ids]
         texts = [prompts.decode(reply[:-1] if last else reply) for reply, last in zip(ids, ended, strict=True)]
         replies = Replies(prompt_ids, prompt_texts, ids, texts, ended)
         scores = self.score(replies)
         if self.unended_score is not None:
             scores = torch.where(torch.tensor(ended), scores, self.unended_score)
-        rows = replies.rows(self.data.block_size, end) | {"scores": scores}
+        rows = replies.rows(self.data.block_size, self.data.end_of_text) | {"scores": scores}
         if (check := prompts.reply_check()) is not None:
             checked = [float(last and check(text)) for last, text in zip(ended, texts, strict=True)]
             rows["true_reward"] = torch.tensor(checked)

@@ -1,7 +1,7 @@
 """Rollouts, which are generated replies together with the data required to train on them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,9 +68,9 @@ class Replies:
     Attributes:
         prompts: Token ids of the prompts.
         prompt_texts: Text of each prompt, without the chat template.
-        replies: Token ids of each reply, including the end-of-text token unless the reply was truncated.
-        texts: Text of each reply, without the end-of-text token.
-        ended: Whether each reply ends with the end-of-text token.
+        replies: Token ids of each reply, including the token that ends it unless the reply was truncated.
+        texts: Text of each reply, without the token that ends it.
+        ended: Whether each reply has ended, that is, was not truncated.
     """
 
     prompts: Sequence[list[int]]
@@ -141,7 +141,7 @@ def generate_replies(
     max_tokens: int,
     temperature: float,
     seeds: Sequence[int],
-    end_of_text: int,
+    stop_ids: Collection[int],
     batch_size: int,
 ) -> list[list[int]]:
     """Sample one reply to each prompt.
@@ -152,21 +152,21 @@ def generate_replies(
         max_tokens: Maximum number of tokens per reply.
         temperature: Sampling temperature; 1 samples from the unmodified distribution of the network.
         seeds: Random seed of each reply.
-        end_of_text: Token id that ends a reply.
+        stop_ids: Ids of the tokens that end a reply.
         batch_size: Number of replies to generate in one batch.
 
     Returns:
-        Token ids of each reply, including the end-of-text token unless the reply was truncated.
+        Token ids of each reply, including the token that ends it unless the reply was truncated.
     """
     sampling = Sampling(temperature=temperature, top_k=None)
-    replies: list[list[int]] = []
+    replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
-        generated: list[list[int]] = [[] for _ in prompts[part]]
-        for row, token in generate(net, prompts[part], max_tokens, sampling, seeds[part], end_of_text):
+        # No token ends a row by itself, so that the token that ends it is yielded.
+        tokens = generate(net, prompts[part], max_tokens, sampling, seeds[part], (), lambda _, token: token in stop_ids)
+        for row, token in tokens:
             if token is not None:
-                generated[row].append(token)
-        replies += [reply if len(reply) == max_tokens else [*reply, end_of_text] for reply in generated]
+                replies[first + row].append(token)
     return replies
 
 

@@ -1,0 +1,100 @@
+"""Render a chat template in another process, with limits on time, memory and the length of the text."""
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Timer
+from typing import Any, Final
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import parse_json
+
+WORKER: Final = Path(__file__).with_name("template_worker.py")
+RENDER_SECONDS: Final = 2
+"""Limit on the CPU time of a request in seconds."""
+RENDER_MEMORY: Final = 2**29
+"""Limit on the address space of the process in bytes."""
+RENDER_TIMEOUT: Final = 60
+"""Limit on the time of a request in seconds, which is longer than its CPU time if the machine is busy."""
+MAX_TEMPLATE: Final = 2**18
+"""Maximum number of characters of a template; published ones have up to 20,000."""
+MAX_ANSWER: Final = 2**27
+"""Maximum size of an answer in bytes: the longest text with its characters escaped."""
+REMEDY: Final = (
+    "edit chat_template.jinja in the model's Hugging Face folder, or delete it to use the template of this package, "
+    "and import the model again"
+)
+
+
+class TemplateProcess:
+    """Process that renders a chat template; it starts with the first request and ends with this object.
+
+    Args:
+        template: Jinja template.
+    """
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the template; a copy of this object starts its own process."""
+        return {"template": self.template, "_process": None}
+
+    def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
+        """Render the template in several contexts, each an object with the variables of the template.
+
+        Raises:
+            UserError: The template is invalid, rejects the messages, or exceeds a limit.
+        """
+        if len(self.template) > MAX_TEMPLATE:
+            raise _template_error(f"it has more than {MAX_TEMPLATE:,} characters")
+        if self._process is None:
+            command = [sys.executable, str(WORKER), str(RENDER_SECONDS), str(RENDER_MEMORY)]
+            self._process = subprocess.Popen(  # in its own session, so that Ctrl-C in a chat does not reach it
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            weakref.finalize(self, _end_process, self._process)
+            self._request(self._process, self.template)
+        return self._request(self._process, contexts)
+
+    def _request(self, process: "subprocess.Popen[bytes]", value: Any) -> list[str]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = Timer(RENDER_TIMEOUT, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(value).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline(MAX_ANSWER)
+        except OSError:  # the process has ended
+            line = b""
+        finally:
+            timer.cancel()
+        try:
+            answer = parse_json(line, dict[str, str | list[str]], MAX_ANSWER)
+        except ValueError as error:
+            answer = {"error": str(error) if line.endswith(b"\n") else "it takes too much time or memory"}
+        if isinstance(texts := answer.get("texts"), list):
+            return texts
+        if "rejected" in answer:
+            raise UserError(f"the chat template of the model rejects the messages: {answer['rejected']}; change them")
+        _end_process(process)
+        self._process = None
+        raise _template_error(str(answer.get("error")))
+
+
+def _end_process(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()
+
+
+def _template_error(reason: str) -> UserError:
+    return UserError(f"the chat template of the model cannot be used: {reason}; {REMEDY}")

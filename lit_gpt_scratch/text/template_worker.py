@@ -1,0 +1,115 @@
+"""Script that renders a chat template from another source: ``python template_worker.py SECONDS BYTES``.
+
+A chat template is a program that somebody else wrote. It runs in the sandbox of ``jinja2``, where it has access to the
+messages only, and in this process, whose time and memory are limited for each request. The script reads one JSON value
+per line: first the template, then requests, each a list of contexts (objects with the variables of the template). For
+each line, it writes a JSON object with ``texts``, the rendered text of each context, with ``rejected``, the reason for
+which the template rejects the messages, or with ``error``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+MAX_TEXT: Final = 2**24
+"""Maximum number of characters of all rendered texts of a request."""
+MAX_REASON: Final = 200
+"""Maximum number of characters of an error message."""
+
+
+class RejectedMessagesError(jinja2.TemplateError):
+    """Error that a template raises with ``raise_exception``."""
+
+
+class GenerationBlock(Extension):
+    """Extension for ``{% generation %}``, which marks replies in some templates and does not change the text."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared by the base class
+
+    def parse(self, parser: Parser) -> Node | list[Node]:
+        """Return the content of the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class PublicNamespace(Namespace):
+    """Namespace that rejects attributes with a leading underscore, as ``transformers`` does."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set an attribute."""
+        if name.startswith("_"):
+            raise jinja2.TemplateError(f"the attribute {name} of a namespace begins with an underscore")
+        super().__setitem__(name, value)
+
+
+def main() -> None:
+    """Answer requests until standard input ends. The arguments are the limits on CPU time and address space."""
+    sys.path[0] = str(Path(__file__).parents[2])  # not the folder of this file, whose modules may hide others
+    from lit_gpt_scratch.text.tokenizer_probe import limit_resources
+
+    template: jinja2.Template | None = None
+    for line in sys.stdin:
+        limit_resources(*map(int, sys.argv[1:]))
+        answer: dict[str, Any] = {"texts": []}
+        try:
+            if template is None:
+                template = compile_template(json.loads(line))
+            else:
+                answer["texts"] = render(template, json.loads(line))
+        except BaseException as error:  # whatever a template raises
+            reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+            answer = {"rejected" if isinstance(error, RejectedMessagesError) else "error": reason}
+        print(json.dumps(answer), flush=True)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a template with the syntax and functions that ``transformers`` provides, except for the current time."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "dict": _make_dict, "namespace": PublicNamespace}
+    return environment.from_string(source)
+
+
+def render(template: jinja2.Template, contexts: list[dict[str, Any]]) -> list[str]:
+    """Render a template in each context.
+
+    Raises:
+        ValueError: The texts are too long.
+    """
+    texts: list[str] = []
+    length = 0
+    for context in contexts:
+        parts = []
+        for part in template.generate(context):
+            parts.append(part)
+            length += len(part)
+            if length > MAX_TEXT:
+                raise ValueError(f"it renders more than {MAX_TEXT:,} characters")
+        texts.append("".join(parts))
+    return texts
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: object) -> None:
+    raise RejectedMessagesError(str(message))
+
+
+def _make_dict(*args: Any, **fields: Any) -> dict[Any, Any]:
+    return dict(*args, **fields)
+
+
+if __name__ == "__main__":
+    main()
