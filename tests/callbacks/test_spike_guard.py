@@ -113,7 +113,7 @@ def test_without_act_the_guard_only_reports(run: Build, mode: str) -> None:
     assert found[0].step == (7 if mode == "warn" else 9)
     assert found[0].flag == "--guard act"
     if mode == "warn":
-        assert "whole gradient" in found[0].symptom
+        assert "in all gradients" in found[0].symptom
 
 
 def test_a_spike_is_skipped_and_its_documents_are_named(run: Build) -> None:
@@ -217,7 +217,7 @@ def test_every_task_gets_a_report_and_no_run_ends(kind: str, packed_text: Build,
     own.fit(model, data)
     assert own.global_step == 4
     report = doctor.engine.history.text("guard/non_finite/where", 2)
-    assert "whole gradient" in report
+    assert "in all gradients" in report
     assert (report.count("- loss"), "record" in report) == {
         "language model": (3, False), "classes": (3, True), "reward": (3, True), "DPO": (3, True),
     }.get(kind, (0, False))  # fmt: skip

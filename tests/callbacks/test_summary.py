@@ -1,15 +1,18 @@
 """Baselines are measured on the text on which the model is validated."""
 
-import logging
 from collections.abc import Callable
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
-from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.data import LabelledText, PackedText
+from lit_gpt_scratch.data.record_split import RecordSplit
+from lit_gpt_scratch.evaluation.text_classifiers import LabelledTexts, word_baseline
+from lit_gpt_scratch.tasks import Classification, LanguageModel
+from tests.conftest import TINY
 
 
 class Uniform(L.Callback):
@@ -45,19 +48,22 @@ def test_baselines_are_of_the_validated_text(
     assert len(ids) == 8 * 32 + 1
 
 
-def test_classes_are_not_compared_on_different_records(
-    caplog: pytest.LogCaptureFixture, trainer: Callable[..., L.Trainer], cache: object
+@pytest.mark.parametrize("limit", [1, 1.0])
+def test_baselines_of_a_classifier_are_of_the_validated_records(
+    trainer: Callable[..., L.Trainer], cache: object, limit: float
 ) -> None:
-    from lit_gpt_scratch.data import LabelledText
-    from lit_gpt_scratch.tasks import Classification
-    from tests.conftest import TINY
+    baselines = BaselineMetrics()
+    data = LabelledText(block_size=32, batch_size=4, vocab_size=300, cache=str(cache))
+    task = Classification(gpt=TINY, compile=False)
+    trainer(max_steps=1, callbacks=[baselines], limit_val_batches=limit).fit(task, data)
 
-    for limit, compared in ((1, False), (1.0, True)):
-        baselines = BaselineMetrics()
-        data = LabelledText(block_size=32, batch_size=4, vocab_size=300, cache=str(cache))
-        with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-            trainer(max_steps=1, callbacks=[baselines], limit_val_batches=limit).fit(
-                Classification(gpt=TINY, compile=False), data
-            )
-        assert bool(baselines.figures) == compared
-    assert "no baseline" in caplog.text
+    def labelled(split: RecordSplit) -> LabelledTexts:
+        records = [data.records[index][1] for index in data.split_indices[split]]
+        return LabelledTexts(
+            [record.text for record in records], [data.class_names.index(record.label) for record in records]
+        )
+
+    validated = LabelledTexts(*(each[: 4 if isinstance(limit, int) else None] for each in labelled("validation")))
+    share = validated.labels.count(int(np.argmax(data.class_counts))) / len(validated.labels)
+    assert baselines.metric == "val/accuracy"
+    assert baselines.figures == {"commonest class": share, **word_baseline(labelled("train"), validated)}

@@ -51,6 +51,7 @@ CASES: dict[str, Curves] = {
         "val/loss": [(99, 3.5), (149, 3.0), (199, 3.2), (249, 3.3), (299, 3.4)],
     },
     "suspiciously low loss": {"val/bits_per_byte": [(99, 0.1)], "baselines/xz": [(99, 1.9)]},
+    "below the word baseline": {"val/accuracy": [(99, 0.6), (199, 0.7)], "baselines/tf-idf": [(99, 0.8)]},
     "slow loader": {"throughput/data": [(9, 0.5), (19, 0.6), (29, 0.5)]},
     "rewound": {"guard/rewound_to": [(300, 250.0)]},
     "dead units": {"dynamics/dead_units": [(0, 0.8), (99, 0.8)]},

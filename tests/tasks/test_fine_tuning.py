@@ -268,7 +268,7 @@ def test_classification_learns_and_its_metrics_match_a_computation_by_hand(
     assert measured["test/f1"].item() == pytest.approx(sum(f1) / len(names))
     assert measured["test/auroc"].item() == pytest.approx(sum(auroc) / len(names), abs=1e-5)
     contents = build_model(load_checkpoint(path), path).metadata
-    assert (contents.classes, contents.pooling) == (names, "last")
+    assert (contents.classes, contents.pooling) == (names, "mean")
     with pytest.raises(UserError, match="is not a language model"):
         load_model(path)
 
@@ -343,7 +343,7 @@ def test_new_head_is_trained_and_saved_with_the_adapters(
     batch = next(iter(task.trainer.datamodule.test_dataloader()))
     with torch.no_grad():
         expected = task.eval()(batch["input_ids"], batch["lengths"])
-        stream = POOLINGS["last"](merged.net.hidden_states(batch["input_ids"]), batch["lengths"])
+        stream = POOLINGS["mean"](merged.net.hidden_states(batch["input_ids"]), batch["lengths"])
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(merged.net.apply_head(stream).squeeze(1), expected, rtol=0, atol=1e-4)
     assert merged.metadata.classes == task.trainer.datamodule.class_names
