@@ -38,6 +38,12 @@ def escape_line(text: str) -> str:
     return _UNSAFE_IN_LINE.sub(_visible, text)
 
 
+def quote_short(text: str, length: int = 200) -> str:
+    """Return text from a file or a library for an error message: one line of at most ``length`` characters."""
+    line = escape_line(" ".join(text[: 2 * length].split()))
+    return line if len(text) <= length and len(line) <= length else f"{line[: length - 3]}..."
+
+
 def escape_markdown(text: str) -> Markdown:
     """Return Markdown that displays the text, in a paragraph, a heading, a list or a table; ``Markdown`` is kept."""
     if isinstance(text, Markdown):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import write_atomically
+from lit_gpt_scratch.text.escaping import quote_short
 from lit_gpt_scratch.text.text_bytes import share_bytes
 from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_tokenizer
 from lit_gpt_scratch.text.tokenizer_validation import validate_tokenizer_json
@@ -299,7 +300,7 @@ def _library_errors(problem: str) -> Iterator[None]:
     except BaseException as error:  # a panic in Rust is not an Exception
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{problem}: {error}") from error
+        raise UserError(f"{problem}: {quote_short(str(error))}") from error
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:
