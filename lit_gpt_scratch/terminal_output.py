@@ -52,6 +52,12 @@ def escape_line(text: str) -> str:
     return _UNSAFE_IN_LINE.sub(_visible, text)
 
 
+def quote_short(text: str, length: int = 200) -> str:
+    """Return text from a file or a library for an error message: one line of at most ``length`` characters."""
+    line = escape_line(" ".join(text[: 2 * length].split()))
+    return line if len(text) <= length and len(line) <= length else f"{line[: length - 3]}..."
+
+
 def dump_json(value: Any) -> str:
     """Serialize a value as one line of readable JSON that is safe to print on a terminal."""
     return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 from lit_gpt_scratch.diagnostics.rules import RULES
-from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, TEXT_SUFFIX
+from lit_gpt_scratch.diagnostics.tensorboard_reader import DIAGNOSES_NAME, TEXT_SUFFIX, tensor_values
+from lit_gpt_scratch.errors import UserError
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """Pattern that matches the keys and tags of wall-clock measurements, which differ between any two runs."""
@@ -79,14 +79,21 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements.
 
     Each row in a table of diagnoses becomes one point, at the step that the row contains.
+
+    Raises:
+        UserError: An event file is damaged.
     """
-    events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
-    curves = {
-        tag: [(event.step, make_ndarray(event.tensor_proto).tolist()) for event in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-        if not re.fullmatch(TIMING_NAMES, tag)
-    }
-    diagnoses = _split_diagnoses([text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts])
+    try:
+        events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
+        curves = {
+            tag: [(event.step, tensor_values(event.tensor_proto)) for event in events.Tensors(tag)]
+            for tag in events.Tags()["tensors"]
+            if not re.fullmatch(TIMING_NAMES, tag)
+        }
+        diagnoses = _split_diagnoses([text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts])
+    except Exception as error:  # the files may contain anything
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"the TensorBoard events of {run} are damaged ({type(error).__name__}: {reason})") from error
     points = {tag: [(step, repr(value)) for step, value in curve] for tag, curve in curves.items()}
     return points | ({DIAGNOSES_TAG: diagnoses} if diagnoses else {})
 

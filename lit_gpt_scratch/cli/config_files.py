@@ -81,7 +81,13 @@ class FitParser(LightningArgumentParser):
         Arguments that are not changed by a flag are resolved to the same defaults again.
         """
         _require_mapping(content, path)
-        config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
+        try:
+            config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
+        except ArgumentError as error:
+            for cause in exception_chain(error):
+                if isinstance(cause, yaml.YAMLError):  # the parser's loader accepts fewer characters
+                    raise _invalid_yaml(path, cause) from error
+            raise
         unset_defaults(config)
         return config
 
@@ -92,13 +98,20 @@ def _require_mapping(content: str, path: Any) -> None:
     Raises:
         UserError: The file is not a config.
     """
-    where = f"--config {path}" if path else "--config"
     try:
         loaded = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {describe_yaml_error(error)}") from error
+        raise _invalid_yaml(path, error) from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{where} is not a config; it must be a YAML mapping of flags to values")
+        raise UserError(f"{_flag_of(path)} is not a config; it must be a YAML mapping of flags to values")
+
+
+def _invalid_yaml(path: Any, error: yaml.YAMLError) -> UserError:
+    return UserError(f"{_flag_of(path)}: not valid YAML: {describe_yaml_error(error)}")
+
+
+def _flag_of(path: Any) -> str:
+    return f"--config {path}" if path else "--config"
 
 
 def _flags_with_files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Rules for the labels, text, validation set and number of training tokens of a run."""
 
+import math
 from typing import Final
 
 from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
@@ -64,13 +65,16 @@ def small_validation(e: MetricHistory) -> Finding | None:
 
 def compute_budget(e: MetricHistory) -> Finding | None:
     """Detect a number of training tokens that is far from compute-optimal for the size of the model."""
-    tokens = e.latest("run/steps") * e.latest("run/tokens_per_step")
-    ratio = tokens / e.latest("run/parameters") if e.latest("run/parameters") else CHINCHILLA_RATIO
+    parameters, tokens_per_step = e.latest("run/parameters"), e.latest("run/tokens_per_step")
+    if not (0 < parameters < math.inf and 0 < tokens_per_step < math.inf):
+        return None
+    tokens = e.latest("run/steps") * tokens_per_step
+    ratio = tokens / parameters
     epochs = tokens / e.latest("run/train_tokens") if e.latest("run/train_tokens") else 0.0
     is_far = ratio < CHINCHILLA_RATIO / MAX_BUDGET_FACTOR or ratio > CHINCHILLA_RATIO * MAX_BUDGET_FACTOR
     if not is_far or e.latest("run/begins_trained") == 1 or epochs > MAX_EPOCHS:
         return None
-    steps = max(1, round(CHINCHILLA_RATIO * e.latest("run/parameters") / e.latest("run/tokens_per_step")))
+    steps = max(1, round(CHINCHILLA_RATIO * parameters / tokens_per_step))
     size, length = ("large", "short") if ratio < CHINCHILLA_RATIO else ("small", "long")
     return Finding(
         f"{ratio:.3g} tokens per parameter; about {CHINCHILLA_RATIO} are compute-optimal",

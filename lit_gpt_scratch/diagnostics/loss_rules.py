@@ -190,7 +190,7 @@ def divergence(e: MetricHistory) -> Finding | None:
     loss = e["train/loss"]
     if len(loss) < 2 * N_RECENT:
         return None
-    step, best = min(loss.rolling_medians(N_RECENT), key=lambda point: point[1])
+    step, best = min(loss.rolling_medians(N_RECENT), key=lambda point: point[1], default=(0, math.nan))
     now = loss.median(N_RECENT)
     if not (best < (1 - MIN_DECREASE) * initial_loss(e) and now > (1 + MIN_RISE) * best + MIN_RISE_NATS):
         return None
@@ -210,7 +210,8 @@ def overfitting(e: MetricHistory) -> Finding | None:
     is_rising = min(val.values[-2:]) > (1 + (OVERFIT_RISE_SMALL if is_small else OVERFIT_RISE)) * best
     if not (is_rising and medians_before and now < medians_before[-1] and now < val.last):
         return None
-    epochs = (val.step + 1) * e.latest("run/tokens_per_step") / e.latest("run/train_tokens")
+    train_tokens = e.latest("run/train_tokens")
+    epochs = (val.step + 1) * e.latest("run/tokens_per_step") / train_tokens if train_tokens else math.nan
     seen = f", after {epochs:.3g} epochs" if math.isfinite(epochs) else ""
     gap = f"training loss {now:.3f}, a gap of {val.last - now:.2f}"
     return Finding(

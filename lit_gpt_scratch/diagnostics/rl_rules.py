@@ -217,7 +217,7 @@ def length_collapse(e: MetricHistory) -> Finding | None:
     if not is_rewarded and kl_blow_up(e):
         return None  # the KL blow-up explains the symptom
     if initially_ended < MIN_ENDED_SHARE:
-        flag = f"--data.reply_tokens {2 * math.ceil(now)}"
+        flag = f"--data.reply_tokens {2 * math.ceil(now)}" if math.isfinite(now) else "a larger --data.reply_tokens"
         return Finding(evidence, "the initial model does not end its replies, or reply_tokens is too small", flag)
     if not is_rewarded:
         return Finding(evidence, "optimizer steps too large; the change does not increase the reward", _slower_flag(e))

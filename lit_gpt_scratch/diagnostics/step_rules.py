@@ -110,8 +110,9 @@ def exploding_gradients(e: MetricHistory) -> Finding | None:
     if not now > MAX_NORM_RATIO * before:
         return None
     rate = max(e["train/learning_rate"].values, default=math.nan)
+    change = f"{now / before:.0f} times its earlier value" if before else "and was 0 before"
     return Finding(
-        f"the gradient norm is {now:.3g}, {now / before:.0f} times its earlier value",
+        f"the gradient norm is {now:.3g}, {change}",
         "a learning rate so high that it drives the weights to a region where the loss is steep",
         f"--model.optimizer.lr {rate / 3:.2g}",
     )

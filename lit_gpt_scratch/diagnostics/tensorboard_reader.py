@@ -13,6 +13,7 @@ from typing import Any, Final
 from tensorboard import data_compat, dataclass_compat
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
@@ -59,15 +60,27 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
         log.warning("%s cannot be read to its end (%s); later events are missing", path, damage)
 
 
+def tensor_values(tensor: TensorProto) -> Any:
+    """Return the content of a tensor as nested lists.
+
+    Raises:
+        LookupError, TypeError: The type is unknown.
+        ValueError: The shape does not match the content.
+    """
+    # `make_ndarray` would repeat a single element to a shape of any size.
+    if math.prod(dimension.size for dimension in tensor.tensor_shape.dim) > tensor.ByteSize():
+        raise ValueError("the shape of a tensor does not match its content")
+    return make_ndarray(tensor).tolist()
+
+
 def scalar_value(value: Any) -> float | None:
     """Return the number in a summary value; None if the value is not a scalar."""
-    # A tensor with a large shape may be stored as a single element, which `make_ndarray` would repeat.
     n_elements = math.prod(dimension.size for dimension in value.tensor.tensor_shape.dim)
     if value.metadata.plugin_data.plugin_name != "scalars" or n_elements != 1:
         return None
     try:
         return float(make_ndarray(value.tensor).item())
-    except (TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
-from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.hf_config import HFConfigReader, shorten
 from lit_gpt_scratch.interop.hf_tokenizer import (
     TEMPLATE_FILE,
     build_settings_files,
@@ -64,7 +64,7 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     family = FAMILIES.get(config.values["model_type"])
     if family is None:
         raise UserError(
-            f"{config.path}: model_type is {config.values['model_type']}; it must be one of "
+            f"{config.path}: model_type is {shorten(config.values['model_type'])}; it must be one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
     shape = family.read_config(config)

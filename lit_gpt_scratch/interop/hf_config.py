@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.terminal_output import quote_short
 
 MAX_SIZE: Final = 1 << 31
+MAX_SHOWN: Final = 80
+"""Maximum number of characters of a value in an error message."""
 
 
 class HFConfigReader:
@@ -83,7 +86,7 @@ class HFConfigReader:
 
     def reject(self, name: str, requirement: str) -> None:
         """Record a field as unsupported, with its value and the requirement it violates."""
-        self.unsupported.append(f"{self.prefix}{name} is {_shorten(self.values.get(name))} ({requirement})")
+        self.unsupported.append(f"{self.prefix}{name} is {shorten(self.values.get(name))} ({requirement})")
 
     def raise_if_unsupported(self) -> None:
         """Raise an error that lists all unsupported values recorded so far.
@@ -95,12 +98,12 @@ class HFConfigReader:
             raise UserError(f"{self.path} has unsupported values: {'; '.join(self.unsupported)}; use another model")
 
     def _raise_invalid(self, name: str, requirement: str) -> NoReturn:
-        value = _shorten(self.values[name]) if name in self.values else "missing"
+        value = shorten(self.values[name]) if name in self.values else "missing"
         raise UserError(f"{self.path}: {self.prefix}{name} is {value}; it must be {requirement}")
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Describe a value from a file in an error message: in one short line, without control characters."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = " and ".join(dict.fromkeys(value)) or "empty"  # e.g. the distinct layer types of layer_types
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return quote_short(str(value), MAX_SHOWN)

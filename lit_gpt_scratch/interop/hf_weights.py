@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.hf_config import shorten
 from lit_gpt_scratch.schema import read_json, validate
 
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -70,9 +71,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             # Copy the tensors: they could otherwise be memory maps of the file, which may change or be deleted.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; download the folder again") from error
+        raise UserError(f"{path.parent / shorten(path.name)} is missing; download the folder again") from error
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a safetensors file, or is damaged; download it again") from error
+        raise UserError(
+            f"{path.parent / shorten(path.name)} is not a safetensors file, or is damaged; download it again"
+        ) from error
 
 
 def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
@@ -117,4 +120,4 @@ def _is_plain_float(tensor: Tensor) -> bool:
 
 def _list_some(names: list[str]) -> str:
     more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shorten, names[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -119,10 +119,9 @@ class NumericRange(SearchDimension):
     @property
     def distribution(self) -> BaseDistribution:
         """Integer or float distribution, depending on the bounds."""
-        high = self.high if self.step is None else self._at_step(self._last_step())
         if self.is_integer:
-            return IntDistribution(int(self.low), int(high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, high, log=self.log, step=self.step)
+            return IntDistribution(int(self.low), int(self._highest), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, self._highest, log=self.log, step=self.step)
 
     @property
     def baseline(self) -> Setting:
@@ -157,8 +156,13 @@ class NumericRange(SearchDimension):
         return self.step is None or setting == self._at_step(round((setting - self.low) / self.step))
 
     def example_settings(self) -> Sequence[Setting]:
-        """Return both bounds."""
-        return [self.low, self.high]
+        """Return the lowest and the highest value."""
+        return [self.low, self._highest]
+
+    @property
+    def _highest(self) -> float:
+        """Highest value, which is below the bound if the steps do not reach the bound."""
+        return self.high if self.step is None else self._at_step(self._last_step())
 
     def _last_step(self) -> int:
         return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)

@@ -114,7 +114,9 @@ class TokenShard(PicklableMemmaps):
         for part, array in zip(SHARD_PARTS, (tokens, documents), strict=True):
             path = shard.path(part)
             with atomic_file(path) as file:
-                np.save(file, array)
+                # Not np.save(): its tofile() raises an error without a number if the disk is full, or none at all.
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                file.write(np.ascontiguousarray(array).data)
             shard.sizes[part], shard.sha256[part] = path.stat().st_size, sha256_file(path)
         return shard
 

@@ -16,6 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.terminal_output import quote_short
 from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.published_settings import PublishedSettings
@@ -353,7 +354,7 @@ def _library_errors(problem: str) -> Iterator[None]:
     except BaseException as error:  # a panic in Rust is not an Exception
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{problem}: {error}") from error
+        raise UserError(f"{problem}: {quote_short(str(error))}") from error
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:

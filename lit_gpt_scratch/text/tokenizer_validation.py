@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import parse_json, validate
+from lit_gpt_scratch.terminal_output import quote_short
 
 PROBE: Final = Path(__file__).with_name("tokenizer_probe.py")
 PROBE_SECONDS: Final = 2
@@ -91,7 +92,7 @@ def _probe(text: str) -> None:
             "that backtracks or a replacement that multiplies the text; use another tokenizer"
         )
     if problem := done.stdout.decode(errors="replace").strip():
-        raise UserError(f"the content is not a valid tokenizer: {problem}")
+        raise UserError(f"the content is not a valid tokenizer: {quote_short(problem)}")
 
 
 def _list_components(component: Any) -> Iterator[dict[str, Any]]:

@@ -144,6 +144,26 @@ def test_a_small_validation_set_needs_more_evidence_of_overfitting(risen: float,
     assert ("overfitting" in {diagnosis.name for diagnosis in examined(curves).diagnoses}) == expected
 
 
+BUDGET = CASES["far from compute-optimal"]
+ZERO_NORMS = {"train/gradient_norm": [(step, 0.0 if step < 200 else 99.0) for step in range(4, 300, 5)]}
+
+
+@pytest.mark.parametrize(
+    ("curves", "expected"),
+    [
+        ({"train/loss": [(s, math.nan) for s, _ in falling(3.0)], "run/guard": [(0, 2.0)]}, set()),
+        (BUDGET | {"run/tokens_per_step": [(0, 0.0)]}, set()),
+        (BUDGET | {"run/parameters": [(0, math.inf)]}, set()),
+        (CASES["overfitting"] | {"run/train_tokens": [(0, 0.0)]}, {"overfitting"}),
+        (CASES["exploding gradients"] | ZERO_NORMS, {"exploding gradients"}),
+        ({"train/kl": KL, "train/ended": phases(*[0.1] * 8)}, {"length collapse"}),
+    ],
+)
+def test_extreme_values_are_no_error(curves: Curves, expected: set[str]) -> None:
+    """A guarded run may have only losses that are NaN, and event files may contain any number."""
+    assert {diagnosis.name for diagnosis in examined(curves).diagnoses} == expected
+
+
 def test_a_skipped_step_is_not_too_small() -> None:
     ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATE_RATIO_TAGS}
     assert examined({"train/learning_rate": RATE, **ratios}).diagnoses == []

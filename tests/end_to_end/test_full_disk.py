@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
 from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.text.split import PERMUTATIONS, DuplicateClusters
+from lit_gpt_scratch.text.token_shards import TokenShard
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Outcome
 
@@ -137,6 +138,22 @@ def test_scratch_files_of_a_split_are_written_completely_or_not_at_all(tmp_path:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         with suppress(OSError):
             clusters.close()
+
+
+def test_shards_are_written_completely_or_not_at_all(tmp_path: Path) -> None:
+    """``numpy.save`` raises an error without a number, or none if the rest is lost when the file is closed."""
+    documents = np.array([[0, 9]], "<u8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        for size in (4_900, 4_990, 20_000):  # numpy's buffer holds 4,096 bytes
+            with pytest.raises(OSError, match="File too large") if size > 4_936 else nullcontext():
+                TokenShard.write(tmp_path, f"train-{size}", np.arange(size, dtype="<u2"), documents)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    shard = np.load(tmp_path / "train-4900.tokens.npy")
+    assert np.array_equal(shard, np.arange(4_900))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-4900.documents.npy", "train-4900.tokens.npy"]
 
 
 def test_run_folder_that_is_deleted_during_the_run_is_one_line(small: list[str], tmp_path: Path) -> None:

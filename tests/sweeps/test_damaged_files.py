@@ -1,6 +1,8 @@
 """Damaged and hostile sweep files and run folders: one line each, in bounded time and memory."""
 
+import itertools
 import json
+import math
 import random
 import resource
 import sys
@@ -18,8 +20,10 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps import report as report_module
 from lit_gpt_scratch.sweeps.build_report import build_comparison_report
 from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments
+from lit_gpt_scratch.sweeps.run_results import RunResult, read_curve, read_run_result
 from lit_gpt_scratch.sweeps.sweep_config import load_sweep
-from tests.mutations import mutate_bytes, mutate_json, nested
+from tests.diagnostics.test_damaged_events import write_all_curves
+from tests.mutations import NotWritableError, fuzz, mutate_bytes, mutate_events, mutate_json, nested
 from tests.sweeps.test_run_results import write_events
 
 METRIC = "val/bits_per_byte"
@@ -143,26 +147,32 @@ def test_base_config_that_is_not_text(sweep_path: Path) -> None:
     assert "base: cannot read base.yaml: it is not UTF-8 text" in assert_bounded(lambda: read_sweep(sweep_path))
 
 
-@pytest.mark.parametrize("n", [50, pytest.param(500, marks=pytest.mark.slow)])
-def test_mutated_sweep_files(sweep_path: Path, n: int) -> None:
+def quick_and_slow() -> pytest.MarkDecorator:
+    """Seeds of 50 mutations in the quick suite, and of 500 others and some that cannot be written in the slow one."""
+    slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
+    return pytest.mark.parametrize("seeds", [range(50), pytest.param(range(50, 580), marks=slow)], ids=["50", "500"])
+
+
+@quick_and_slow()
+def test_mutated_sweep_files(sweep_path: Path, seeds: range) -> None:
     sweep_path.write_text(yaml.safe_dump(SWEEP))
     read_sweep(sweep_path)
     intact = sweep_path.read_bytes()
-    n_refused = 0
-    for seed in range(n):
-        rng = random.Random(seed)
+
+    def attempt(seed: int, rng: random.Random) -> None:
         if seed % 3:
             mutated = mutate_json(SWEEP, rng)
             if rng.random() < 0.05:
                 mutated["vary"] = nested(3000)
             try:
                 sweep_path.write_text(yaml.dump(mutated, Dumper=yaml.Dumper))
-            except (RecursionError, UnicodeEncodeError, ValueError):
-                continue  # the mutation cannot be written as YAML
+            except (RecursionError, UnicodeEncodeError, ValueError) as error:
+                raise NotWritableError from error
         else:
             sweep_path.write_bytes(mutate_bytes(intact, rng))
-        n_refused += bool(assert_bounded(lambda: read_sweep(sweep_path)))
-    assert n / 4 < n_refused < n
+        read_sweep(sweep_path)
+
+    fuzz("sweep file", sweep_path.parent, seeds, attempt)
 
 
 def write_run(folder: Path, seed: int, rate: float) -> None:
@@ -248,3 +258,60 @@ def test_metric_that_is_not_finite_is_a_failed_run(runs: Path) -> None:
     report = build_comparison_report([runs], METRIC, "minimize")
     assert [trial.state for trial in report.trials] == ["finished", "failed"]
     assert "1 of 4 runs failed, in 1 of 2 trials." in report.markdown()
+
+
+JSON_FILES = ("summary.json", "provenance.json", "doctor.json")
+
+
+@quick_and_slow()
+def test_mutated_run_folders(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
+    """One file of a compared run is damaged; every tenth report is written with its plots."""
+    folder = runs / "0.2_1" / "version_0"
+    intact = {name: (folder / name).read_bytes() for name in (*JSON_FILES, "config.yaml")}
+    drawn = report_module.plot_curves
+
+    def attempt(seed: int, rng: random.Random) -> None:
+        for name, content in intact.items():
+            (folder / name).write_bytes(content)
+        name = rng.choice(sorted(intact))
+        content = mutate_bytes(intact[name], rng)
+        if seed % 4 and name in JSON_FILES:
+            content = json.dumps(mutate_json(json.loads(intact[name]), rng)).encode()
+        elif seed % 4:
+            try:
+                content = yaml.dump(mutate_json(yaml.safe_load(intact[name]), rng), Dumper=yaml.Dumper).encode()
+            except (RecursionError, UnicodeEncodeError, ValueError) as error:
+                raise NotWritableError from error
+        (folder / name).write_bytes(content)
+        monkeypatch.setattr(report_module, "plot_curves", drawn if seed % 10 == 0 else lambda *_: None)
+        compare(runs, tmp_path / "report")
+
+    fuzz("run folder, compared", tmp_path, seeds, attempt)
+
+
+@quick_and_slow()
+def test_mutated_events_of_compared_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: range
+) -> None:
+    folder = runs / "0.2_1" / "version_0"
+    for path in folder.glob("*tfevents*"):
+        path.unlink()
+    intact = write_all_curves(folder, {METRIC: [(step, 3.0 - step / 10) for step in range(9)]})
+    [path] = folder.glob("*tfevents*")
+    drawn = report_module.plot_curves
+
+    def attempt(seed: int, rng: random.Random) -> None:
+        path.write_bytes(mutate_events(intact, rng))
+        if seed % 2:  # an unfinished run
+            (folder / "summary.json").unlink(missing_ok=True)
+            result = read_run_result(folder, 1, METRIC)
+            assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+            for point in itertools.chain(result.curve, read_curve(folder, METRIC, growing=True)):
+                assert math.isfinite(point.value)
+                assert math.isfinite(point.seconds)
+        else:
+            (folder / "summary.json").write_text(json.dumps({METRIC: 1.2, "step": 5, "tokens": 500}))
+            monkeypatch.setattr(report_module, "plot_curves", drawn if seed % 10 == 0 else lambda *_: None)
+            compare(runs, tmp_path / "report")
+
+    fuzz("events, compared", tmp_path, seeds, attempt)
