@@ -41,6 +41,14 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_sync() -> Iterator[None]:
+    """Do not wait for the disk: tests kill processes, which lose nothing that was written, but do not cut the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _single_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small tests are slower with several threads, above all when other tests run in parallel."""

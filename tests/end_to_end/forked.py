@@ -1,7 +1,7 @@
 """Run ``fit`` in the processes of a launcher, each forked from a process that has only done the imports.
 
 The environment of a process is that of ``torchrun``. A new interpreter would import for three seconds; real ones are
-used where signals and kills are tested.
+used where signals, kills, or the end of the interpreter are tested.
 """
 
 import importlib
@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from tests.end_to_end.conftest import SHORT_SAMPLES, Outcome
 
@@ -65,14 +67,40 @@ def run(
         env: Environment variables to change.
     """
     out, err = (folder / f".{stream}.txt" for stream in ("out", "err"))
-    arguments = list(flags), {**os.environ, **env}, out, err, tuple(command), dict(limits)
-    process = FORKS.Process(target=_run, args=arguments)
+    return _wait(_run, list(flags), {**os.environ, **env}, out, err, tuple(command), dict(limits))
+
+
+def python(script: str, *arguments: str | Path) -> Outcome:
+    """Run a script in a new process, as ``python -c`` does, except that modules may be imported already."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (Path(folder, stream) for stream in ("out", "err"))
+        return _wait(_execute, script, [str(argument) for argument in arguments], out, err)
+
+
+def _wait(target: Callable[..., None], *arguments: Any) -> Outcome:
+    """Run a function in a new process; the third and the fourth argument are the paths of its output."""
+    process = FORKS.Process(target=target, args=arguments)
     process.start()
     process.join(LIMIT)
     code = 128 if process.exitcode is None else process.exitcode
     process.kill()
     process.join()
-    return Outcome(code, out.read_text(), err.read_text())
+    return Outcome(code, arguments[2].read_text(), arguments[3].read_text())
+
+
+def _execute(script: str, arguments: list[str], out: Path, err: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *arguments]
+    _redirect(out, err)
+    exec(script, {"__name__": "__main__"})
+    sys.stdout.flush()
+
+
+def _redirect(out: Path, err: Path) -> None:
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
 
 
 def _run(
@@ -93,8 +121,7 @@ def _run(
     os.environ.update(environment)
     torch.set_num_threads(1)
     default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # it also returns a callback
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    _redirect(out, err)
     if limits:
         import resource
 
