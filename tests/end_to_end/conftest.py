@@ -37,10 +37,10 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 Trained = Callable[..., None]
-SHORT_SAMPLES = partial(Samples, tokens=40)
-"""Longer than a context of 32; for runs in new processes, in which sharded models generate, too."""
-SHORTEST_SAMPLES = partial(Samples, tokens=4, greedy_tokens=2)
-"""For all other runs: a tenth of their time would otherwise be spent on samples, which have their own tests."""
+SHORT_SAMPLES = partial(Samples, tokens=4, greedy_tokens=2)
+"""A tenth of the time of a run would otherwise be spent on samples, which have their own tests."""
+LONG_SAMPLES = partial(Samples, tokens=40)
+"""Longer than a context of 32; for sharded models."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,7 +59,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a command in this process, in an empty folder; a new process would spend seconds on imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.setattr(default_callbacks, "Samples", SHORTEST_SAMPLES)
+    monkeypatch.setattr(default_callbacks, "Samples", SHORT_SAMPLES)
     commands = {
         "fit": fit,
         "generate": generate,

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tests.end_to_end.conftest import SHORT_SAMPLES, Outcome
+from lightning.pytorch.callbacks import Callback
+
+from tests.end_to_end.conftest import LONG_SAMPLES, SHORT_SAMPLES, Outcome
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lit_gpt_scratch.cli.fit", "lit_gpt_scratch.tasks", "lit_gpt_scratch.data"])
@@ -23,8 +25,15 @@ LIMIT = 250.0
 """Time limit, in seconds."""
 
 
-def fit(runs: Path, *flags: str) -> Outcome:
-    """Run ``fit`` in as many processes as the flags say; return the output of rank 0 and the highest exit code."""
+def fit(runs: Path, *flags: str, long_samples: bool = False) -> Outcome:
+    """Run ``fit`` in as many processes as the flags say; return the output of rank 0 and the highest exit code.
+
+    Args:
+        runs: Folder of the runs.
+        flags: Flags of ``fit``.
+        long_samples: Whether validations generate samples longer than a context of 32.
+    """
+    samples = LONG_SAMPLES if long_samples else SHORT_SAMPLES
     devices = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--trainer.devices=")]
     processes = devices[-1] if devices else 1
     runs.mkdir(parents=True, exist_ok=True)
@@ -39,7 +48,8 @@ def fit(runs: Path, *flags: str) -> Outcome:
     for rank in range(processes):
         own = {**launched, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if processes > 1 else {}
         output = [runs / f".{stream}_{rank}.txt" for stream in ("out", "err")]
-        ranks.append(FORKS.Process(target=_run, args=([*flags, f"--runs={runs}"], {**os.environ, **own}, *output)))
+        arguments = [*flags, f"--runs={runs}"], {**os.environ, **own}, *output
+        ranks.append(FORKS.Process(target=_run, args=arguments, kwargs={"samples": samples}))
     try:
         for each in ranks:
             each.start()
@@ -110,6 +120,7 @@ def _run(
     err: Path,
     command: tuple[str, ...] = ("fit",),
     limits: Mapping[int, int] = MappingProxyType({}),
+    samples: Callable[..., Callback] = SHORT_SAMPLES,
 ) -> None:
     import torch
 
@@ -120,7 +131,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # it also returns a callback
+    default_callbacks.Samples = samples  # type: ignore[assignment,misc]  # it also returns a callback
     _redirect(out, err)
     if limits:
         import resource
