@@ -41,14 +41,29 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_sync() -> Iterator[None]:
+    """Do not wait for the disk: tests kill processes, which lose nothing that was written, but do not cut the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _n_threads() -> int:
+    """Number of threads of slow tests; everything else, including fixtures of modules, uses one."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return n_threads
+
+
 @pytest.fixture(autouse=True)
-def _single_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+def _single_thread(request: pytest.FixtureRequest, _n_threads: int) -> Iterator[None]:
     """Small tests are slower with several threads, above all when other tests run in parallel."""
-    before = torch.get_num_threads()
-    if "slow" not in request.keywords:
-        torch.set_num_threads(1)
+    if "slow" in request.keywords:
+        torch.set_num_threads(_n_threads)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 def sentences(seed: int, n: int = 60) -> str:

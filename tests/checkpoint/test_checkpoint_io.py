@@ -23,6 +23,7 @@ from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
+from tests.end_to_end import forked
 
 
 def checkpoint(value: float = 0.0) -> dict[str, Any]:
@@ -148,13 +149,13 @@ from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum, save_check
 from lit_gpt_scratch.text.atomic_files import find_unfinished, remove_unfinished
 
 path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
-save_checkpoint({"step": 0, "weights": torch.full((300_000,), 0)}, path)
+save_checkpoint({"step": 0, "weights": torch.full((100_000,), 0)}, path)
 while inside < 100:
     child = os.fork()
     if child == 0:  # save forever
         while True:
             step += 1
-            save_checkpoint({"step": step, "weights": torch.full((300_000,), step)}, path)
+            save_checkpoint({"step": step, "weights": torch.full((100_000,), step)}, path)
     before = path.stat().st_mtime_ns
     while path.stat().st_mtime_ns == before:  # wait for the first save
         time.sleep(0.0002)
@@ -166,7 +167,7 @@ while inside < 100:
     verify_checksum(path)
     loaded = torch.load(path)
     assert loaded["step"] > step, (loaded["step"], step)
-    assert torch.equal(loaded["weights"], torch.full((300_000,), loaded["step"]))
+    assert torch.equal(loaded["weights"], torch.full((100_000,), loaded["step"]))
     step = loaded["step"]
 print(inside)
 """
@@ -175,15 +176,9 @@ print(inside)
 @pytest.mark.skipif(os.name != "posix", reason="fork and kill -9")
 def test_a_hundred_kills_during_saves_keep_the_last_saved_checkpoint(tmp_path: Path) -> None:
     """Only kills that left a partial file are counted."""
-    done = subprocess.run(
-        [sys.executable, "-c", HUNDRED_KILLS, str(tmp_path / "last.ckpt")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 100
+    done = forked.python(HUNDRED_KILLS, tmp_path / "last.ckpt")
+    assert done.code == 0, done.err
+    assert int(done.out) == 100
 
 
 SAVE_ONCE = """
@@ -212,9 +207,9 @@ def test_save_errors_of_the_operating_system(tmp_path: Path, how: str, reason: s
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
     path.parent.chmod(0o555 if how == "read-only" else 0o755)
-    done = subprocess.run([sys.executable, "-c", SAVE_ONCE, str(path), how], capture_output=True, text=True, timeout=60)
+    done = forked.python(SAVE_ONCE, path, how)
     path.parent.chmod(0o755)
-    assert done.stdout.startswith(f"cannot save {path}: {reason}"), done.stderr
+    assert done.out.startswith(f"cannot save {path}: {reason}"), done.err
     assert load_checkpoint(path)["global_step"] == 7
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 

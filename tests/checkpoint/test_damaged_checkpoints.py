@@ -3,8 +3,6 @@
 import json
 import random
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.tasks import LanguageModel
 from tests.conftest import TINY, sentences
+from tests.end_to_end import forked
 from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json
 
 Build = Callable[..., L.Trainer]
@@ -166,9 +165,9 @@ def test_sizes_take_less_than_a_gigabyte(saved: dict[str, Any], tmp_path: Path) 
     paths = [tmp_path / f"{number}.ckpt" for number in range(len(SIZES))]
     for path, sizes in zip(paths, SIZES, strict=True):
         save_checkpoint(changed(saved, **sizes), path)
-    command = [sys.executable, "-c", LIMITED, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert len(done.stdout.splitlines()) == len(SIZES)
+    done = forked.python(LIMITED, *paths)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == len(SIZES)
 
 
 def test_state_dict_of_another_type(saved: dict[str, Any], tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_checkpoints_of_all_hooks_resume_identically(
             max_steps=17,
             limit_train_batches=5,
             val_check_interval=3,
+            limit_val_batches=2,
             check_val_every_n_epoch=None,
             callbacks=[ValidateAtEnd(), trace, *callbacks],
         )

@@ -24,20 +24,18 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", LOADER + code], capture_output=True, text=True, timeout=60)
 
 
+SIGNALS = [signum.value for signum in STOP_SIGNALS] if os.name == "posix" else []
+
+
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("raise KeyError", 1)])
-def test_workers_end_with_the_program(end: str, code: int) -> None:
+def test_workers_ignore_stop_signals_and_end_with_the_program(end: str, code: int) -> None:
     """Even if their loader is still referenced and was not closed."""
-    done = run(end)
+    kill = f"[os.kill(worker.pid, n) for worker in batches._workers for n in {SIGNALS}]"
+    done = run(f"{kill}\nprint(sum(len(next(batches)) for _ in range(90)))\n{end}")
+    assert done.stdout.split() == ["90"]
     assert done.returncode == code
     assert ("Traceback" in done.stderr) == (code == 1)
-    assert "worker" not in done.stderr.replace("ignore_stop_signals", "")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_workers_ignore_stop_signals() -> None:
-    signals = [signum.value for signum in STOP_SIGNALS]
-    asked = f"[os.kill(worker.pid, n) for worker in batches._workers for n in {signals}]; print(sum(map(len, batches)))"
-    assert run(asked).stdout.split() == ["98"]
+    assert "worker" not in done.stderr.replace("ignore_stop_signals", "").replace("batches._workers", "")
 
 
 def test_limit_on_open_files_is_raised_for_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.fast_encoder import encode_batch
 from lit_gpt_scratch.text.sources import DocumentSource, read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.end_to_end import forked
 
 
 def token_preparation(source: Path | str, **changes: object) -> TokenPreparation:
@@ -248,7 +249,10 @@ def test_commands_use_all_cores(
     assert PackedText().preparation.selection.processes == (6 if uses_all_cores else 1)
 
 
-@pytest.mark.parametrize(("processes", "message"), [("None", "done"), ("2", "if __name__ == '__main__'")])
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [pytest.param("None", "done", marks=pytest.mark.slow), ("2", "if __name__ == '__main__'")],
+)
 def test_script_without_main_guard(tmp_path: Path, processes: str, message: str) -> None:
     """New processes import the script again; a script without a main guard must not hang."""
     (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(9000)), encoding="utf-8")
@@ -292,14 +296,17 @@ def test_full_disk_is_reported_and_leaves_no_files(corpus: Path, tmp_path: Path)
     """A file size limit simulates a full disk."""
     script = (
         "import resource, sys; from tests.data.test_token_store import token_preparation; from pathlib import Path\n"
-        "for limit in (100, 3000, 20_000):\n"
+        "found = []\n"
+        "for limit in (100, 3000, 20_000, resource.RLIM_INFINITY):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    if limit == resource.RLIM_INFINITY: break  # so that the messages can be written\n"
         "    try: token_preparation(sys.argv[1]).prepare(Path(sys.argv[2], str(limit)))\n"
-        "    except Exception as error: print(type(error).__name__, error)"
+        "    except Exception as error: found.append(f'{type(error).__name__} {error}')\n"
+        "print(*found, sep='\\n')"
     )
-    command = [sys.executable, "-c", script, str(corpus), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    message = ended.stdout.splitlines()
+    ended = forked.python(script, corpus, tmp_path)
+    assert ended.code == 0, ended.err
+    message = ended.out.splitlines()
     assert len(message) == 3
     for limit, line in zip((100, 3000, 20_000), message, strict=True):
         assert re.match(r"UserError cannot write to .*(File too large|disk).*--data.cache", line), line

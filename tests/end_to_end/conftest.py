@@ -13,16 +13,17 @@ and more of processor time: tests that compile are ``slow``, except one of train
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.callbacks import default_callbacks
+from lit_gpt_scratch.callbacks import default_callbacks, run_plan
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.cli import convert, doctor, entrypoint, evaluate, fit, generate, prepare, sweep
+from lit_gpt_scratch.tasks import gpt_module
 
 
 @dataclass
@@ -36,8 +37,21 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 Trained = Callable[..., None]
-SHORT_SAMPLES = partial(Samples, tokens=40)
-"""Longer than a context of 32; the default of 200 tokens would take longer than the training steps."""
+SHORT_SAMPLES = partial(Samples, tokens=4, greedy_tokens=2)
+"""A tenth of the time of a run would otherwise be spent on samples, which have their own tests."""
+LONG_SAMPLES = partial(Samples, tokens=40)
+"""Longer than a context of 32; for sharded models."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _estimate_once() -> Iterator[None]:
+    """Estimate the memory of each model once: pure functions of its config, which take a tenth of a run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_plan, "activation_bytes", cache(run_plan.activation_bytes))
+        require_fits = cache(gpt_module.require_model_fits_memory)  # an exception is not remembered
+        patch.setattr(gpt_module, "require_model_fits_memory", require_fits)
+        patch.setattr(fit, "require_model_fits_memory", require_fits)
+        yield
 
 
 @pytest.fixture

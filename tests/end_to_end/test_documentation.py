@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -125,18 +126,19 @@ def test_documented_command_runs(
     tmp_path_factory: pytest.TempPathFactory,
     line: str,
 ) -> None:
-    needed = tuple(before(line))
-    if needed in prepared:
-        shutil.copytree(prepared[needed], user_folder, dirs_exist_ok=True)
-    elif needed:
-        for earlier in needed:
-            runs(command, user_folder, cache, earlier)
-        ours = shutil.ignore_patterns("README.md", "experiments")
-        kept = tmp_path_factory.mktemp("prepared") / "folder"
-        prepared[needed] = shutil.copytree(user_folder, kept, ignore=ours)
-    runs(command, user_folder, cache, line)
+    steps = (*before(line), line)
+    done = max((n for n in range(len(steps)) if steps[:n] in prepared), default=0)
+    if done:
+        shutil.copytree(prepared[steps[:done]], user_folder, dirs_exist_ok=True)
+    for n in range(done, len(steps)):
+        runs(command, user_folder, cache, steps[n])
+        if any(tuple(before(later))[: n + 1] == steps[: n + 1] for later in COMMAND_LINES):
+            ours = shutil.ignore_patterns("README.md", "experiments")
+            kept = tmp_path_factory.mktemp("prepared") / "folder"
+            prepared[steps[: n + 1]] = shutil.copytree(user_folder, kept, ignore=ours)
 
 
+@cache
 def before(line: str) -> list[str]:
     """The earlier commands that create what this one uses, in order."""
     needed: list[str] = []

@@ -1,6 +1,7 @@
 """Hardware configs combine with any experiment, and those this machine supports train."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,23 @@ ROOT = Path(__file__).parents[2]
 HARDWARE = sorted((ROOT / "experiments/hardware").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def printed() -> dict[tuple[Path, ...], Any]:
+    """Configs that were printed, keyed by the files that they combine."""
+    return {}
+
+
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
-def test_hardware_config_changes_only_hardware_flags(command: Command, path: Path) -> None:
+def test_hardware_config_changes_only_hardware_flags(
+    command: Command, printed: dict[tuple[Path, ...], Any], path: Path
+) -> None:
     """Combined with an experiment whose step these devices can share."""
     experiment = ROOT / "experiments/pretrain/gpt2_124m.yaml"
-    alone, composed = (
-        yaml.safe_load(command("fit", "--config", experiment, *more, "--print_config").out)
-        for more in ([], ["--config", path])
-    )
+    for files in ((experiment,), (experiment, path)):
+        if files not in printed:
+            flags = [f"--config={file}" for file in files]
+            printed[files] = yaml.safe_load(command("fit", *flags, "--print_config").out)
+    alone, composed = printed[(experiment,)], printed[experiment, path]
     trainer, data = composed["trainer"], composed["data"]["init_args"]
     for key in ("experiment", "preset", "seed_everything", "model", "data"):
         assert composed[key] == alone[key]

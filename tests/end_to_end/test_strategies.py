@@ -158,6 +158,6 @@ def test_every_launcher_trains(small: list[str], tmp_path: Path, strategy: str) 
 
 def last(runs: Path, *flags: str) -> dict[str, object]:
     """The last checkpoint of the run."""
-    done = forked.fit(runs, *flags)
+    done = forked.fit(runs, *flags, long_samples=True)
     assert done.code == 0, done.err
     return load_checkpoint(runs / "pretrain" / "version_0" / "checkpoints" / "last.ckpt")

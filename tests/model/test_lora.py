@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES
-from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model import GPT, GPTConfig, lora
 from lit_gpt_scratch.model.lora import (
     LoRA,
     LoRALinear,
@@ -316,7 +316,7 @@ def test_compiled_blocks_follow_merging_and_disabling(first: str) -> None:
 
     def compiled(net: GPT) -> None:
         for block in net.blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
+            block.compile(backend="eager", fullgraph=True)
 
     expected, net = adapted(), randomised(CONFIG)
     if first == "compile":
@@ -399,11 +399,12 @@ def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], message: 
 
 
 @pytest.mark.parametrize("pattern", [r"(a|aa|[a-z_]|\w)+[^\w]$", r"(?=((\w|\W)+)+\d{9})", r"((\w|\w)*)*(?!.)\d"])
-def test_pattern_that_backtracks_is_stopped(pattern: str) -> None:
-    began = time.monotonic()
+def test_pattern_that_backtracks_is_stopped(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "PATTERN_SECONDS", 0.2)
+    began = time.process_time()  # the limit counts processor time, too
     with pytest.raises(UserError, match=r"lora\.pattern is .* simplify it"):
         add_lora(nn.ModuleDict({"attention_" * 20: nn.Linear(2, 2)}), LoRA(pattern=pattern))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 2
 
 
 def test_rank_is_bounded() -> None:

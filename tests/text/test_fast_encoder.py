@@ -44,7 +44,7 @@ def test_ids_are_the_same(backend: Backend, texts: list[str]) -> None:
         "don't 12,5 x",
         "^\x1c" * 900,
     ]
-    corpus = [*texts, *(random_text(rng) for _ in range(10_000)), *odd]
+    corpus = [*texts, *(random_text(rng) for _ in range(3_000)), *odd]
     ours, theirs = (fast_encoder.encode_batch(backend, encoding, corpus) for encoding in (proven, None))
     assert all(a.tolist() == b.tolist() for a, b in zip(ours, theirs, strict=True))
 
@@ -52,9 +52,10 @@ def test_ids_are_the_same(backend: Backend, texts: list[str]) -> None:
 @pytest.mark.parametrize("separator", fast_encoder.SEPARATORS)
 def test_word_with_separators_is_not_encoded_in_quadratic_time(backend: Backend, separator: str) -> None:
     """Python splits this single word at separators, but the pre-tokenization pattern does not."""
-    word = f"^{separator}" * 200_000
+    word = f"^{separator}" * 2_000
     [(token, _)] = backend.pre_tokenizer.pre_tokenize_str(word)
     assert len(token) == len(word)
+    assert fast_encoder._may_have_long_words(word)  # so tiktoken, whose version 0.12 takes quadratic time, is not used
     [ids] = fast_encoder.encode_batch(backend, fast_encoder.build_tiktoken_encoding(backend), [word])
     assert ids.tolist() == backend.encode(word, add_special_tokens=False).ids
 
