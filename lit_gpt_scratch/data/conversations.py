@@ -69,9 +69,7 @@ class Conversations(RecordDataModule[ConversationExample]):
         """Render and tokenize a conversation; each token's label is the next token if that token belongs to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
         token_bytes = np.zeros(len(ids), dtype=np.int64)
-        bounds = np.flatnonzero(
-            np.diff(learned, prepend=False, append=False)
-        )  # of the replies with the tokens that end them
+        bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))  # of the replies with their end tokens
         replies = (message.content for message in record.messages if message.role == ASSISTANT)
         for start, stop, reply in zip(bounds[::2], bounds[1::2] - 1, replies, strict=True):
             token_bytes[start:stop] = self.tokenizer.distribute_bytes(ids[start:stop], len(reply.encode()))

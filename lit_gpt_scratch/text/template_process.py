@@ -1,6 +1,7 @@
 """Render a chat template in another process, with limits on time, memory and the length of the text."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -61,7 +62,7 @@ class TemplateProcess:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            weakref.finalize(self, _end_process, self._process)
+            weakref.finalize(self, _end_process, self._process, os.getpid())
             self._request(self._process, self.template)
         return self._request(self._process, contexts)
 
@@ -86,14 +87,15 @@ class TemplateProcess:
             return texts
         if "rejected" in answer:
             raise UserError(f"the chat template of the model rejects the messages: {answer['rejected']}; change them")
-        _end_process(process)
+        _end_process(process, os.getpid())
         self._process = None
         raise _template_error(str(answer.get("error")))
 
 
-def _end_process(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.communicate()
+def _end_process(process: "subprocess.Popen[bytes]", owner: int) -> None:
+    if os.getpid() == owner:  # not in a fork, such as a data loader worker
+        process.kill()
+        process.communicate()
 
 
 def _template_error(reason: str) -> UserError:

@@ -93,6 +93,17 @@ def test_a_killed_process_is_reported_and_replaced() -> None:
     assert template.render([{}]) == ["ok"]
 
 
+def test_a_fork_does_not_end_the_process() -> None:
+    template = TemplateProcess("ok")
+    template.render([{}])
+    if (child := os.fork()) == 0:
+        del template
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert template.render([{}]) == ["ok"]
+
+
 def test_the_process_ends_with_its_object() -> None:
     template = TemplateProcess("ok")
     template.render([{}])
