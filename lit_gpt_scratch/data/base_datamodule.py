@@ -210,9 +210,14 @@ class BaseDataModule(L.LightningDataModule):
         return self.initial_tokenizer
 
     @property
+    def windows_per_row(self) -> int:
+        """Mean number of windows of ``block_size`` tokens per training row, rounded up; 1 if rows are not split."""
+        return 1
+
+    @property
     def tokens_per_batch(self) -> int:
-        """Total tokens per micro-batch across all ranks."""
-        return self.batch_size * self.shard["num_replicas"] * self.block_size
+        """Total tokens per micro-batch across all ranks, including padding."""
+        return self.batch_size * self.shard["num_replicas"] * self.block_size * self.windows_per_row
 
     @property
     def shard(self) -> dict[str, int]:
@@ -292,13 +297,14 @@ class BaseDataModule(L.LightningDataModule):
         """
         if self.tokens_per_step is None:
             return
-        if self.tokens_per_step % self.tokens_per_batch:
+        per_batch = self.tokens_per_batch // self.windows_per_row  # a row counts as block_size tokens
+        if self.tokens_per_step % per_batch:
             raise UserError(
                 f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
-                f"{self.tokens_per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
+                f"{per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
                 "data.tokens_per_step or data.batch_size"
             )
-        batches = self.tokens_per_step // self.tokens_per_batch
+        batches = self.tokens_per_step // per_batch
         if self.trainer is None:
             return
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
