@@ -105,7 +105,7 @@ class DocumentSource:
             yield from read_rows(path, name, columns)
 
     def fingerprint(self, local: bool = False) -> str:
-        """Return a string that changes when the source changes, without reading its contents.
+        """Return a string that changes when the source changes; the contents of files are not read.
 
         The string is a hash of the names, sizes and modification times of all files, or the revision of a Hub dataset.
 
