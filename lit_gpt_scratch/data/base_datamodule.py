@@ -36,8 +36,8 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Value that size arguments such as ``block_size`` must stay below. It is far above any useful size; with larger sizes,
-some libraries abort the process."""
+"""Exclusive maximum of size arguments such as ``block_size``, far above any useful size; some libraries abort the
+process if a size is larger."""
 
 
 class SplitCounts(NamedTuple):

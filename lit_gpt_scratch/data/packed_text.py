@@ -116,8 +116,8 @@ class PackedText(BaseDataModule):
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values used for arguments that are ``None``; ``fit`` saves these values in ``config.yaml``.
 
-        They are not defaults in the signature, because another class selected by ``--data`` would inherit the defaults
-        of all arguments that it has in common with this class.
+        The signature does not contain these values; if it did, a different class selected with ``--data`` would inherit
+        them for all arguments with the same name.
         """
         if arguments.get("mixture") is not None:
             return {}

@@ -160,7 +160,7 @@ class RankMonitor:
             self._cpu_seconds = time.process_time()
 
     def _beat(self) -> None:
-        """Store a heartbeat of this rank, and read the heartbeats of all ranks if they are needed."""
+        """Store a heartbeat of this rank; on rank 0, or after a signal or an error, also read all heartbeats."""
         if self._store_lost:
             return
         try:

@@ -308,7 +308,9 @@ class Tokenizer:
         before = self._backend.pre_tokenizer
         self._backend.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
         if names := self._special_tokens_in_text():
-            raise UserError(f"text may contain the special token {names[0]!r}; rename it in the tokenizer file")
+            raise UserError(
+                f"text may be encoded as the special token {names[0]!r}; rename the token in the tokenizer file"
+            )
 
     def _special_tokens_in_text(self) -> list[str]:
         """Return the special tokens, except the unknown token, whose names are encoded as the token itself."""
