@@ -38,7 +38,7 @@ STUCK_SECONDS: Final = 60.0
 A process is idle if it uses no CPU time and no rank is writing a checkpoint.
 """
 IDLE_SHARE: Final = 0.02
-"""CPU use of a process, as a fraction of one core, up to which the process counts as idle."""
+"""Maximum CPU use of a process that counts as idle, as a fraction of one core."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds to wait for other ranks to connect before logging a warning; the key is True for several machines."""
 LOST_RANK: Final = (
@@ -117,7 +117,7 @@ class RankMonitor:
             raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
-        """Return the other ranks whose last heartbeat was first read more than ``seconds`` ago."""
+        """Return the ranks, except this rank, that have sent no new heartbeat for more than ``seconds`` seconds."""
         now = time.monotonic()
         if self._store_lost:
             return [0]
@@ -160,7 +160,7 @@ class RankMonitor:
             self._cpu_seconds = time.process_time()
 
     def _beat(self) -> None:
-        """Store a heartbeat of this rank, and read the heartbeats of all ranks if they are needed."""
+        """Store a heartbeat of this rank; on rank 0, or after a signal or an error, also read all heartbeats."""
         if self._store_lost:
             return
         try:
