@@ -19,7 +19,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end import forked
-from tests.end_to_end.conftest import STAGES, Command, Trained
+from tests.end_to_end.conftest import COMBINED, STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -389,7 +389,9 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage in COMBINED)) for stage in STAGES]
+)
 def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     flags = [*staged(stage), "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]
     if not stage.startswith(("preferences", "on-policy")):  # these stages have no dropout
