@@ -76,9 +76,10 @@ def test_a_change_that_matters_is_rejected_unless_forced(
 def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""
     average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
-    started = command("fit", *staged(stage), *average, "--experiment=average")
+    average += ["--experiment=average", "--trainer.max_steps=4", "--trainer.limit_val_batches=2"]
+    started = command("fit", *staged(stage), *average)
     assert started.code == 0, started.err
-    again = command("fit", "--experiment=average", "--ckpt_path=last", "--trainer.max_steps=14")
+    again = command("fit", "--experiment=average", "--ckpt_path=last", "--trainer.max_steps=6")
     assert again.code == 0, again.err
 
 

@@ -47,9 +47,9 @@ def test_one_batch_can_be_memorised(
     )
     gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
-    trainer(max_steps=300, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
+    trainer(max_steps=150, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
     nats, tokens = token_cross_entropy(model.net.eval()(data.batch["input_ids"]), data.batch["labels"])
-    assert (nats / tokens).item() < 0.05
+    assert (nats / tokens).item() < 0.05, (nats / tokens).item()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
