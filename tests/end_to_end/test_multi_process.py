@@ -42,7 +42,7 @@ def test_two_processes_train_as_one(
         sides = ("train/loss", "val/", "test/", "step", *(["tokens"] if packed else []))
         return {name: value for name, value in summary.items() if name.startswith(sides) and "per_second" not in name}
 
-    flags = staged(stage)
+    flags = [*staged(stage), "--trainer.max_steps=6"]
     width = max(int(flag.partition("=")[2]) for flag in flags if "block_size" in flag)
     step = f"--data.tokens_per_step={4 * width}"
     alone = figures(fit(tmp_path / "alone", *flags, *more, "--data.batch_size=2", step))
