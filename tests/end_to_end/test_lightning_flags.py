@@ -108,14 +108,26 @@ FLAGS: dict[str, dict[str, str]] = {
     "enable_autolog_hparams": {"true": "", "false": ""},
     "model_registry": {"name": "", "null": ""},
 }  # fmt: skip
+WORKING_CALLBACKS = (
+    "Callback",
+    "Checkpoint",
+    "DeviceStatsMonitor",
+    "LambdaCallback",
+    "ProgressBar",
+    "RichModelSummary",
+    "RichProgressBar",
+    "SpikeDetection",
+    "TQDMProgressBar",
+    "EMAWeightAveraging",
+    "WeightAveraging",
+)
+"""Callbacks that work without arguments."""
 CALLBACKS: dict[str, dict[str, str]] = {
+    **{name: {"": ""} for name in WORKING_CALLBACKS},
     "BackboneFinetuning": {"": "--model.train_layers"},
     "BaseFinetuning": {"": "BaseFinetuning"},
     "BasePredictionWriter": {"": "generate or evaluate"},
     "BatchSizeFinder": {"": "--data.batch_size"},
-    "Callback": {"": ""},
-    "Checkpoint": {"": ""},
-    "DeviceStatsMonitor": {"": ""},
     "EarlyStopping": {
         "": "monitor",
         "monitor=nope": "nope",
@@ -128,17 +140,12 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "scheduling={0: 2, 1: 1}": "",
         "scheduling={0: 0}": "greater than 0",
     },
-    "LambdaCallback": {"": ""},
     "LearningRateFinder": {"": "sweep"},
     "LearningRateMonitor": {"": "", "logging_interval=step": "", "logging_interval=year": "year"},
     "ModelCheckpoint": {"": "", "monitor=val/loss": "", "monitor=nope": "nope", "every_n_train_steps=2": ""},
     "ModelPruning": {"": "pruning_fn", "pruning_fn=l1_unstructured": "prune the trained model"},
     "ModelSummary": {"": "", "max_depth=2": ""},
     "OnExceptionCheckpoint": {"": "dirpath", "dirpath=x": ""},
-    "ProgressBar": {"": ""},
-    "RichModelSummary": {"": ""},
-    "RichProgressBar": {"": ""},
-    "SpikeDetection": {"": ""},
     "StochasticWeightAveraging": {
         "": "swa_lrs",
         "swa_lrs=0.01": "swa_epoch_start",
@@ -146,9 +153,6 @@ CALLBACKS: dict[str, dict[str, str]] = {
     },
     "ThroughputMonitor": {"": "batch_size_fn"},
     "Timer": {"": "duration", "duration=00:00:00:05": "", "duration={seconds: 5}": "", "duration=soon": "DD:HH:MM:SS"},
-    "TQDMProgressBar": {"": ""},
-    "EMAWeightAveraging": {"": ""},
-    "WeightAveraging": {"": ""},
     "nope.Mine": {"": "nope.Mine"},
     "Nope": {"": "Nope"},
 }
