@@ -42,9 +42,14 @@ KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited u
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes, or the exceptions during whose handling it was raised, outermost first."""
+    """Yield an exception and its causes, or the exceptions during whose handling it was raised, outermost first.
+
+    An exception that is raised again from one that it caused, or from itself, is yielded once.
+    """
     inside: BaseException | None = error
-    while inside is not None:
+    seen: set[int] = set()
+    while inside is not None and id(inside) not in seen:
+        seen.add(id(inside))
         yield inside
         inside = inside.__cause__ or inside.__context__
 
