@@ -128,8 +128,8 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
 def build_named_strategy(strategy: object) -> object:
     """Return an instance if ``strategy`` is the name or import path of one of Lightning's strategy classes.
 
-    The parser builds it only if at least one of its arguments is set; otherwise, it takes the name for a registered one.
-    Other values are returned unchanged.
+    The parser builds it only if at least one of its arguments is set; otherwise, it takes the name for that of a
+    registered strategy. Other values are returned unchanged.
     """
     name = str(strategy).removeprefix("lightning.pytorch.strategies.")
     if isinstance(strategy, str) and name in strategies.__all__ and name.endswith("Strategy") and name != "Strategy":
