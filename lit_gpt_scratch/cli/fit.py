@@ -55,6 +55,7 @@ from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.distributed.strategies import (
+    build_named_strategy,
     replace_multiprocessing_launcher,
     resolve_strategy,
     resolve_tensor_parallel_size,
@@ -236,6 +237,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause."""
         config = {**self.config_init.trainer, **kwargs}
+        config["strategy"] = build_named_strategy(config["strategy"])
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
