@@ -388,9 +388,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record of the best models, and three flags.
+        """Return the record of the best models, and three booleans.
 
-        The flags state whether a validation run is still due, whether test data exists, and whether a callback ended
+        The booleans state whether a validation run is still due, whether test data exists, and whether a callback ended
         the run.
         """
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}

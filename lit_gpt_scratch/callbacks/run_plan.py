@@ -208,7 +208,7 @@ PURPOSES: Final = {"train": "training", "validation": "validation", "test": "tes
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the plan that describe the data, as (name, text) pairs."""
+    """Yield the lines of the run plan that describe the data, as (name, text) pairs."""
     if counts := data.split_counts:
         sizes = [
             f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens "
@@ -332,7 +332,7 @@ Curves are specified by metric names or regular expressions.
 
 
 class TensorBoardLayout(Callback):
-    """Callback that logs the plan, the cleaning reports, the longest tokens and the chart layout to TensorBoard.
+    """Callback that logs the run plan, the cleaning reports, the longest tokens and the chart layout to TensorBoard.
 
     It must follow ``RunPlan`` and ``BaselineMetrics`` in the list of callbacks. A resumed run logs only the chart
     layout.

@@ -34,7 +34,7 @@ MAX_REWINDS: Final = 3
 MAX_SKIPPED_IN_A_ROW: Final = 200
 """Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
 GAVE_UP_EXIT_CODE: Final = 3
-"""Exit code of ``fit`` if the guard has stopped the run."""
+"""Exit code of ``fit`` if ``SpikeGuard`` has stopped the run."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
 """Step classifications in order of severity; all ranks use the most severe classification of any rank."""
 
@@ -98,7 +98,7 @@ class SpikeGuard(RunDirCallback):
         return self.mode == "act" and self.detector.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Register the guard as the step filter of the task."""
+        """Register this callback as the step filter of the task, which decides whether the optimizer applies a step."""
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
@@ -277,9 +277,9 @@ def guard_gave_up(trainer: L.Trainer) -> bool:
 
 
 EXCERPT_LENGTH = 160
-"""Maximum number of characters of text shown per window."""
+"""Maximum number of characters of text quoted from a window in a report."""
 N_HARDEST_ROWS = 3
-"""Maximum number of windows reported per step."""
+"""Maximum number of windows reported per step: those with the highest loss."""
 
 
 def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:

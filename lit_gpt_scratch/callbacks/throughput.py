@@ -179,7 +179,7 @@ class Throughput(Callback):
         return self.timed_tokens / self.seconds if self.seconds else None
 
     def utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Return the model FLOPs utilization at the given speed, relative to each value in ``peaks``."""
+        """Return the model FLOPs utilization at the given speed, once for each peak FLOP/s in ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property

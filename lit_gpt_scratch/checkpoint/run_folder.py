@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = ".lock"
 LOCK_SECONDS: Final = 2.0
-"""Maximum time in seconds from the creation of a run folder until the process that created it locks it."""
+"""Maximum time in seconds between the creation of a run folder and its locking by the process that created it."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
@@ -202,7 +202,7 @@ class RunFolder:
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Return whether any run of an experiment has a checkpoint, even if it is damaged."""
+        """Return whether any run of an experiment has a checkpoint; damaged checkpoints also count."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod

@@ -116,7 +116,7 @@ DAMAGED: Final = "resume from another checkpoint"
 def validate_training_state(checkpoint: dict[str, Any]) -> None:
     """Check the types of the training state in a Trainer's checkpoint.
 
-    The states of callbacks are not checked; each callback checks its own with ``validate_callback_state``.
+    The states of callbacks are not checked; each callback calls ``validate_callback_state``.
 
     Raises:
         UserError: An entry is missing or has the wrong type, or a count is negative.

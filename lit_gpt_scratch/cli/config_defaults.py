@@ -1,4 +1,4 @@
-"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine, for the saved config."""
+"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine before the config is saved."""
 
 import inspect
 from collections.abc import Mapping
@@ -98,7 +98,7 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change default arguments of the default class for ``model`` or ``data``.
+    """Change the default arguments of the class that ``model`` or ``data`` selects by default.
 
     If a flag selects another class, the parser keeps the arguments that the other class also accepts.
     """
@@ -138,7 +138,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Return whether an argument of a class is ``None`` by default.
+    """Return whether the default of a class argument is ``None``.
 
     A user-defined subclass may inherit ``default_arguments``, but declare a different default in its ``__init__``.
     """

@@ -29,7 +29,7 @@ class EarlyFlags:
         flags: All flags, with names of shipped experiments replaced by file paths, and old class paths by new ones.
         help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
         print_config: Whether ``--print_config`` is given without options such as ``comments``.
-        lists: Flag whose value is ``list`` (``--config`` or ``--preset``), or None.
+        lists: ``--config`` or ``--preset`` if the value of this flag is ``list``, otherwise None.
     """
 
     flags: list[str]
@@ -94,7 +94,7 @@ class EarlyFlags:
         return frozenset(path for value in named for path in find_import_paths(value))
 
     def class_of(self, part: str) -> str | None:
-        """Return the class name or import path given for ``model`` or ``data``, or None."""
+        """Return the class name or import path that the user selected for ``model`` or ``data``, if any."""
         named = self.get(part)
         return named if named and not Path(named).is_file() else None
 

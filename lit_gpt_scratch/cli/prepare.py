@@ -28,7 +28,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum number of bytes of held-out text on which tokenizers are compared; a larger text is sampled."""
+"""Maximum number of bytes of held-out text on which tokenizers are compared; of a larger text, a sample is used."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [

@@ -25,7 +25,7 @@ MINIMUM: Final = {
 }  # fmt: skip
 """Lowest valid value of each numeric flag."""
 MINUS_ONE: Final = {"max_epochs": "no limit", "max_steps": "no limit", "num_sanity_val_steps": "all batches"}
-"""Meaning of the value -1, keyed by flag."""
+"""Meaning of the value -1 for flags that accept it, keyed by flag."""
 BATCHES: Final = (
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
     "val_check_interval",

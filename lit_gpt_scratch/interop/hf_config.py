@@ -9,7 +9,7 @@ from lit_gpt_scratch.terminal_output import quote_short
 
 MAX_SIZE: Final = 1 << 31
 MAX_SHOWN: Final = 80
-"""Maximum number of characters of a value in an error message."""
+"""Maximum number of characters that an error message quotes from a value; the rest is omitted."""
 
 
 class HFConfigReader:

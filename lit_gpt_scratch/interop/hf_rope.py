@@ -1,6 +1,6 @@
 """Convert the rotary position settings of ``config.json`` to fields of ``GPTConfig`` and back.
 
-Both the format of transformers 5 and the older format can be read; the former is written.
+The formats of transformers 5 and of older versions can be read; only the format of transformers 5 is written.
 """
 
 import math

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY_FILE: Final = "summary.json"
 MAX_METRIC: Final = 1e38
-"""Maximum absolute value of a metric, close to that of float32; larger values are treated as non-finite."""
+"""Maximum absolute value of a metric, close to the maximum of float32; larger values are treated as non-finite."""
 MAX_CURVE_POINTS: Final = 200
 """Maximum number of points per stored curve; longer curves are subsampled."""
 
@@ -54,8 +54,8 @@ class RunResult:
         seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
         reason: Reason why the run did not finish; empty if the run finished.
-        metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, the last logged value of
-            the sweep's metric and the step at which it was logged.
+        metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, this dict contains only
+            the last logged value of the sweep's metric, and ``step``, the step at which the value was logged.
         curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
         folder: Path of the run folder.
         diagnoses: Entries of ``doctor.json``, each with a symptom, its likely cause, and a flag to try.
@@ -76,7 +76,7 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Number of training tokens per optimizer step; None if the run does not log its number of tokens."""
+        """Number of training tokens per optimizer step; None if the run does not log how many tokens it has read."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
@@ -164,7 +164,7 @@ def read_run_result(
         summary = read_summary(folder)
         metrics = {name: float(value) for name, value in summary.items() if is_finite_number(value)}
         if summary.get("stopped") == "guard":
-            state, reason, retryable = "failed", "the guard stopped the run after too many skipped steps", False
+            state, reason, retryable = "failed", "--guard act stopped the run after too many skipped steps", False
         elif metric in _names_of_metrics(summary) and metric not in metrics:
             state, reason, retryable = "failed", f"{metric} is not finite at the end of the run", False
     points = list(read_curve(folder, metric))
@@ -248,7 +248,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def _names_of_metrics(summary: Mapping[str, Any]) -> list[str]:
-    """Return the names of all values that are numbers or null, which ``fit`` writes for a non-finite metric."""
+    """Return the names of all values that are numbers or null; ``fit`` writes null for a non-finite metric."""
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
