@@ -114,7 +114,7 @@ class PeriodicCallback(Callback):
         """Take measurements after the optimizer step, which Lightning logs as step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Return whether measurements are due at a step: step 1 (the first) or a multiple of ``every_n_steps``."""
+        """Return whether measurements are due at a step: at step 1 and at each multiple of ``every_n_steps``."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
@@ -157,7 +157,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same."""
+    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same value."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
@@ -253,7 +253,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove partial files left by a killed run, and start the validation run that it did not finish, if any."""
+        """Remove partial files left by a killed run, and start the validation run that the killed run left unfinished."""
         self._reducer = HostReducer(collective_timeout(trainer))
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint

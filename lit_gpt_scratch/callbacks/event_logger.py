@@ -51,7 +51,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
 
 
 def tolerate_logger_errors(logger: Logger) -> None:
-    """Make the methods of a logger log the first ``OSError`` and ignore later ones, instead of raising them."""
+    """Make the methods of a logger log the first ``OSError`` and ignore further errors, instead of raising them."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, partial(_call_tolerantly, logger, name))  # not a closure, because loggers are pickled
 
@@ -161,8 +161,8 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         folder: The run folder, ``<runs>/<experiment>/version_N``.
-        first_step: Step from which the run continues; TensorBoard discards the points of earlier sessions at this step
-            and later.
+        first_step: Step from which the run continues; TensorBoard discards the points that earlier sessions have logged
+            at or after this step.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -200,7 +200,10 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
 
 
 MAX_USEFUL_EPOCHS = 4
-"""Number of epochs up to which repeated data is about as useful as new data (https://arxiv.org/abs/2305.16264)."""
+"""Maximum number of epochs for which repeated data is about as useful as new data (https://arxiv.org/abs/2305.16264).
+
+For more epochs, the run plan suggests more text instead of more steps.
+"""
 
 
 PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
@@ -339,7 +342,7 @@ class TensorBoardLayout(Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the chart layout and, for a new run, the plan, the cleaning reports and the longest tokens."""
+        """Log the chart layout and, for a new run, the run plan, the cleaning reports and the longest tokens."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
             board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run

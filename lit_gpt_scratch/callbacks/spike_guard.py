@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 GuardMode = Literal["off", "warn", "act"]
 GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
 MAX_REWINDS: Final = 3
-"""Maximum number of rewinds to the same checkpoint; after that, the new loss level is accepted as normal."""
+"""Maximum number of rewinds to the same checkpoint; if they do not help, the new loss level is accepted as normal."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
-"""Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
+"""Maximum number of consecutive skipped steps; after that, the run stops, because the model no longer learns."""
 GAVE_UP_EXIT_CODE: Final = 3
 """Exit code of ``fit`` if ``SpikeGuard`` has stopped the run."""
 STEP_KINDS: Final = (None, "spike", "non_finite")

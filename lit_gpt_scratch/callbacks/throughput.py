@@ -30,7 +30,7 @@ TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 
 
 FIRST_STEPS = 8
-"""Number of steps from which the median step time is computed. The first step, which compiles, is excluded."""
+"""Number of steps that are timed to compute the median step time. The first step, which compiles, is excluded."""
 
 
 @runtime_checkable
@@ -223,7 +223,7 @@ class Throughput(Callback):
         self._timer.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of training tokens, from which a resumed run continues to count."""
+        """Return the number of training tokens so far; a resumed run continues the count."""
         return {"tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

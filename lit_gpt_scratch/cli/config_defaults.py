@@ -100,7 +100,7 @@ def apply_init_from(
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
     """Change the default arguments of the class that ``model`` or ``data`` selects by default.
 
-    If a flag selects another class, the parser keeps the arguments that the other class also accepts.
+    If a flag selects a different class, the parser keeps those arguments that the different class also accepts.
     """
     before = parser.get_default(part)
     parser.set_defaults(

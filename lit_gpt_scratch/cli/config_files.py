@@ -180,7 +180,7 @@ def describe_experiments() -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read a config file as nested dicts; return an empty dict if it cannot be read, which the parser reports later."""
+    """Read a config file as nested dicts; return an empty dict on an error, which the parser will report."""
     try:
         content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):

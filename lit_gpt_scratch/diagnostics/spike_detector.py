@@ -4,7 +4,7 @@ The loss is measured by its distance to the median of recent losses, in standard
 absolute deviation (MAD). The gradient norm is measured by its ratio to the median of recent norms, because gradient
 norms of healthy runs are far from normally distributed. The method follows OLMo's rule of skipping steps that are six
 standard deviations above the mean (https://arxiv.org/abs/2501.00656, section 3.2), but uses medians, so that an outlier
-does not hide the next one.
+does not hide the next outlier.
 """
 
 import math

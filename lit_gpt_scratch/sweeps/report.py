@@ -42,7 +42,7 @@ class SweepReport:
         metric: Metric for comparing trials.
         direction: Whether to ``minimize`` or ``maximize`` the metric.
         trials: All trials, whether finished or not.
-        baseline: Trial with which the others are compared; None if it does not exist yet.
+        baseline: Trial with which the other trials are compared; None if it does not exist yet.
         setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
         importance: Fraction of the variance between trials that each search dimension explains, keyed by its name.

@@ -187,7 +187,7 @@ def read_run_result(
 def read_curve(folder: Path, metric: str, growing: bool = False) -> Iterator[CurvePoint]:
     """Yield the metric of each validation run from event files.
 
-    If steps were repeated after the run was resumed, the later values replace the earlier ones.
+    If steps were repeated after the run was resumed, the later values replace the earlier values.
 
     Args:
         folder: Run folder.

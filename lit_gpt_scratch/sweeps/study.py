@@ -96,7 +96,7 @@ class Study:
     @property
     def optuna_study(self) -> optuna.Study:
         """Optuna study; ``create`` must be called first if the study was not found in the storage at construction."""
-        assert self._study is not None, "call create first"
+        assert self._study is not None, "call Study.create first"
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
