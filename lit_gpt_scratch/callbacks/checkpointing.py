@@ -157,7 +157,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same value."""
+    """Return whether this batch completes ``max_steps`` or ``max_epochs``; the result is the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
@@ -253,7 +253,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove partial files left by a killed run, and start the validation run that the killed run left unfinished."""
+        """Remove partial files of a killed run, and start the validation run that the killed run left unfinished."""
         self._reducer = HostReducer(collective_timeout(trainer))
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
@@ -359,7 +359,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         if trainer.is_global_zero and not folder.path.is_dir():
             raise UserError(
                 f"{folder.path} was deleted or moved during the run, so step {trainer.global_step} cannot be saved; "
-                "restore the folder and resume the run, or start a new one"
+                "restore the folder and resume the run, or start a new run"
             )
 
     def _stops_early(self, trainer: L.Trainer) -> bool:

@@ -173,7 +173,9 @@ class RunMetadata(RunDirCallback):
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
         if first != own:
-            raise UserError(f"rank 0 would resume from {first}, but this rank from {own}; pass --ckpt_path {first}")
+            raise UserError(
+                f"rank 0 would resume from {first}, but this rank would resume from {own}; pass --ckpt_path {first}"
+            )
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:

@@ -146,7 +146,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
         expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:
         raise UserError(
-            f"{path} contains a model that cannot be built: {error}; use a file that is not damaged, with the version "
+            f"{path} contains a model that cannot be built: {error}; use an undamaged file, and the version "
             "of lit_gpt_scratch that wrote it"
         ) from error
     validate_tensors(weights, expected, str(path))

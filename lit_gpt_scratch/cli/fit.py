@@ -261,7 +261,10 @@ class FitCLI(LightningCLI):
         if self.config_init.plan:
             trainer.limit_val_batches = 0
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
-            log.info("each process runs this script, as with --trainer.strategy ddp; %s is not supported", method)
+            log.info(
+                "each process runs this script, as with --trainer.strategy ddp; start method %s is not supported",
+                method,
+            )
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None

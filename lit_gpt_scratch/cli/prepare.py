@@ -94,7 +94,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; repeat the command to resume after the finished shards")
+        log.warning("stopped; repeat the command to resume; finished shards are not repeated")
         sys.exit(128 + signal.SIGINT)
 
 

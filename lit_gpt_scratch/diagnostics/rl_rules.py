@@ -194,7 +194,7 @@ def entropy_collapse(e: MetricHistory) -> Finding | None:
         return None
     return Finding(
         f"{now:.2g} nats per token, {initial:.2g} in the first phase; the replies to a prompt are nearly identical",
-        "optimizer steps too large, so the policy always generates the first rewarded reply and explores no other",
+        "optimizer steps too large, so the policy always generates the first rewarded reply and explores no others",
         f"{_slower_flag(e)}; --model.entropy_coefficient 0.01",
     )
 

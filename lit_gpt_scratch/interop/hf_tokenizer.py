@@ -137,7 +137,9 @@ def _read_template(folder: Path, configured: str | list[NamedTemplate] | None) -
             templates = {each["name"]: each["template"] for each in configured}
             template = templates.get(DEFAULT_TEMPLATE)
             if template is None:
-                log.warning("%s has no chat template named %s; the others are not imported", path, DEFAULT_TEMPLATE)
+                log.warning(
+                    "%s has no chat template named %s; other templates are not imported", path, DEFAULT_TEMPLATE
+                )
         else:
             template = configured
     except (OSError, UnicodeDecodeError) as error:

@@ -77,7 +77,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
         for part in child if isinstance(child, tuple) else (child,):  # mappings have pairs
             size += _count_nodes(part, sizes, depth + 1)
     if size > MAX_NODES:
-        raise UserError(f"has more than {MAX_NODES:,} values, possibly because of repeated aliases; remove some")
+        raise UserError(f"has more than {MAX_NODES:,} values, possibly because of repeated aliases; remove some values")
     sizes[id(node)] = size
     return size
 

@@ -81,7 +81,7 @@ class RunProcess:
 
     @property
     def _killed_by(self) -> str | None:
-        """Name of the signal that killed the process or a process that it waited for; None if no signal did."""
+        """Name of the signal that ended the process, from its exit code; None if the process ended by itself."""
         code: int = self._process.returncode
         signum = -code if code < 0 else code - 128
         return next((each.name for each in signal.Signals if each == signum), None)
