@@ -176,7 +176,7 @@ def _describe_type(hint: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; JSON may contain unpaired surrogates, which cannot."""
+    """Return whether a string can be encoded as UTF-8; unpaired surrogates, which JSON may contain, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -182,7 +182,7 @@ class CheckpointingState(TypedDict):
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     """Callback that saves ``last.ckpt`` for resuming, and the models with the lowest validation loss.
 
-    ``last.ckpt`` is saved between two optimizer steps, after the first of them has been logged. It is never saved
+    ``last.ckpt`` is saved between two optimizer steps, once the earlier step has been logged. It is never saved
     between the micro-batches of a step, because the accumulated gradients would be lost. It is also saved before and
     after each validation run. If a run is resumed from a checkpoint saved before a validation run, it starts with that
     validation run.
@@ -219,7 +219,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """Validation loss of each saved best model, keyed by file name and sorted from lowest to highest."""
+        """Validation loss of each checkpoint that is kept as one of the best, keyed by file name, lowest loss first."""
         self.untested = False
         """Whether the resumed run has finished training and only its test run is still due; set when resuming."""
         self._has_test_data = False

@@ -217,7 +217,7 @@ class SpikeGuard(RunDirCallback):
         self._outdated = None if before is None else self._path(before)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Reset ``good`` if its checkpoint is missing, and remove other good checkpoints left by a killed run."""
+        """Set ``good`` to None if its checkpoint is missing, and remove all other good checkpoints."""
         own = None if self.good is None else self._path(self.good)
         if self._ranks.max(own is not None and not own.is_file()):
             log.warning("guard: %s is missing; the run cannot be rewound until the next good checkpoint is saved", own)
@@ -271,7 +271,7 @@ class SpikeGuard(RunDirCallback):
 
 
 def guard_gave_up(trainer: L.Trainer) -> bool:
-    """Return whether a spike guard has stopped the run of a trainer; the same on every rank."""
+    """Return whether ``SpikeGuard`` has stopped the run of a trainer; the result is the same on every rank."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return any(isinstance(callback, SpikeGuard) and callback.gave_up for callback in callbacks)
 

@@ -238,7 +238,7 @@ def time_shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """Return the dtype of matmuls in training: the autocast dtype, or without autocast the dtype of the weights."""
+    """Return the dtype of matmuls in training: the autocast dtype or, without autocast, the dtype of the weights."""
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype

@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _validate_state_dict(state: Any, path: Path) -> None:
-    """Check that a state dict contains only dense tensors, whose total size is at most twice that of the stored data.
+    """Check that a state dict contains only dense tensors, with at most twice the total size of the stored data.
 
     Raises:
         UserError: The state dict contains other values, or tensors that repeat the stored data.

@@ -92,7 +92,10 @@ class RunFolder:
                 raise UserError(f"cannot create a run folder in {runs}: {error.strerror}; change --runs") from error
 
     def delete(self) -> None:
-        """Delete the folder, and also its two parent folders if they are empty; keep a folder with a checkpoint."""
+        """Delete the folder, and also its two parent folders if they are empty.
+
+        A folder that contains a checkpoint is kept.
+        """
         saved = [path for path in self.checkpoints.glob("*") if not is_unfinished(path)]
         if saved or any(self.path.rglob("*.ckpt")):
             return
@@ -180,7 +183,7 @@ class RunFolder:
         remove_unfinished(self.path)
 
     def order_events(self) -> None:
-        """Rename the event files of earlier sessions so that they sort before those of a session that starts now.
+        """Rename the event files of earlier sessions so that they sort before the files of a session that starts now.
 
         TensorBoard reads event files in the order of their names. When it reaches the file of a resumed session, it
         discards all points of earlier files at or after the step from which the run was resumed. Without renaming, the

@@ -16,7 +16,7 @@ from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
-"""Maximum number of attempts to sample two complete and different replies to a prompt; after that, it is skipped."""
+"""Maximum number of attempts to sample two complete, different replies; after that, the prompt is skipped."""
 QUESTION: Final = "Which reply is better? 1, 2, skip or quit"
 
 

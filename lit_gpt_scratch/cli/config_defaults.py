@@ -45,7 +45,7 @@ DEFAULTS_0_1: Final[dict[str, dict[str, float]]] = {
     "linear": {"decay_share": 1.0},
     "cosine": {"decay_share": 1.0},
 }
-"""Values that version 0.1 used for arguments stored as ``null`` in ``config.yaml``, keyed by class or decay name."""
+"""Values that version 0.1 used for arguments stored as ``null`` in a config, keyed by optimizer class or decay."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:

@@ -74,7 +74,7 @@ RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
 MAX_SEED: Final = 2**32 - 1
 """Largest seed of NumPy's global random number generator, which Lightning seeds."""
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
-"""Default of ``cleaning`` in ``PackedText``, as a config, because an instance cannot be dumped to a config file."""
+"""Default of ``PackedText.cleaning``, written as a config, because a config file cannot contain an instance."""
 
 
 class FitCLI(LightningCLI):

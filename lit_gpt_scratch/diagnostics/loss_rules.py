@@ -13,7 +13,7 @@ N_RECENT: Final = 5
 PEAK_SHARE: Final = 0.9
 """The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
-"""Minimum number of steps after the warm-up; before, the loss of a run in progress is not checked for a decrease."""
+"""Minimum number of steps after the warm-up; with fewer, the loss of an ongoing run is not checked for a decrease."""
 MIN_STEPS_FINISHED: Final = 50
 """Minimum number of steps after the warm-up; with fewer, the loss of a finished run is not checked for a decrease."""
 MIN_DECREASE: Final = 0.1
@@ -28,7 +28,7 @@ MAX_ABOVE_CHANCE: Final = 1.1
 Healthy runs stay below 1.01.
 """
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Maximum ratio of the loss to the initial loss of a pretrained model; above it, the learning rate is too high."""
+"""Maximum ratio of the loss to a pretrained model's initial loss; above it, the learning rate is reported."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
 """TensorBoard tags of the update ratios of attention and feed-forward layers.
 
@@ -79,7 +79,7 @@ MIN_LAG: Final = 0.02
 The value is one standard deviation of the accuracy on 500 validation records.
 """
 MIN_BASELINE_SHARE: Final = 0.2
-"""Minimum ratio of the validation bits per byte to those of ``xz`` or a bigram model; below it, the loss is too low.
+"""Minimum ratio of the bits per byte to those of ``xz`` or a bigram model; below it, the loss is reported as too low.
 
 The best language models need about a third of the bits of ``xz``.
 """

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_SEPARATOR: Final = "\n\n"
 """Separator between few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Relative tolerance for comparing log-likelihoods, which are computed in float32."""
+"""Maximum relative difference of log-likelihoods that count as tied, since they are computed in float32."""
 
 
 @dataclass(frozen=True)

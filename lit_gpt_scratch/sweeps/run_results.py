@@ -243,7 +243,7 @@ def logged_metrics(folder: Path) -> list[str]:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Return whether a value from a file is a number that can be compared and plotted."""
+    """Return whether a value from a file is a finite number whose absolute value is at most ``MAX_METRIC``."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_METRIC
 
 
@@ -340,7 +340,7 @@ def _read_last_session(folder: Path) -> dict[str, Any]:
 
 
 def _read_optional_json(path: Path, hint: type[T]) -> T | None:
-    """Return the content of a JSON file; None if it does not exist, or, after logging a warning, if it is damaged."""
+    """Return the content of a JSON file, or None if the file is missing or damaged; log a warning if it is damaged."""
     if not path.is_file():
         return None
     try:

@@ -51,7 +51,7 @@ class RunEnd(NamedTuple):
 
 
 class SweepRunner:
-    """Runner that executes the runs of a study until none is left to claim, with one thread per worker.
+    """Runner that executes the runs of a study until no run is left to claim, with one thread per worker.
 
     Args:
         sweep: The parsed sweep file.

@@ -121,7 +121,7 @@ def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
 
     Raises:
         UserError: The URL is invalid. The message does not quote it, because a special character in the password may
-            have moved a part of the password to any other component.
+            cause a part of the password to be parsed as the host, port or database.
     """
     try:
         url = sqlalchemy.engine.make_url(f"postgresql+psycopg://{rest}")
