@@ -42,9 +42,14 @@ KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited u
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, then its ``__cause__`` (or else its ``__context__``), and so on up to the first exception."""
+    """Yield an exception, then its ``__cause__`` (or else its ``__context__``), and so on up to the first exception.
+
+    An exception that occurs repeatedly in this chain is yielded once.
+    """
     inside: BaseException | None = error
-    while inside is not None:
+    seen: set[int] = set()
+    while inside is not None and id(inside) not in seen:
+        seen.add(id(inside))
         yield inside
         inside = inside.__cause__ or inside.__context__
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 from lit_gpt_scratch.errors import UserError
 
 DEPTH = 20_000
@@ -66,6 +68,17 @@ REPLACEMENTS: tuple[Callable[[], Any], ...] = (
     lambda: nested(90, in_objects=True),
 )
 """Values of other types and sizes, all of which ``json.dumps`` can write."""
+
+
+def refuse_in_one_line(read: Callable[[], object], longest: int = 2000) -> str:
+    """Check that a reader raises a ``UserError`` of one line within five seconds of processor time; return the line."""
+    began = time.process_time()
+    with pytest.raises(UserError) as refused:
+        read()
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < longest
+    assert time.process_time() - began < 5
+    return str(refused.value)
 
 
 def mutate_json(value: Any, rng: random.Random) -> Any:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lit_gpt_scratch.errors import UserError, describe_environment_error
+from lit_gpt_scratch.errors import UserError, describe_environment_error, exception_chain
 
 
 def chained(outer: Exception, inner: Exception) -> Exception:
@@ -58,3 +58,11 @@ def test_bugs_keep_their_traceback(error: Exception) -> None:
 
 def test_user_errors_are_no_failures_of_the_environment() -> None:
     assert describe_environment_error(UserError("too many open files")) is None
+
+
+def test_the_chain_of_an_error_that_is_raised_from_itself_ends() -> None:
+    error, cause = UserError("x"), ValueError("y")
+    error.__cause__ = error
+    assert list(exception_chain(error)) == [error]
+    error.__cause__, cause.__cause__ = cause, error
+    assert list(exception_chain(error)) == [error, cause]

@@ -4,6 +4,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ DELETERS = {
 DELETIONS = {"unlink", "rmtree", "rmdir", "rename", "renames", "replace", "os.remove", "shutil.move"}
 
 
-def calls() -> Iterator[tuple[str, str, ast.Call]]:
+@cache
+def calls() -> list[tuple[str, str, ast.Call]]:
     """Each call in the package: the function or class that contains it, what it calls, and the call itself."""
 
     def walk(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Call]]:
@@ -65,13 +67,12 @@ def calls() -> Iterator[tuple[str, str, ast.Call]]:
                 yield inside, child
             yield from walk(child, inside)
 
+    found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for name, call in walk(ast.parse(path.read_text(encoding="utf-8")), module):
-            yield name, ast.unparse(call.func), call
-
-
-CALLS = list(calls())
+            found.append((name, ast.unparse(call.func), call))
+    return found
 
 
 def mode_of(call: ast.Call) -> str:
@@ -90,7 +91,7 @@ def reads_a_file(called: str, call: ast.Call) -> bool:
 
 def test_every_way_in_is_listed() -> None:
     """A new function that opens a file is listed with what it trusts; one that is gone is removed from the table."""
-    found = {name for name, called, call in CALLS if reads_a_file(called, call)}
+    found = {name for name, called, call in calls() if reads_a_file(called, call)}
     table = (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("## Ways in")[2]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
     assert all(len(row) == 3 for row in rows)
@@ -102,14 +103,14 @@ def test_every_way_in_is_listed() -> None:
 
 def test_code_is_imported_by_name_only_where_it_is_listed() -> None:
     found = defaultdict(set)
-    for name, called, _ in CALLS:
+    for name, called, _ in calls():
         if called in CODE or called.rpartition(".")[2] in CODE_METHODS:
             found[name].add(called)
     assert found == IMPORTERS
 
 
 def test_files_are_not_unpickled() -> None:
-    for name, called, call in CALLS:
+    for name, called, call in calls():
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         if called == "torch.load":
             assert ast.unparse(given["weights_only"]) == "True", name
@@ -125,7 +126,7 @@ def test_files_are_not_unpickled() -> None:
 
 @pytest.mark.parametrize("config", ["GPTConfig", "LoRA"])
 def test_one_function_builds_configs_from_files(config: str) -> None:
-    built = [name for name, called, call in CALLS if called == config and any(k.arg is None for k in call.keywords)]
+    built = [name for name, called, call in calls() if called == config and any(k.arg is None for k in call.keywords)]
     # A Hugging Face config contains no class: its fields are read one by one.
     allowed = ["checkpoint.metadata.CheckpointMetadata.build_configs"]
     if config == "GPTConfig":
@@ -136,7 +137,7 @@ def test_one_function_builds_configs_from_files(config: str) -> None:
 def test_files_are_deleted_only_where_it_is_listed() -> None:
     found = {
         name
-        for name, called, call in CALLS
+        for name, called, call in calls()
         if (called in DELETIONS or called.rpartition(".")[2] in DELETIONS)
         and not (called.endswith(".replace") and len(call.args) != 1)  # of a string
         and called != "replace"  # of a dataclass

@@ -387,6 +387,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         for old in dropped:  # only after the new checkpoint is complete
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint with the lowest validation loss, or None if there is none."""
+        return self.folder.checkpoints / next(iter(self.best)) if self.folder and self.best else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the record of the best models, and three booleans.
 

@@ -28,9 +28,10 @@ def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_tim
         max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
-    path = _quote(folder.path)
-    if any(isinstance(callback, Checkpointing) for callback in callbacks):
-        yield MODULE + (f"doctor {path}" if diverged else _use_model(trainer, path))
+    path, task = _quote(folder.path), trainer.lightning_module
+    if saving := next((callback for callback in callbacks if isinstance(callback, Checkpointing)), None):
+        best = saving.best_checkpoint() if isinstance(task, GPTModule) and task.tests_best else None
+        yield MODULE + (f"doctor {path}" if diverged else _use_model(trainer, _quote(best) if best else path))
         if not guard_gave_up(trainer) and (flags := _flags_to_continue(trainer, max_time_is_a_flag)):
             yield f"{MODULE}fit --ckpt_path {path} {' '.join(flags)}"
     for logger in trainer.loggers:

@@ -125,7 +125,7 @@ class RunPlan(RunDirCallback):
         yield "run", length
 
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
-        sizes = task.net.vocab_size, data.block_size, data.batch_size
+        sizes = task.net.vocab_size, data.block_size, data.batch_size * data.windows_per_row
         kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
         held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
         per = " per process" if trainer.world_size > 1 else ""
@@ -153,7 +153,7 @@ class RunPlan(RunDirCallback):
             return measured
         # A forward pass takes about a third of a training step.
         rows = count_validated_rows(trainer, data, self.limit_val_batches)
-        validation = rows * data.block_size / tokens * seconds / 3
+        validation = rows * data.block_size * data.windows_per_row / tokens * seconds / 3
         validations = self._validations(trainer, done, int(steps)) if rows else 0
         left = f"{measured}; about {{}} for {pluralize(int(steps) - done, 'step')}"
         if validations is None:
@@ -265,14 +265,14 @@ def distinct_train_tokens(trainer: L.Trainer, data: BaseDataModule) -> int:
     overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]  # the trainer sets it late
     if overfit_batches:  # every epoch has the same batches
         return int(trainer.num_training_batches) * data.tokens_per_batch
-    return len(data.train_dataset) * data.block_size
+    return len(data.train_dataset) * data.block_size * data.windows_per_row
 
 
 def _describe_epochs(trainer: L.Trainer, data: BaseDataModule, tokens: int) -> str:
     """Describe a number of tokens in epochs, and in passes over the data if the trainer limits batches per epoch."""
     per_epoch = int(trainer.num_training_batches) * data.tokens_per_batch
     passes = format_count(tokens / distinct_train_tokens(trainer, data))
-    if per_epoch > (len(data.train_dataset) * data.block_size) - tokens_per_step(trainer, data):
+    if per_epoch > len(data.train_dataset) * data.block_size * data.windows_per_row - tokens_per_step(trainer, data):
         return f"{passes} epochs"
     epochs = f"{format_count(tokens / per_epoch)} epochs of {trainer.num_training_batches:,.0f} micro-batches"
     return epochs if format_count(tokens / per_epoch) == passes else f"{epochs} ({passes} of the data)"

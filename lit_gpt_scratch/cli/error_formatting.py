@@ -81,7 +81,9 @@ def user_errors() -> Iterator[None]:
             raise UserError("a path in a flag or in a config contains a null byte; remove this byte") from error
         if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_a_library(error):
             flag = _flag(chain)
-            if not flag and (component := find_component(error)) and component[1] != "NoneType":
+            components = filter(None, map(find_component, chain))
+            component = next((found for found in components if found[1] != "NoneType"), None)
+            if not flag and component:
                 flag = f"--trainer.{' '.join(component)}: "
             raise UserError(flag + _plain(_reason(chain), prefix=".".join(parser_keys(chain)))) from error
         raise
@@ -117,6 +119,12 @@ def _reason(chain: list[BaseException]) -> str:
     first. In this case, return the message about the class.
     """
     reason = str(chain[-1])
+    missing = r"Problem with given class_path '(.*)':\n\s*No module named '([\w.]+)'"
+    if found := next((match for error in chain if (match := re.search(missing, str(error)))), None):
+        return (
+            f"class {found[1]} not found, because there is no module {found[2]}; install it, or use the name or import "
+            "path of another class"
+        )
     if not reason.startswith("Expected a <class 'list'>"):
         return reason
     for error in chain:

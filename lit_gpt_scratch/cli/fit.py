@@ -55,6 +55,7 @@ from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.distributed.strategies import (
+    build_named_strategy,
     replace_multiprocessing_launcher,
     resolve_strategy,
     resolve_tensor_parallel_size,
@@ -236,6 +237,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause."""
         config = {**self.config_init.trainer, **kwargs}
+        config["strategy"] = build_named_strategy(config["strategy"])
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
@@ -329,7 +331,7 @@ class FitCLI(LightningCLI):
                         raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
                     has_tests = getattr(self.datamodule, "test_dataset", None)
                     if has_tests and not writes_nothing and not self.stopping.signum:
-                        best = self._best_checkpoint()
+                        best = self._checkpoint_to_test()
                         self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         except BaseException:  # including signals: other ranks would wait for this one
             kill_child_processes(self.trainer)
@@ -342,17 +344,15 @@ class FitCLI(LightningCLI):
         if guard_gave_up(self.trainer):
             exit_rank(self.trainer, GAVE_UP_EXIT_CODE)
 
-    def _best_checkpoint(self) -> str | None:
-        """Return the checkpoint to test; None for the final weights."""
-        checkpointing = self.trainer.checkpoint_callback
+    def _checkpoint_to_test(self) -> Path | None:
+        """Return the checkpoint with the lowest validation loss if the task tests it; None for the final weights."""
+        saving = self.trainer.checkpoint_callback
         tests_best = isinstance(self.model, GPTModule) and self.model.tests_best
-        if not tests_best or not isinstance(checkpointing, Checkpointing):
+        best = saving.best_checkpoint() if tests_best and isinstance(saving, Checkpointing) else None
+        if best is None or best.name == f"step={self.trainer.global_step}.ckpt":
             return None
-        best = next(iter(checkpointing.best), None)
-        if best is None or checkpointing.folder is None or best == f"step={self.trainer.global_step}.ckpt":
-            return None
-        log.info("testing %s, which has the lowest validation loss", best)
-        return str(checkpointing.folder.checkpoints / best)
+        log.info("testing %s, which has the lowest validation loss", best.name)
+        return best
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
         """Build the ``RankMonitor``, which calls ``clean_up`` before it ends this process."""

@@ -36,7 +36,8 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Exclusive upper bound for sizes, far above any useful size; some libraries abort the process for larger sizes."""
+"""Exclusive maximum of size arguments such as ``block_size``, far above any useful size; some libraries abort the
+process if a size is larger."""
 
 
 class SplitCounts(NamedTuple):
@@ -77,7 +78,8 @@ class BaseDataModule(L.LightningDataModule):
     test_dataset: RowDataset[Any] | None = None
     """Test rows; None if there is no test split."""
     init_from: str | None = None
-    """Checkpoint of the pretrained model to start from, whose tokenizer is used; None if a new model is trained."""
+    """Checkpoint of the pretrained model from which training starts and whose tokenizer encodes the text; None if a new
+    model is trained."""
     initial_tokenizer: Tokenizer | None = None
     """Tokenizer of the ``init_from`` model, read on first use; can be set in advance if the model is already loaded."""
     weights: Sequence[float] | None = None
@@ -124,7 +126,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def example_text(self) -> str:
-        """First words of a validation text, for ``next_command``; empty if there is none."""
+        """First words of a validation text, for ``next_command``; an empty string if there is no such text."""
         return ""
 
     @property
@@ -138,7 +140,9 @@ class BaseDataModule(L.LightningDataModule):
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
-        """Return the texts of a split, truncated like the model's input, and their class indices; None without classes.
+        """Return the texts of a split, truncated like the model's input, and their class indices.
+
+        The result is None if the data has no classes.
 
         Args:
             split: Name of the split.
@@ -155,7 +159,7 @@ class BaseDataModule(L.LightningDataModule):
         return None
 
     def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int] | None:
-        """Return the tokens of the validation text and its size in UTF-8 bytes; None if it is not continuous text.
+        """Return the tokens of the validation text and its size in UTF-8 bytes; None without continuous text.
 
         Args:
             rows: Number of validation rows whose text is returned; None returns the whole text.
@@ -210,9 +214,14 @@ class BaseDataModule(L.LightningDataModule):
         return self.initial_tokenizer
 
     @property
+    def windows_per_row(self) -> int:
+        """Mean number of windows of ``block_size`` tokens per training row, rounded up; 1 if rows are not split."""
+        return 1
+
+    @property
     def tokens_per_batch(self) -> int:
-        """Total tokens per micro-batch across all ranks."""
-        return self.batch_size * self.shard["num_replicas"] * self.block_size
+        """Total tokens per micro-batch across all ranks, including padding."""
+        return self.batch_size * self.shard["num_replicas"] * self.block_size * self.windows_per_row
 
     @property
     def shard(self) -> dict[str, int]:
@@ -225,7 +234,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def layout(self) -> BatchLayout:
-        """Batch size, number of replicas and micro-batches per step; final after ``set_gradient_accumulation``."""
+        """Batch size, replicas and micro-batches per step; call ``set_gradient_accumulation`` first."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
@@ -236,7 +245,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def train_sampler(self) -> ShuffledSampler:
-        """Sampler of the training batches of this process, starting at the trainer's current position."""
+        """Sampler that yields this process's training batches, from the trainer's current epoch and batch onward."""
         order = ShuffledOrder(self.train_dataset.sizes, self.order_seed, self.weights)
         return ShuffledSampler(order, **self._sampler_arguments())
 
@@ -292,13 +301,14 @@ class BaseDataModule(L.LightningDataModule):
         """
         if self.tokens_per_step is None:
             return
-        if self.tokens_per_step % self.tokens_per_batch:
+        per_batch = self.tokens_per_batch // self.windows_per_row  # a row counts as block_size tokens
+        if self.tokens_per_step % per_batch:
             raise UserError(
                 f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
-                f"{self.tokens_per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
+                f"{per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
                 "data.tokens_per_step or data.batch_size"
             )
-        batches = self.tokens_per_step // self.tokens_per_batch
+        batches = self.tokens_per_step // per_batch
         if self.trainer is None:
             return
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
@@ -315,7 +325,7 @@ class BaseDataModule(L.LightningDataModule):
         self.trainer.accumulate_grad_batches = batches
 
     def _position(self) -> tuple[int, int]:
-        """Return the epoch in which training continues, and the index of its next micro-batch.
+        """Return the epoch in which training continues, and the index of the next micro-batch in this epoch.
 
         A resumed trainer restores its progress before it requests the loader. In an unfinished epoch, batches that the
         loader has already yielded are skipped. An epoch whose last batch has been yielded counts as finished, even if

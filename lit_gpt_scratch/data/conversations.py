@@ -57,16 +57,16 @@ class Conversations(RecordDataModule[ConversationExample]):
         return synthetic_data.conversations()
 
     def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
-        """Parse the messages of a row, in any of the supported formats."""
+        """Parse the messages of a row; see ``parse_conversation`` for the supported formats."""
         return ConversationExample(parse_conversation(fields))
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template of the model to fine-tune, or of this package."""
+        """Chat template of the model to fine-tune or, if it has none, the template of this package."""
         return load_chat_template(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
-        """Render and tokenize a conversation; each token's label is the next token if that token belongs to a reply."""
+        """Render and tokenize a conversation; only positions whose next token belongs to a reply have a label."""
         ids, learned = map(np.array, self.template.render(record.messages))
         token_bytes = np.zeros(len(ids), dtype=np.int64)
         bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))  # of the replies with their end tokens

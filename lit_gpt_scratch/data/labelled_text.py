@@ -112,6 +112,12 @@ class LabelledText(RecordDataModule[LabelledExample]):
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
 
+    @property
+    def windows_per_row(self) -> int:
+        """Mean number of windows per training record, rounded up."""
+        counts = [len(example.sequences) for example in self.examples["train"]]
+        return -(-sum(counts) // len(counts))
+
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]]:
         """Return the texts of a split, truncated like the model's input, and their class indices."""
         examples = self.examples[cast(RecordSplit, split)][:rows]

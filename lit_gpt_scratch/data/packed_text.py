@@ -44,8 +44,8 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 EXAMPLE_TOKENS = 40
 """Number of validation tokens from which the words of ``example_text`` are taken."""
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""Number of validation documents that provide a sample prompt, number of tokens per prompt, and number of validation
-tokens that are searched for the starts of documents."""
+"""Number of validation documents whose first tokens are used as sample prompts, number of tokens per prompt, and
+maximum number of validation tokens that are searched for document starts."""
 STDLIB_PROMPT = "def "
 
 
@@ -116,8 +116,8 @@ class PackedText(BaseDataModule):
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values used for arguments that are ``None``; ``fit`` saves these values in ``config.yaml``.
 
-        They are not defaults in the signature, because another class selected by ``--data`` would inherit the defaults
-        of all arguments that it has in common with this class.
+        The signature does not contain these values; if it did, a different class selected with ``--data`` would inherit
+        them for all arguments with the same name.
         """
         if arguments.get("mixture") is not None:
             return {}
@@ -214,7 +214,7 @@ class PackedText(BaseDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer that produced the tokens, with the settings of the published model to train further, if any."""
+        """Tokenizer that produced the tokens, with the ``PublishedSettings`` of the ``init_from`` model, if any."""
         tokenizer, initial = self.store.tokenizer, self.load_initial_tokenizer()
         if initial is None or initial.published is None:
             return tokenizer
@@ -267,7 +267,7 @@ class PackedText(BaseDataModule):
         return found
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if the validation text is short, and the warnings in the cleaning reports."""
+        """Yield the remarks in the cleaning reports, and a warning if the validation text is short."""
         for store in self.stores:
             yield from read_remarks(store.folder)
         n_tokens = self.store.validation.n_tokens
@@ -330,8 +330,8 @@ class PackedText(BaseDataModule):
         """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent.
 
         Args:
-            rows: Number of validation windows to read, starting with the first; None reads all tokens. The first token
-                that is read precedes the first label.
+            rows: Number of validation windows to read, starting with the first; None reads all tokens. The bytes of the
+                first token are not counted, because this token is not a label.
         """
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes

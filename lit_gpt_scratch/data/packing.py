@@ -7,9 +7,9 @@ pieces form a window:
 
 - ``concatenate``: The stream is split every T tokens, so each window is a single piece. There is no padding, but
   documents are split at arbitrary tokens.
-- ``best_fit``: Documents longer than T are split into pieces of T tokens and a remainder. Each piece, longest first,
-  goes into the fullest window with enough free space (Ding et al. 2024, https://arxiv.org/abs/2404.10830). Documents
-  that fit into a window are not split.
+- ``best_fit``: Documents longer than T are split into pieces of T tokens; the last piece of a document may be shorter.
+  Each piece, longest first, goes into the fullest window with enough free space (Ding et al. 2024,
+  https://arxiv.org/abs/2404.10830). Documents that fit into a window are not split.
 - ``one_document``: The pieces are the same as with ``best_fit``, but each piece has its own window.
 """
 
@@ -240,7 +240,7 @@ def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPo
 class ConcatenatedPlan:
     """Packing plan that splits a token stream every ``block_size`` tokens.
 
-    Apart from the labels of a dropped last window, every token except the first occurs exactly once as a label.
+    Every token of the stream except the first is a label exactly once, unless its label is in a dropped last window.
 
     Args:
         stream: Token stream to pack.
@@ -444,7 +444,7 @@ def pack_shards(
 
 
 def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> Integers:
-    """Split documents into pieces of ``block_size`` tokens and a remainder.
+    """Split each document into pieces of ``block_size`` tokens; the last piece of a document may be shorter.
 
     Returns:
         Start position and length of each piece, (n_pieces, 2).

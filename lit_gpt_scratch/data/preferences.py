@@ -114,5 +114,5 @@ class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch
         )
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entry ``step_labels``: the number of pairs in an optimizer step, given all its rows."""
+        """Return the batch entry ``step_labels``: the number of pairs in the optimizer step, ``len(rows)``."""
         return {"step_labels": torch.tensor(len(rows))}

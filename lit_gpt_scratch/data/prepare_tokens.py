@@ -93,7 +93,10 @@ class TokenPreparation:
         return self._open(folder)
 
     def tokenizer_training_share(self, corpus: CleanedCorpus) -> float:
-        """Return the fraction of a corpus that the tokenizer is trained on."""
+        """Return the fraction of a corpus on which the tokenizer is trained.
+
+        The fraction is 1 if the corpus has at most ``TOKENIZER_TRAINING_BYTES`` bytes of text.
+        """
         return min(1.0, TOKENIZER_TRAINING_BYTES / max(corpus.n_bytes, 1))
 
     def _settings(self, given: Tokenizer | None) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class TokenPreparation:
             )
 
     def _write_tokens(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
-        """Write the files that do not exist yet, so that an interrupted call can be resumed."""
+        """Write the files of the token store that do not exist yet, so that an interrupted call can be resumed."""
         if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._load_partial(folder) or given or self._train(corpus)
             if tokenizer.round_trip_loss:
@@ -187,7 +190,7 @@ class TokenPreparation:
         remove_shard_markers(TokenStore.read_unverified(folder).shards)
 
     def _load_partial(self, folder: Path) -> Tokenizer | None:
-        """Load the tokenizer saved by an interrupted call; return None if there is none."""
+        """Load the tokenizer that an interrupted call saved; return None if no tokenizer was saved."""
         try:
             return Tokenizer.load(folder / TOKENIZER_FILE)
         except UserError:

@@ -57,7 +57,8 @@ class PromptedDataModule(RecordDataModule[P], ABC):
             get_verifiable_reward(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """Name of the verifiable reward that the policy is trained on; None if it is trained on another reward."""
+        """Name of the verifiable reward with which the policy is trained; None if training uses no verifiable
+        reward."""
 
     @property
     def checkable(self) -> str | None:
@@ -71,7 +72,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template of the model to fine-tune, or of this package."""
+        """Chat template of the model to fine-tune or, if it has none, the template of this package."""
         return load_chat_template(self.tokenizer)
 
     def prompt_ids(self, split: RecordSplit) -> list[list[int]]:

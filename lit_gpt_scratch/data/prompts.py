@@ -124,7 +124,7 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @property
     def train_sampler(self) -> RolloutSampler:
-        """Sampler of this process's rollouts, starting at the trainer's current position.
+        """Sampler that yields this process's rollouts, from the trainer's current epoch and batch onward.
 
         Raises:
             UserError: The model does not generate replies, so there is nothing to train on.

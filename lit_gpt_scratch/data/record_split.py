@@ -48,8 +48,8 @@ def split_records(
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
         together: Whether to put duplicates into the same split. The size of a held-out split may then differ from its
-            fraction. A group of duplicates that is larger than a held-out split is left for training, unless no group
-            is small enough.
+            fraction. A group of duplicates that is larger than a held-out split is used for training; if all groups are
+            larger, the smallest group is held out.
         name: Name of the data source, for error messages.
 
     Returns:
@@ -78,7 +78,7 @@ def split_records(
 
 
 def _take_groups(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
-    """Take about ``wanted`` records as whole groups, from the end; return these records and the remaining groups."""
+    """Take whole groups from the end, about ``wanted`` records; return these records and the remaining groups."""
     taken: list[int] = []
     rest: list[list[int]] = []
     for group in reversed(groups):
@@ -93,6 +93,6 @@ def _take_groups(groups: list[list[int]], wanted: int) -> tuple[list[int], list[
 
 
 def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
-    """For each held-out split, count the records that also occur in the training split."""
+    """Count the records in each held-out split that also occur in the training split."""
     training = {keys[index] for index in splits["train"]}
     return {split: sum(keys[index] in training for index in splits[split]) for split in splits if split != "train"}

@@ -244,7 +244,7 @@ class EvaluationSampler(DistributedSampler[MicroBatch]):
 
 
 class SequentialMicroBatches(SequentialSampler):
-    """Sampler that yields the micro-batches of another sampler, for ``trainer.overfit_batches``.
+    """Sampler that yields the micro-batches of the given sampler, for ``trainer.overfit_batches``.
 
     The class inherits from ``SequentialSampler`` because with ``overfit_batches``, Lightning replaces all other
     samplers with a sampler that yields single rows.

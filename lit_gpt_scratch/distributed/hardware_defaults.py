@@ -104,6 +104,6 @@ def explain_no_compile(device: torch.device, requested: bool = False) -> str | N
     if variable in os.environ:
         names = [os.environ[variable]]
     if not any(map(shutil.which, names)):
-        return f"no compiler ({' or '.join(names)}) is installed; set {variable} to use another"
+        return f"no compiler ({' or '.join(names)}) is installed; set {variable} to an installed compiler"
     headers = Path(sysconfig.get_path("include"), "Python.h")  # generated kernels include this header
     return None if headers.is_file() else f"Python's headers are not installed ({headers} is missing)"

@@ -77,7 +77,8 @@ ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""Maximum relative differences between layouts in the gradient of the first step of the float32 runs.
+"""Maximum relative differences between the gradients of a layout and of the reference layout in the first step of the
+float32 runs.
 
 ``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the largest
 absolute difference of any element relative to the largest absolute element of its tensor.
@@ -103,11 +104,11 @@ class LayoutParity:
     cases: Sequence[str] = tuple(ARITHMETIC_CASES)
     layouts: Sequence[str] = tuple(LAYOUTS)
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Maximum relative difference in the loss, by layout and case."""
+    """Maximum relative difference from the loss of the reference layout, keyed by layout and case."""
     gradient: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Relative difference in the gradient of the first step of the float32 run, by layout and measure."""
+    """Relative difference from the reference layout's gradient (first step, float32), keyed by layout and measure."""
     reproducible: dict[str, bool] = field(default_factory=dict)
-    """Whether two runs of the first case are bitwise equal, by layout."""
+    """Whether two runs of the first case in the same layout are bitwise equal, keyed by layout."""
 
     @property
     def runs(self) -> int:

@@ -53,7 +53,7 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         adapters: Whether LoRA adapters are trained.
 
     Raises:
-        UserError: The number of heads or hidden channels is not divisible by the size, or a setting is not supported.
+        UserError: The number of heads or hidden channels is not divisible by ``size``, or a setting is not supported.
     """
     if size == 1:
         return

@@ -5,6 +5,7 @@ meantime, Python runs no signal handlers in the main thread, so the process igno
 """
 
 import logging
+import math
 import os
 import re
 import select
@@ -38,7 +39,7 @@ STUCK_SECONDS: Final = 60.0
 A process is idle if it uses no CPU time and no rank is writing a checkpoint.
 """
 IDLE_SHARE: Final = 0.02
-"""CPU use of a process, as a fraction of one core, up to which the process counts as idle."""
+"""Maximum CPU use of a process that counts as idle, as a fraction of one core."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds to wait for other ranks to connect before logging a warning; the key is True for several machines."""
 LOST_RANK: Final = (
@@ -88,6 +89,9 @@ class RankMonitor:
         self._store_lost = self._failing = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
+        self._heartbeat = threading.Thread(target=self._beat_until_stopped, name="rank heartbeat", daemon=True)
+        self._beaten_at = math.inf
+        """Time of the last exchange with the store, which rank 0 holds; infinite before the first."""
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "RankMonitor":
@@ -111,17 +115,19 @@ class RankMonitor:
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
         self._thread.join()
+        if self._heartbeat.ident is not None:
+            self._heartbeat.join(4 * INTERVAL)  # if the store does not respond, the thread ends with the process
         for end in self._wakeup or ():
             end.close()
         if lost:
             raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
-        """Return the other ranks whose last heartbeat was first read more than ``seconds`` ago."""
+        """Return the ranks, except this rank, that have sent no new heartbeat for more than ``seconds`` seconds."""
         now = time.monotonic()
-        if self._store_lost:
+        if self.rank and (self._store_lost or now - self._beaten_at > seconds + INTERVAL):
             return [0]
-        late = (rank for rank, (value, at) in self._seen.items() if now - at > seconds and value != DONE)
+        late = (rank for rank, (value, at) in list(self._seen.items()) if now - at > seconds and value != DONE)
         return sorted(set(late) - {self.rank})
 
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
@@ -143,11 +149,20 @@ class RankMonitor:
                 self._stopped.wait(INTERVAL)
             elif select.select([self._wakeup[0]], [], [], INTERVAL)[0]:
                 self._receive(self._wakeup[0].recv(64))
-            if dist.is_initialized():
-                self._beat()
-                self._watch_ranks()
-            else:
+            if not dist.is_initialized():
                 self._watch_connecting()
+                continue
+            if self._heartbeat.ident is None:
+                self._beaten_at = time.monotonic()
+                self._heartbeat.start()
+            self._watch_ranks()
+
+    def _beat_until_stopped(self) -> None:
+        """Exchange values in a thread of its own: while rank 0 is stopped, a call of its store never returns."""
+        while not self._stopped.is_set() and not self._store_lost:
+            self._beat()
+            self._beaten_at = time.monotonic()
+            self._stopped.wait(INTERVAL)
         if self._store is not None and not self._store_lost:
             with suppress(RuntimeError):
                 self._store.set(f"lit_gpt_scratch/{self.rank}", DONE.decode())
@@ -160,9 +175,7 @@ class RankMonitor:
             self._cpu_seconds = time.process_time()
 
     def _beat(self) -> None:
-        """Store a heartbeat of this rank, and read the heartbeats of all ranks if they are needed."""
-        if self._store_lost:
-            return
+        """Store a heartbeat of this rank; on rank 0, or after a signal or an error, also read all heartbeats."""
         try:
             if self._store is None:
                 self._store = TCPStore(
@@ -180,7 +193,7 @@ class RankMonitor:
                 for rank, value in enumerate(self._store.multi_get(keys)):
                     if self._seen.get(rank, (b"", 0.0))[0] != value:
                         self._seen[rank] = value, now
-        except RuntimeError:  # rank 0, which holds the store, has ended or does not respond
+        except RuntimeError:  # rank 0, which holds the store, has ended
             self._store_lost = True
 
     def _watch_connecting(self) -> None:
@@ -210,7 +223,7 @@ class RankMonitor:
             self._abort(f"after it had been idle for {STUCK_SECONDS:.0f} s, probably because another rank hangs")
 
     def _any_rank_saves(self) -> bool:
-        return any(value.startswith(SAVING) for value, _ in self._seen.values())
+        return any(value.startswith(SAVING) for value, _ in list(self._seen.values()))
 
     def _abort(self, circumstances: str) -> None:
         name = signal.Signals(self._signum).name

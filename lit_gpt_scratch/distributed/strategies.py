@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -123,6 +123,19 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
             f"change --trainer.devices"
         )
     return size
+
+
+def build_named_strategy(strategy: object) -> object:
+    """Return an instance if ``strategy`` is the name or import path of one of Lightning's strategy classes.
+
+    The parser builds it only if at least one of its arguments is set; otherwise, it takes the name for that of a
+    registered strategy. Other values are returned unchanged.
+    """
+    name = str(strategy).removeprefix("lightning.pytorch.strategies.")
+    if isinstance(strategy, str) and name in strategies.__all__ and name.endswith("Strategy") and name != "Strategy":
+        built: object = getattr(strategies, name)()
+        return built
+    return strategy
 
 
 def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:

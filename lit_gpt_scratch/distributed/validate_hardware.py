@@ -44,7 +44,7 @@ def _validate_strategy(strategy: object) -> None:
             f"{name} flattens weights into vectors, which breaks Muon, weight decay and gradient clipping; "
             "use --trainer.strategy fsdp2"
         )
-    if isinstance(strategy, str) and re.fullmatch(r"(single_)?xla\w*", strategy):
+    if isinstance(strategy, str) and re.fullmatch(r"(single_)?(xla|tpu)\w*", strategy):
         raise UserError(f"{name} is for TPUs, which are not supported; use --trainer.strategy auto")
     if str(strategy).startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
         raise UserError(f"{name} saves checkpoints in an unsupported format; use --trainer.strategy fsdp2")

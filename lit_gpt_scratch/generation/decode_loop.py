@@ -19,7 +19,7 @@ DecodeStep = Callable[[Tensor, KVCache], Tensor]
 MAX_BATCH_ROWS: Final = 64
 """Maximum number of prompts that are decoded at the same time."""
 MAX_CACHE_BYTES: Final = 2**30
-"""Maximum size of the KV cache in bytes; a single row may exceed it."""
+"""Maximum size of the KV cache in bytes; the cache of a batch with a single row may be larger."""
 
 
 def generate(
@@ -78,7 +78,7 @@ def generate(
 
 
 def max_batch_rows(model: GPT, capacity: int) -> int:
-    """Return the number of prompts per batch if the cache holds ``capacity`` tokens for each of them."""
+    """Return the maximum number of prompts per batch if the KV cache has ``capacity`` tokens for each prompt."""
     config, weight = model.config, model.embedding.weight
     row_bytes = 2 * config.n_layer * config.kv_heads * config.head_width * capacity * weight.element_size()
     return max(1, min(MAX_BATCH_ROWS, MAX_CACHE_BYTES // row_bytes))
@@ -204,7 +204,10 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
 
 
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Recompute the cache of each full row from the last half of its context, excluding the newest token."""
+    """Recompute the cache of each row that fills its context, from the last half of the context.
+
+    The newest token is excluded, because the next decoding step appends it to the cache.
+    """
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:

@@ -11,7 +11,7 @@ from torch import Tensor
 EPS = 1e-8
 """Value added to denominators to avoid division by zero."""
 RELATIVE_TOLERANCE = 1e-5
-"""Values are treated as equal if their spread is at most this fraction of their magnitude.
+"""Maximum spread of values that are treated as equal, as a fraction of their magnitude.
 
 Float32 sums that are computed in different orders may differ by this much. Dividing by such a small spread would
 amplify rounding errors to a standard deviation of 1.
@@ -148,8 +148,8 @@ def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: flo
 def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Compute PPO's clipped value loss, as in OpenAI's implementation (https://github.com/openai/baselines, ppo2).
 
-    The loss is half the squared error of the value, or of the value clipped to a range around the old value, whichever
-    is larger.
+    The loss is half of the larger of two squared errors: that of the value, and that of the value clipped to a range
+    around the old value.
 
     Args:
         values: (B, T), the current predictions, with gradient.

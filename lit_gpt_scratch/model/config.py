@@ -91,7 +91,8 @@ class GPTConfig:
         tied_embeddings: Whether the token embedding and the output head share the same weight matrix
             (https://arxiv.org/abs/1608.05859).
         vocab_multiple: The number of rows in the token embedding and the output head is rounded up to a multiple of
-            this value, which is faster on some hardware. The padding rows are never predicted.
+            this value, which is faster on some hardware. The additional rows correspond to no token and are never
+            predicted.
         logit_softcap: Soft cap for the output logits, which are bounded to (-cap, cap) with
             ``cap * tanh(logits / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
         value_embeddings: Whether to add a learned vector for each token id to the attention values in every block

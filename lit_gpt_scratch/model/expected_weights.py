@@ -13,7 +13,8 @@ from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 
 MAX_TABLE_BYTES: Final = 2**28
-"""Size in bytes up to which position tables, which files do not contain, may be larger than the model's weights."""
+"""Maximum size in bytes of position tables that are larger than the model's weights. The tables are not in the file, so
+a wrong context length could require any amount of memory."""
 
 
 def expected_weights(

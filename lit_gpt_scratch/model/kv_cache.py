@@ -25,7 +25,7 @@ class KVCache:
         capacity: Maximum number of tokens per row.
         positions: Slots of the new tokens, int64: (B, T) if ``ragged`` is True, otherwise (T,).
         visible_length: Number of slots that attention reads, starting with the first slot.
-        needs_mask: Whether attention requires an explicit mask over these slots.
+        needs_mask: Whether attention requires an explicit mask over the first ``visible_length`` slots.
         ragged: Whether the slots of the new tokens are specified separately for each row.
     """
 
@@ -127,7 +127,7 @@ class KVCache:
         self.lengths[row] = 0
 
     def replace_row(self, row: int, other: "KVCache") -> None:
-        """Replace a row with the only row of another cache."""
+        """Replace a row with the row of ``other``, a cache that has only one row."""
         for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
             mine[row] = its[0]
         for name, x in other._previous.items():

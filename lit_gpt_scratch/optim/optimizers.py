@@ -35,7 +35,8 @@ def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the Newton-Schulz iterations: bfloat16 if the device has fast bfloat16 matmuls.
 
     Otherwise, float32 is used. On CPUs without AVX-512, PyTorch has no optimized bfloat16 matmul. On an AMD Zen 3, the
-    iterations took 24 to 150 times as long as in float32, and most of a training step. Older GPUs emulate bfloat16.
+    iterations took 24 to 150 times as long as in float32, and took up most of a training step. Older GPUs emulate
+    bfloat16.
     """
     if device.type == "cpu":
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -90,7 +91,7 @@ class MuonAdamW(Optimizer):
         super().__init__(groups, defaults={})
         for group in self.param_groups:
             if group["rule"] == "muon" and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("the rule muon requires 2-D parameters; use adamw for all other parameters")
+                raise ValueError("parameter groups with rule 'muon' require 2-D parameters; use 'adamw' for the rest")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -27,7 +27,7 @@ OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
-    """Count the parameters of the embeddings, attention, feed-forward layers, untied head, and gains and biases."""
+    """Count parameters by part: embeddings, attention, feed-forward layers, untied head, and gains and biases."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):

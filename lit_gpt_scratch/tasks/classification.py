@@ -40,8 +40,9 @@ class Classification(GPTModule):
         class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
             weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
             all classes have weight 1.
-        patience: Number of validation runs without a lower validation loss after which training stops; None disables
-            early stopping. An ``EarlyStopping`` callback of the trainer replaces it.
+        patience: Maximum number of consecutive validation runs without a new lowest validation loss; training then
+            stops. None disables early stopping. The argument has no effect if the trainer has an ``EarlyStopping``
+            callback.
         kwargs: Arguments of ``GPTModule``. The head is never tied to the embedding, regardless of
             ``gpt.tied_embeddings``.
 

@@ -118,10 +118,11 @@ class GPTModule(L.LightningModule):
     returns_label_losses: ClassVar[bool] = False
     """Whether ``update_metrics`` returns the loss of each label, which ``LossBreakdown`` requires."""
     default_epochs: ClassVar[int | None] = None
-    """Number of epochs of a ``fit`` run without a limit on steps, epochs or time, with validation after each epoch;
-    None sets the default number of steps instead."""
+    """Number of epochs of a ``fit`` run for which no limit on steps, epochs or time is set; such a run is validated
+    after each epoch. If None, the run has the default number of steps instead."""
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Default arguments of the optimizers, keyed by class name; other arguments have the defaults of their class."""
+    """Arguments that replace the defaults of an optimizer class in this training stage, keyed by the name of that
+    class."""
     tests_best: ClassVar[bool] = False
     """Whether ``fit`` tests the checkpoint with the lowest validation loss instead of the final weights."""
     allows_dropout: ClassVar[bool] = True
@@ -168,7 +169,7 @@ class GPTModule(L.LightningModule):
         already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
         self.trusted: frozenset[str] = frozenset([gpt.attention] if gpt and gpt.attention else ())
         """Import paths of the code that ``init_from`` and other checkpoints may import: by default, only the attention
-        class in ``gpt``; ``fit`` adds those of ``--trust``."""
+        class in ``gpt``; ``fit`` adds the import paths in ``--trust``."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
@@ -222,7 +223,7 @@ class GPTModule(L.LightningModule):
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build other networks for training, such as a reference model, and return those that must be sharded."""
+        """Build additional networks, such as a reference model, and return the networks that must be sharded."""
         return ()
 
     @property
@@ -231,7 +232,7 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches of one row; return an empty list if the rows are not from the data module."""
+        """Split a batch into batches with one row each; return an empty list if the rows are generated rollouts."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 

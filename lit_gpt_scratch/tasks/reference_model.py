@@ -43,7 +43,10 @@ class ReferenceModel(nn.Module):
 
     @contextmanager
     def network(self) -> Iterator[GPT]:
-        """Context manager that yields the reference network in evaluation mode; do not use the policy inside it."""
+        """Context manager that yields the reference network in evaluation mode.
+
+        The policy must not be used inside the context.
+        """
         if self.frozen is not None:
             yield self.frozen
             return

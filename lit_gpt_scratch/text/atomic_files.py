@@ -32,7 +32,8 @@ PURPOSE_FILE: Final = "begun"
 UNFINISHED: Final = re.compile(r"\.(.*)\.([0-9a-f]{16})([0-9a-f]{16})\.unfinished", re.DOTALL)
 """Pattern of temporary names: the first characters of the final name, a random token, and a checksum of both."""
 KEPT_CHARACTERS: Final = 40
-"""Maximum number of characters of the final name in a temporary name, as file systems limit the length of names."""
+"""Maximum number of characters of the final name that a temporary name contains; file systems limit the length of
+names."""
 
 
 @contextmanager

@@ -33,9 +33,10 @@ ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
 """Special tokens to add when training a tokenizer for conversations."""
 TURN_END: Final = "\n"
 TURN_MARKERS: Final = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
-"""Role markers in both of their forms."""
+"""Role markers of all roles in both forms: ``<|role|>`` and ``### Role:``."""
 MARK: Final = "\ue000"
-"""Private-use character that marks the names of special tokens in messages."""
+"""Private-use character. In messages, the name of a special token is replaced by a number between two such
+characters."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ChatTemplate:
 
 
 class ImportedChatTemplate(ChatTemplate):
-    """Chat template of a published model, which results in the same token ids as with ``transformers``.
+    """Chat template of a published model, which produces the same token ids as ``transformers``.
 
     As in the template of this package, messages cannot contain special tokens: the names of these tokens in messages
     are replaced by marks before rendering, and encoded as ordinary text afterwards. The template cannot read the
@@ -132,8 +133,8 @@ class ImportedChatTemplate(ChatTemplate):
         for n, prompt, until in zip(replies, texts[::2], texts[1::2], strict=True):
             if not whole.startswith(prompt):
                 raise UserError(
-                    f"the chat template of the model renders the messages before message {n + 1} in another way if a "
-                    f"reply follows, so replies cannot be trained on; {REMEDY}"
+                    f"the chat template of the model renders the messages before message {n + 1} differently if a "
+                    f"reply follows them, so training on replies is not possible; {REMEDY}"
                 )
             limit = len(until) if whole.startswith(until) else len(whole)  # a template may shorten earlier replies
             reply = [at for at in range(first, len(ids)) if ranges[at][1] > len(prompt) and ranges[at][0] < limit]
@@ -158,7 +159,7 @@ class ImportedChatTemplate(ChatTemplate):
         return self._encode(self._render([(messages, True)])[0])[0]
 
     def _render(self, requests: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Render messages as text with marks; the flags specify whether a reply is to be generated."""
+        """Render messages as text with marks; each flag is the value of ``add_generation_prompt`` in the template."""
         contexts = [
             {
                 **self._variables,
@@ -170,12 +171,14 @@ class ImportedChatTemplate(ChatTemplate):
         return self._process.render(contexts)
 
     def _mark(self, text: str) -> str:
-        """Replace each name of a special token in a message by its index between two marks."""
+        """Replace the name of each special token in a message by its index, enclosed in ``MARK`` characters."""
         marked = self._names.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK}", text)
         if self._tokenizer.normalizes_special_tokens:
             ids = set(self._tokenizer.encode_with_special_tokens(marked)[0]) - {self._tokenizer.unknown_id}
             if found := [name for name, id_ in self._tokenizer.special_tokens.items() if id_ in ids]:
-                raise UserError(f"a message contains a text that stands for the special token {found[0]}; change it")
+                raise UserError(
+                    f"a message contains text that is normalized to the special token {found[0]}; change this text"
+                )
         return marked
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -198,7 +201,7 @@ class ImportedChatTemplate(ChatTemplate):
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the chat template of the published model that a tokenizer belongs to, or else that of this package."""
+    """Return the chat template of a tokenizer's published model or, if there is none, that of this package."""
     published = tokenizer.published
     if published is None or published.chat_template is None:
         return ChatTemplate(tokenizer)

@@ -73,7 +73,7 @@ class CleaningReport:
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
         """Return whether a document is in the sample used to estimate token counts.
 
-        Documents of up to ``SAMPLE_BYTES`` bytes are selected by a hash of their ids.
+        Documents are selected by a hash of their ids; documents larger than ``SAMPLE_BYTES`` are never selected.
         """
         return n_bytes <= SAMPLE_BYTES and _hash_id(id_) < self._hash_limit
 

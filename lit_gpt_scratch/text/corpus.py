@@ -47,7 +47,8 @@ EARLIER_SOURCE_HASHES: Final[dict[str, type[CleaningStep]]] = {
     "ef71f33303efd7d9": Leakage,  # version 0.1
     "824cac3d6f438e0b": ExactDuplicates,  # before NearDuplicates reported truncated comparisons
 }  # fmt: skip
-"""One step of each cleaning module, keyed by the ``source_hash`` of an earlier version with the same rules."""
+"""Maps the ``source_hash`` of an earlier version of a cleaning module to one of the module's current steps; the rules
+of the two versions are the same."""
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def encode_batch(
 def _may_have_long_words(text: str) -> bool:
     """Return whether a string may contain a word or a run of whitespace with at least ``2 * LONG_WORD`` characters.
 
-    Such a word or run completely covers at least one of the consecutive windows of ``LONG_WORD`` characters, each of
-    which is checked. A text with ``SEPARATORS`` may contain long words that ``str.split`` would split.
+    The string is divided into windows of ``LONG_WORD`` characters. A word or run of twice this length fills at least
+    one window completely, so the function checks whether a window contains a single word, or only whitespace. It also
+    returns True if the string contains ``SEPARATORS``, because only ``str.split`` splits words at these characters.
     """
     return any(separator in text for separator in SEPARATORS) or any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)

@@ -51,7 +51,7 @@ MAX_REASON_CHARACTERS: Final = 200
 """Maximum number of characters of a library's error message that are quoted in an error message."""
 CSV_REASONS: Final = {
     "new-line character": "it contains a carriage return (\\r) outside quotes; convert the line endings to \\n",
-    "unexpected end of data": "a quoted field is not closed",
+    "unexpected end of data": "a quoted field has no closing quote",
     "expected after": "text follows the closing quote of a field; double the quotes inside the field",
     "field larger": f"a field is longer than {MAX_DOCUMENT_BYTES >> 20} MB",
     "NUL": "it contains a NUL byte",
@@ -89,7 +89,7 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
 
 
 def row_to_document(row: TableRow, column: str) -> Document:
-    """Convert the text in a column to a document, which is empty if the text is missing.
+    """Convert the text in a column to a document; the document is empty if the text is missing.
 
     Raises:
         UserError: The value is not a string or is too long.
@@ -352,7 +352,7 @@ class JsonValueReader:
             if self._skip("]"):
                 break
             if not self._skip(","):
-                raise ValueError("a comma is missing" if self._next_character() else "the list is not closed")
+                raise ValueError("a comma is missing" if self._next_character() else "the list has no closing bracket")
         if self._next_character():
             raise ValueError("text follows the list")
 
@@ -387,7 +387,7 @@ class JsonValueReader:
 
     def _limit(self, end: int) -> None:
         if end - self._position > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"a row is longer than {MAX_DOCUMENT_BYTES >> 20} MB, or not closed,")
+            raise ValueError(f"a row is longer than {MAX_DOCUMENT_BYTES >> 20} MB or lacks a closing bracket or quote")
 
     def _advance(self, position: int) -> None:
         self.line += self._buffer.count("\n", self._position, position)
@@ -454,7 +454,7 @@ def _read_csv(path: Path, columns: Columns | None) -> LocatedRows:
             if row_size > MAX_DOCUMENT_BYTES:
                 raise UserError(
                     f"{path}: the row that begins on line {row_start:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB, "
-                    "or a quoted field in it is not closed"
+                    "or one of its quoted fields has no closing quote"
                 )
             yield line
 

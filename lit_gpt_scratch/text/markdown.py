@@ -24,7 +24,7 @@ class Markdown(str):
 
 
 def escape_markdown(text: str) -> Markdown:
-    """Return Markdown that displays the text in a paragraph, heading, list or table; ``Markdown`` is not changed."""
+    """Return Markdown that displays a text in a paragraph, heading, list or table; return ``Markdown`` unchanged."""
     if isinstance(text, Markdown):
         return text
     text = _ENTITIES.sub(lambda found: f"&#{ord(found[0])};", escape_line(text).strip())
@@ -33,7 +33,7 @@ def escape_markdown(text: str) -> Markdown:
 
 
 def markdown_code(text: str) -> Markdown:
-    """Return Markdown that displays the text as inline code; without the code style if it contains ``|``.
+    """Return Markdown that displays a text as inline code or, if the text contains ``|``, without the code style.
 
     Whether a ``|`` in inline code ends a table cell differs between Markdown parsers.
     """

@@ -27,7 +27,7 @@ class PublishedSettings:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Ids of the tokens that end generated text: those of the generation config, otherwise those of the config."""
+        """Ids of the tokens that end generated text, from ``generation_config`` or, as a fallback, ``eos_token_id``."""
         for value in ((self.generation_config or {}).get("eos_token_id"), self.eos_token_id):
             ids = value if isinstance(value, list) else [value]
             if ids := [id_ for id_ in ids if type(id_) is int]:

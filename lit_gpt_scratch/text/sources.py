@@ -105,7 +105,7 @@ class DocumentSource:
             yield from read_rows(path, name, columns)
 
     def fingerprint(self, local: bool = False) -> str:
-        """Return a string that changes when the source changes, without reading its contents.
+        """Return a string that changes when the source changes; the contents of files are not read.
 
         The string is a hash of the names, sizes and modification times of all files, or the revision of a Hub dataset.
 
@@ -214,7 +214,7 @@ def read_documents(name: str, column: str = "text") -> Iterator[Document]:
 def no_text_message(name: str) -> str:
     """Return the error message for a source that contains no text."""
     if name == STDLIB:
-        return "this Python installation lacks its standard library sources; set --data.source to a file or folder"
+        return "the source code of the Python standard library is not installed; set --data.source to a file or folder"
     return f"{name} contains no text: no UTF-8 text file and no row with text; set data.source to another source"
 
 

@@ -23,9 +23,10 @@ ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
 """Number of signatures buffered in memory before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum number of candidates per band compared with a document; boilerplate may produce thousands of candidates."""
+"""Maximum number of candidates with which a document is compared per band; boilerplate may produce thousands."""
 SHARE_TOLERANCE: Final = 1.3
-"""Factor by which the validation text may differ from the requested size before clusters are moved between splits."""
+"""Maximum ratio, in either direction, of the actual to the requested size of the validation text; clusters are moved
+between the splits if the ratio is exceeded."""
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from lit_gpt_scratch.schema import parse_json
 
 WORKER: Final = Path(__file__).with_name("template_worker.py")
 RENDER_SECONDS: Final = 2
-"""Limit on the CPU time of a request in seconds."""
+"""Maximum CPU time of a request in seconds."""
 RENDER_MEMORY: Final = 2**29
-"""Limit on the address space of the process in bytes."""
+"""Maximum address space of the process in bytes."""
 RENDER_TIMEOUT: Final = 60
-"""Limit on the time of a request in seconds, which is longer than its CPU time if the machine is busy."""
+"""Maximum elapsed time of a request in seconds; on a busy machine, it is longer than the CPU time."""
 MAX_TEMPLATE: Final = 2**18
 """Maximum number of characters of a template; published ones have up to 20,000."""
 MAX_ANSWER: Final = 2**27
-"""Maximum size of an answer in bytes: the longest text with its characters escaped."""
+"""Maximum size of an answer in bytes, enough for a text of maximum length in which JSON escapes each character."""
 REMEDY: Final = (
     "edit chat_template.jinja in the model's Hugging Face folder, or delete it to use the template of this package, "
     "and import the model again"
@@ -31,7 +31,7 @@ REMEDY: Final = (
 
 
 class TemplateProcess:
-    """Process that renders a chat template; it starts with the first request and ends with this object.
+    """Process that renders a chat template; it starts at the first request and ends when this object is deleted.
 
     Args:
         template: Jinja template.
@@ -86,7 +86,9 @@ class TemplateProcess:
         if isinstance(texts := answer.get("texts"), list):
             return texts
         if "rejected" in answer:
-            raise UserError(f"the chat template of the model rejects the messages: {answer['rejected']}; change them")
+            raise UserError(
+                f"the chat template of the model rejects the messages: {answer['rejected']}; change the messages"
+            )
         _end_process(process, os.getpid())
         self._process = None
         raise _template_error(str(answer.get("error")))

@@ -1,10 +1,10 @@
-"""Script that renders a chat template from another source: ``python template_worker.py SECONDS BYTES``.
+"""Script that renders an untrusted chat template: ``python template_worker.py SECONDS BYTES``.
 
 A chat template is a program that somebody else wrote. It runs in the sandbox of ``jinja2``, where it has access to the
 messages only, and in this process, whose time and memory are limited for each request. The script reads one JSON value
 per line: first the template, then requests, each a list of contexts (objects with the variables of the template). For
-each line, it writes a JSON object with ``texts``, the rendered text of each context, with ``rejected``, the reason for
-which the template rejects the messages, or with ``error``.
+each line, it writes a JSON object with ``texts``, the rendered text of each context, with ``rejected``, the reason why
+the template rejects the messages, or with ``error``, the reason why rendering failed.
 """
 
 import json

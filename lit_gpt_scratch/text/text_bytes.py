@@ -63,7 +63,7 @@ class LabelByteCounter:
         return total
 
     def _before(self, shard: TokenShard, document: int, position: int) -> int:
-        """Return the number of bytes of a document that its tokens before a position in the shard represent."""
+        """Return the number of bytes of a document's text that its tokens before a shard position represent."""
         begin, n_bytes = map(int, shard.documents[document])
         last = document + 1 == len(shard.documents)
         end = shard.n_tokens if last else int(shard.documents[document + 1, 0])

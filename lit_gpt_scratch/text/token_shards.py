@@ -101,7 +101,7 @@ class TokenShard(PicklableMemmaps):
         if not re.fullmatch(r"[\w-]+", shard.name):
             raise ValueError(f"{name}.name must contain only letters, digits, '_' and '-'")
         if min(shard.n_tokens, shard.n_bytes, shard.n_documents, shard.largest) < 0:
-            raise ValueError(f"{name} has a negative number")
+            raise ValueError(f"{name} contains a negative number")
         if not shard.sizes.keys() == shard.sha256.keys() == set(SHARD_PARTS):
             raise ValueError(f"{name} does not describe the files {' and '.join(SHARD_PARTS)}")
         return shard

@@ -33,7 +33,7 @@ ROUND_TRIP_TEXTS: Final = (" A  b\r\n\tÇé…ﬁ 東京 🎉", "e\u0301 , b's \
 """Test strings. If the tokenizer normalizes text, adds or removes white space, or has no byte fallback, encoding and
 decoding change at least one of them."""
 MAX_ID_RATIO: Final = 16
-"""Maximum ratio of the largest token id to the number of tokens, because some lists have an entry for each id."""
+"""Maximum ratio of the largest token id to the number of tokens; it limits the length of lists with an entry per id."""
 
 
 class Tokenizer:
@@ -69,14 +69,14 @@ class Tokenizer:
                 f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its file, or train a new tokenizer"
             )
         if max(ids) > MAX_ID_RATIO * len(ids):
-            raise UserError(f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}; renumber them")
+            raise UserError(f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}; renumber the tokens")
         # Special tokens in documents are encoded as ordinary text, so that "<|endoftext|>" does not end a document.
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._original_json: str | None = None
-        """Content of the tokenizer file, if the backend differs from it."""
+        """Content of the tokenizer file if the backend differs from it, otherwise None."""
         self._split_special_tokens()
         self.end_of_text: int = found[0]
         self.start_of_text = self.end_of_text if start_of_text is None else start_of_text
@@ -151,10 +151,10 @@ class Tokenizer:
         return ids
 
     def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenize a text in which the names of special tokens stand for these tokens, as in a rendered template.
+        """Tokenize a text, such as a rendered template, and encode the names of special tokens as these tokens.
 
         Args:
-            text: String to tokenize, with all its special tokens; none is added.
+            text: String to tokenize, which must contain all required special tokens, because none are added.
 
         Returns:
             Token ids, (n,), and the range of characters (start, stop) that each token represents, (n,).
@@ -165,7 +165,7 @@ class Tokenizer:
 
     @cached_property
     def _parsing_backend(self) -> Backend:
-        """Tokenizer that looks up the names of special tokens; a copy, because ``encode`` must not look them up."""
+        """Copy of the backend that encodes the names of special tokens as these tokens, unlike ``encode``."""
         backend = Backend.from_str(self.to_json())
         backend.encode_special_tokens = False
         backend.no_padding()
@@ -223,7 +223,7 @@ class Tokenizer:
 
     @cached_property
     def normalizes_special_tokens(self) -> bool:
-        """Whether a text may stand for a special token without containing its name, because it is normalized first."""
+        """Whether text is normalized before special tokens are looked up, and may thus turn into their names."""
         added = self._backend.get_added_tokens_decoder().values()
         return self._backend.normalizer is not None and any(entry.special and entry.normalized for entry in added)
 
@@ -308,10 +308,12 @@ class Tokenizer:
         before = self._backend.pre_tokenizer
         self._backend.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
         if names := self._special_tokens_in_text():
-            raise UserError(f"text may contain the special token {names[0]!r}; rename it in the tokenizer file")
+            raise UserError(
+                f"text may be encoded as the special token {names[0]!r}; rename the token in the tokenizer file"
+            )
 
     def _special_tokens_in_text(self) -> list[str]:
-        """Return the names of the special tokens, except the unknown token, that result from encoding their names."""
+        """Return the special tokens, except the unknown token, whose names are encoded as the token itself."""
         found = {
             id_: name
             for name, id_ in self.special_tokens.items()

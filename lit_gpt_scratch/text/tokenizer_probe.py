@@ -1,9 +1,9 @@
 """Script that tests an untrusted tokenizer: ``python tokenizer_probe.py SECONDS BYTES < tokenizer.json``.
 
-A tokenizer file may contain regular expressions that take exponential time, replacements that multiply the text, and
-values for which the Rust library panics or aborts. Only the process of this script is affected, and its time and memory
-are limited. The script prints one line that describes the problem, or nothing if the tokenizer can be used. It imports
-nothing from the package, so that it starts in a tenth of a second.
+A tokenizer file may contain regular expressions that take exponential time, replacements that make the text many times
+longer, and values for which the Rust library panics or aborts. Only the process of this script is affected, and its
+time and memory are limited. The script prints one line that describes the problem, or nothing if the tokenizer can be
+used. It imports nothing from the package, so that it starts in a tenth of a second.
 """
 
 import json
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 RUN_LENGTH: Final = 2**13
-"""Approximate length of a sample in characters; at this length, a pattern in cubic time exceeds the time limit."""
+"""Approximate length of a sample in characters; at this length, a pattern that takes cubic time exceeds the limit."""
 MAX_UNITS: Final = 30
-"""Maximum number of characters from the patterns for which samples are built; also the maximum number of words."""
+"""Maximum number of characters, and also of words, that are taken from the patterns in the file to build samples."""
 MAX_WORD: Final = 32
-"""Number of characters from which a word is too long for a sample."""
+"""Length in characters at and above which a word from a pattern is not used in samples."""
 MAX_GROWTH: Final = 20
 """Maximum factor by which normalization or decoding may increase the length of a text."""
 CHARACTERS: Final = "aA0 \n\t.,_-'é東\u0301"
@@ -63,12 +63,12 @@ def _try_samples(tokenizer: Any, spec: Any) -> str:
             return f"its decoder turns {length:,} characters into {len(decoded):,}"
     for token, token_id in list(tokenizer.get_vocab().items())[:N_DECODED]:
         if len(tokenizer.decode([token_id])) > MAX_GROWTH * (len(token) + MAX_GROWTH):
-            return "its decoder multiplies the text"
+            return "its decoder turns a token into a much longer text"
     return ""
 
 
 def make_samples(spec: Any) -> Iterator[str]:
-    """Yield texts that can make the patterns in a tokenizer file backtrack, or its replacements multiply the text.
+    """Yield texts for which patterns in a tokenizer file may backtrack or replacements may produce long output.
 
     Each text is a long run of one character, or of one word from a pattern. It ends with characters that few patterns
     match, followed by all characters in the patterns, because a search fails immediately if a required character is

@@ -24,7 +24,8 @@ MAX_WORD_BYTES: Final = 64
 """Maximum number of bytes per word for WordPiece and Unigram. Longer words, as in genomes, Base64 and minified code,
 are split; WordPiece, which cannot encode long words, also splits them for encoding."""
 MAX_BPE_WORD_BYTES: Final = 256
-"""Maximum number of bytes per word in training BPE, and therefore of a token; longer words are split for training only.
+"""Maximum number of bytes per word when BPE is trained, and therefore per token. Longer words are split for training
+only.
 
 The run time of the trainer of ``tokenizers`` is quadratic in the length of a word.
 """
@@ -37,7 +38,8 @@ The run time is proportional to the total number of bytes of all distinct words.
 words are distinct, and a small sample of them has the same statistics.
 """
 UNIGRAM_BYTES: Final = 2**18
-"""Minimum total number of bytes of the distinct words on which Unigram is trained, starting with the most frequent."""
+"""Maximum total size in bytes of the distinct words on which Unigram is trained; the most frequent words are used. The
+maximum is ``UNIGRAM_BYTES_PER_TOKEN`` times the vocabulary size if that is larger."""
 UNIGRAM_BYTES_PER_TOKEN: Final = 64
 
 

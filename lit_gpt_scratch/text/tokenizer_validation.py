@@ -14,17 +14,17 @@ from lit_gpt_scratch.terminal_output import quote_short
 
 PROBE: Final = Path(__file__).with_name("tokenizer_probe.py")
 PROBE_SECONDS: Final = 2
-"""Limit on the CPU time of the probe in seconds."""
+"""Maximum CPU time of the probe in seconds."""
 PROBE_MEMORY: Final = 3 * 2**29
-"""Limit on the address space of the probe in bytes; a tokenizer of 256,000 tokens requires a third of it."""
+"""Maximum address space of the probe in bytes, three times as much as a tokenizer of 256,000 tokens requires."""
 PROBE_TIMEOUT: Final = 60
-"""Limit on the run time of the probe in seconds, which is longer than its CPU time if the machine is busy."""
+"""Maximum elapsed time of the probe in seconds; on a busy machine, it is longer than the CPU time."""
 MAX_BYTES: Final = 2**27
 """Maximum size of a ``tokenizer.json`` in bytes."""
 MAX_REPLACEMENT: Final = 100
 """Maximum number of characters in a string that a normalizer or decoder inserts, or substitutes for another string."""
 MAX_COMPONENTS: Final = 8
-"""Maximum number of components in a tokenizer that is used without a probe."""
+"""Maximum number of components of a tokenizer that is used without a probe; with more components, it is probed."""
 LINEAR_PATTERN: Final = r"(\.|\\[sSdDwW]|\[(\\[sSdDwW]|[^\[\]\\])*\])(\{\d+(,\d+)?\}|[+*?])?"
 """Pattern that matches a regular expression with one repeated character class, which therefore takes linear time."""
 PLAIN_COMPONENTS: Final = {
@@ -35,7 +35,8 @@ PLAIN_COMPONENTS: Final = {
     "post_processor": {"ByteLevel"},
     "decoder": {"ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Fuse", "ByteFallback"},
 }  # fmt: skip
-"""Types of components that take linear time and do not multiply the text, regardless of their settings."""
+"""Types of components whose run time and output are at most proportional to the length of the text, with any
+settings."""
 PLAIN_MODELS: Final = ("BPE", "WordPiece", "WordLevel", "Unigram")
 
 _valid: set[str] = set()
@@ -89,7 +90,7 @@ def _probe(text: str) -> None:
     if done is None or done.returncode:
         raise UserError(
             "encoding and decoding short texts with the tokenizer takes too much time or memory, because of a pattern "
-            "that backtracks or a replacement that multiplies the text; use another tokenizer"
+            "that backtracks or a replacement that makes the text much longer; use another tokenizer"
         )
     if problem := done.stdout.decode(errors="replace").strip():
         raise UserError(f"the content is not a valid tokenizer: {quote_short(problem)}")
@@ -106,7 +107,7 @@ def _list_components(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_plain(kind: str, part: dict[str, Any]) -> bool:
-    """Return whether a component takes linear time, and does not multiply the text."""
+    """Return whether a component's run time and output are at most proportional to the length of the text."""
     if part.get("type") in ("Split", "Replace"):
         pattern, content = part.get("pattern"), part.get("content", "")
         if isinstance(pattern, dict) and isinstance(content, str):

@@ -151,7 +151,10 @@ def _ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 
 
 def _without_overlaps(found: Int64Array) -> Int64Array:
-    """Keep every second position of each consecutive run, as when merging ``a a`` in ``a a a`` from the left."""
+    """Keep every second position in each run of consecutive positions, starting with the first.
+
+    The pairs at consecutive positions overlap: in ``a a a``, only the first pair ``a a`` can be merged.
+    """
     begins = np.diff(found, prepend=-2) != 1
     run_start = found[np.flatnonzero(begins)][np.cumsum(begins) - 1]
     kept: Int64Array = found[(found - run_start) % 2 == 0]

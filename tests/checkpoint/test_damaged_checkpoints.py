@@ -3,7 +3,6 @@
 import json
 import random
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +32,7 @@ from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.tasks import LanguageModel
 from tests.conftest import TINY, sentences
 from tests.end_to_end import forked
-from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json
+from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json, refuse_in_one_line
 
 Build = Callable[..., L.Trainer]
 
@@ -137,11 +136,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: " ".join(sizes))
 def test_sizes_are_compared_with_the_tensors(saved: dict[str, Any], tmp_path: Path, sizes: dict[str, Any]) -> None:
     save_checkpoint(changed(saved, **sizes), tmp_path / "x.ckpt")
-    began = time.process_time()
-    with pytest.raises(UserError) as refused:
-        build_model(load_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt")
-    assert "\n" not in str(refused.value)
-    assert time.process_time() - began < 5
+    refuse_in_one_line(lambda: build_model(load_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt"))
 
 
 LIMITED = """
@@ -345,11 +340,7 @@ def test_hostile_adapter(adapter: tuple[Any, Path], tmp_path: Path, change: dict
     for name, value in change.items():
         metadata[name] = {**metadata[name], **value} if isinstance(value, dict) else value
     export_safetensors({METADATA_KEY: metadata, "state_dict": contents["state_dict"]}, "", tmp_path / "x.safetensors")
-    began = time.process_time()
-    with pytest.raises(UserError) as refused:
-        apply_adapter(base, tmp_path / "x.safetensors")
-    assert "\n" not in str(refused.value)
-    assert time.process_time() - began < 5
+    refuse_in_one_line(lambda: apply_adapter(base, tmp_path / "x.safetensors"))
 
 
 def test_deep_metadata_of_safetensors(saved: dict[str, Any], tmp_path: Path) -> None:

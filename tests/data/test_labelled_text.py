@@ -153,6 +153,9 @@ def test_long_records(tmp_path: Path, flags: dict[str, Any], sizes: list[int]) -
     found = {tuple(len(part.ids) for part in example.sequences) for example in data.examples["train"]}
     assert found == {(6,), *([tuple(sizes)] if sizes else [])}
     read = "".join(long)[: sum(sizes) - len(sizes)]
+    mean = sum(len(example.sequences) for example in data.examples["train"]) / len(data.examples["train"])
+    assert data.windows_per_row == math.ceil(mean)
+    assert data.tokens_per_batch == 8 * 12 * data.windows_per_row
     texts, labels = data.labelled_texts("train")
     assert set(texts) == {"short", *([read] if sizes else [])}
     assert len(labels) == len(texts)

@@ -59,7 +59,7 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1))))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_best_fit_decreasing_matches_its_definition(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
     fill = np.bincount(best_fit_decreasing(np.array(lengths), capacity), weights=lengths)

@@ -149,6 +149,8 @@ STAGES = {
     ],
 }  # fmt: skip
 """Flags added to those of ``small``, by stage."""
+COMBINED = ("instructions, adapters", "classes, adapters")
+"""Stages whose task and whose adapters occur in other stages, too: slow in tests that train several times."""
 
 
 @pytest.fixture

@@ -3,8 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
+from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint
+from lit_gpt_scratch.data import LabelledText
+from lit_gpt_scratch.evaluation.classification_eval import classify
 from tests.end_to_end.conftest import Command, Trained
 
 FOLDER = Path(__file__).parents[2] / "experiments/finetune"
@@ -28,3 +33,32 @@ def test_experiment_starts_from_its_base_model(
     assert ("; new head; " in outcome.err) == name.startswith("spam")
     share = summary["trained_parameters"] / summary["parameters"]
     assert share < 0.05 if name.endswith("_lora") else share == 1
+
+
+def test_classification_stops_early_and_tests_its_best_checkpoint(command: Command, cache: Path) -> None:
+    """With a learning rate so high that later epochs are worse, the test metrics are those of an earlier checkpoint."""
+    flags = [
+        "--model=Classification", "--data=LabelledText", f"--data.cache={cache}", "--data.vocab_size=300",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=16", "--model.compile=false",
+        "--model.optimizer.adamw_lr=1.0", "--model.patience=2", "--data.batch_size=32", "--trainer.accelerator=cpu",
+        "--inspect.every_n_steps=0", "--guard=off",
+    ]  # fmt: skip
+    outcome = command("fit", *flags, "--experiment=classes")
+    assert outcome.code == 0, outcome.err
+    run = Path("runs/classes/version_0")
+    losses = dict(read_curves(run)["val/loss"])
+    best = min(losses, key=lambda step: float(losses[step]))
+    [checkpoint] = run.glob("checkpoints/step=*.ckpt")
+    assert checkpoint.name == f"step={best + 1}.ckpt"
+    epochs = sorted(losses)
+    assert epochs.index(best) == len(epochs) - 3 < 7  # two more epochs, fewer than the default of 8 in all
+    assert f"testing {checkpoint.name}, which has the lowest validation loss" in outcome.err
+    assert f"evaluate {checkpoint}" in outcome.err
+
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    data = LabelledText(cache=str(cache), vocab_size=300)
+    data.setup("test")
+    trained = build_model(load_checkpoint(checkpoint), checkpoint)
+    texts, labels = data.labelled_texts("test")
+    predicted = classify(trained.net, trained.tokenizer, texts, "mean").argmax(-1)
+    assert summary["test/accuracy"] == pytest.approx((predicted == np.array(labels)).mean())

@@ -10,7 +10,7 @@ import pytest
 from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from tests.end_to_end import forked
-from tests.end_to_end.conftest import STAGES
+from tests.end_to_end.conftest import COMBINED, STAGES
 
 TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
@@ -26,7 +26,10 @@ def fit(folder: Path, *flags: str) -> Path:
 UNEVEN = ["--data.packing=one_document", "--data.document_mask=true"]
 
 
-@pytest.mark.parametrize(("stage", "more"), [*((stage, []) for stage in STAGES), ("pretraining", UNEVEN)])
+ROWS = [pytest.param(stage, [], marks=[pytest.mark.slow] * (stage in COMBINED)) for stage in STAGES]
+
+
+@pytest.mark.parametrize(("stage", "more"), [*ROWS, ("pretraining", UNEVEN)])
 def test_two_processes_train_as_one(
     staged: Callable[[str], list[str]], tmp_path: Path, stage: str, more: list[str]
 ) -> None:
@@ -39,7 +42,7 @@ def test_two_processes_train_as_one(
         sides = ("train/loss", "val/", "test/", "step", *(["tokens"] if packed else []))
         return {name: value for name, value in summary.items() if name.startswith(sides) and "per_second" not in name}
 
-    flags = staged(stage)
+    flags = [*staged(stage), "--trainer.max_steps=6"]
     width = max(int(flag.partition("=")[2]) for flag in flags if "block_size" in flag)
     step = f"--data.tokens_per_step={4 * width}"
     alone = figures(fit(tmp_path / "alone", *flags, *more, "--data.batch_size=2", step))

@@ -19,7 +19,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end import forked
-from tests.end_to_end.conftest import STAGES, Command, Trained
+from tests.end_to_end.conftest import COMBINED, STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -76,9 +76,10 @@ def test_a_change_that_matters_is_rejected_unless_forced(
 def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""
     average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
-    started = command("fit", *staged(stage), *average, "--experiment=average")
+    average += ["--experiment=average", "--trainer.max_steps=4", "--trainer.limit_val_batches=2"]
+    started = command("fit", *staged(stage), *average)
     assert started.code == 0, started.err
-    again = command("fit", "--experiment=average", "--ckpt_path=last", "--trainer.max_steps=14")
+    again = command("fit", "--experiment=average", "--ckpt_path=last", "--trainer.max_steps=6")
     assert again.code == 0, again.err
 
 
@@ -389,7 +390,9 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage in COMBINED)) for stage in STAGES]
+)
 def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     flags = [*staged(stage), "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]
     if not stage.startswith(("preferences", "on-policy")):  # these stages have no dropout

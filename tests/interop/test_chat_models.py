@@ -360,7 +360,7 @@ def test_fine_tuning_uses_the_template_of_the_model(chat_model: Path, tmp_path: 
         ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}",
-            "renders the messages before message 2 in another way if a reply follows",
+            "renders the messages before message 2 differently if a reply follows them",
         ),
         ("{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}", "rejects the messages: no"),
         ("{{ messages[9].content }}", "cannot be used: .*has no element 9"),

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import struct
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY
 from tests.interop.conftest import VOCABULARY, change
-from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json, nested_json
+from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json, nested_json, refuse_in_one_line
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +69,7 @@ def sharded(copy: Path) -> Path:
 )  # fmt: skip
 def test_sizes_are_compared_with_the_tensors(copy: Path, fields: dict[str, Any]) -> None:
     change(copy, **fields)
-    began = time.process_time()
-    with pytest.raises(UserError) as refused:
-        read_hf_checkpoint(copy)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 1000
-    assert time.process_time() - began < 5
+    refuse_in_one_line(lambda: read_hf_checkpoint(copy), 1000)
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX_FILE, "tokenizer.json"])

@@ -47,9 +47,9 @@ def test_one_batch_can_be_memorised(
     )
     gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
-    trainer(max_steps=300, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
+    trainer(max_steps=150, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
     nats, tokens = token_cross_entropy(model.net.eval()(data.batch["input_ids"]), data.batch["labels"])
-    assert (nats / tokens).item() < 0.05
+    assert (nats / tokens).item() < 0.05, (nats / tokens).item()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -271,17 +271,22 @@ def test_bare_loaders_are_rejected(task: Callable[..., LanguageModel], trainer: 
 
 
 @pytest.mark.skipif(bool(explain_no_compile(torch.device("cpu"))), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("validate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_and_eager_agree_and_compiled_is_deterministic(
-    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], validate: bool
 ) -> None:
-    def loss(compile: bool) -> float:
+    """Validation is compiled separately, which takes ten seconds; without it, the trained weights are compared."""
+
+    def result(compile: bool) -> float:
         L.seed_everything(0)
         model = task(compile=compile, gpt=GPTConfig(n_layer=1, n_head=2, n_embd=32))
-        run = trainer(max_steps=5, callbacks=[ValidateAtEnd()])
+        run = trainer(max_steps=5, callbacks=[ValidateAtEnd()], limit_val_batches=1.0 if validate else 0)
         run.fit(model, packed_text())
         assert not any("_orig_mod" in name for name in model.state_dict())
-        return run.callback_metrics["val/loss"].item()
+        if validate:
+            return run.callback_metrics["val/loss"].item()
+        return sum(weight.double().abs().sum().item() for weight in model.state_dict().values())
 
-    compiled = loss(True)
-    assert compiled == pytest.approx(loss(False), rel=1e-4)
-    assert compiled == loss(True)
+    compiled = result(True)
+    assert compiled == pytest.approx(result(False), rel=1e-4)
+    assert compiled == result(True)

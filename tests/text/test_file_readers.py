@@ -138,7 +138,7 @@ def test_list_behind_an_empty_line(tmp_path: Path, name: str) -> None:
     ("text", "message"),
     [
         ('{"text":\n "a"}\n{"text"\n"b"}', r"a\.json is not valid JSON \(line 4\): Expecting ':' delimiter"),
-        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is not valid JSON \(line 2\): the list is not closed"),
+        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is not valid JSON \(line 2\): the list has no closing bracket"),
         ('[{"text": "a"}\n{"text": "b"}]', r"a\.json is not valid JSON \(line 2\): a comma is missing"),
         ('[{"text": "a"},\n]', r"a\.json is not valid JSON \(line 2\): Expecting value"),
         ('[{"text": "a"}]\n\n[]', r"a\.json is not valid JSON \(line 3\): text follows the list"),
@@ -289,7 +289,7 @@ def test_columns_without_names_at_the_end_of_a_csv_file(tmp_path: Path) -> None:
     [
         ("text,n\ra,1\rb,2\r", r"line 1 cannot be read: it contains a carriage return \(\\r\) outside quotes; convert"),
         ("text,n\na\rb,1\n", r"line 2 cannot be read: it contains a carriage return \(\\r\) outside quotes"),
-        ('text,n\n"a,1\n', "line 2 cannot be read: a quoted field is not closed"),
+        ('text,n\n"a,1\n', "line 2 cannot be read: a quoted field has no closing quote"),
         ('text,n\n"a"b,1\n', "line 2 cannot be read: text follows the closing quote of a field"),
     ],
 )

@@ -54,7 +54,7 @@ def test_stdlib_excludes_tests_and_generated_tables() -> None:
 
 def test_missing_stdlib_sources_error_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(UserError, match=r"lacks its standard library sources.*--data.source"):
+    with pytest.raises(UserError, match=r"source code of the Python standard library is not installed.*--data.source"):
         list(read_documents("stdlib"))
 
 

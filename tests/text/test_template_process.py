@@ -70,7 +70,7 @@ def test_problems_are_one_line(template: str, message: str) -> None:
 
 def test_messages_that_a_template_rejects() -> None:
     template = TemplateProcess("{% if messages %}{{ raise_exception('no\nsystem') }}{% endif %}ok")
-    with pytest.raises(UserError, match="rejects the messages: no system; change them"):
+    with pytest.raises(UserError, match="rejects the messages: no system; change the messages"):
         template.render([{"messages": MESSAGES}])
     assert template.render([{"messages": []}] * 2) == ["ok", "ok"]
 

@@ -40,7 +40,7 @@ def trained() -> dict[str, Tokenizer]:
 
 
 @given(text=st.text())
-@settings(max_examples=200)
+@settings(max_examples=100)
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_any_text_round_trips(trained: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = trained[kind]
