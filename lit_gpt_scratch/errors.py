@@ -42,7 +42,7 @@ KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited u
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, the exception that caused it or was being handled when it was raised, and so on.
+    """Yield an exception, then its ``__cause__`` (or else its ``__context__``), and so on up to the first exception.
 
     An exception that occurs repeatedly in this chain is yielded once.
     """

@@ -35,7 +35,7 @@ def global_seed() -> int:
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Return whether gradients accumulate beyond this micro-batch.
+    """Return whether more micro-batches follow this micro-batch in the same optimizer step.
 
     The last micro-batch of an epoch always completes an optimizer step.
     """
@@ -53,7 +53,7 @@ def can_stop_early(trainer: Trainer) -> bool:
 
 
 def set_logging_step(trainer: Trainer, step: int) -> None:
-    """Set the step number that Lightning uses for logging, because its count is off by one after resuming."""
+    """Set the step number that Lightning uses for logging; after resuming, Lightning's own number is off by one."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 

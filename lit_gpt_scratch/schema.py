@@ -14,13 +14,13 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from typing_extensions import is_typeddict
 
 MAX_JSON_BYTES: Final = 2**24
-"""Default maximum size of a JSON file in bytes; its parsed content may take about twenty times as much memory."""
+"""Default maximum size of a JSON file in bytes; the parsed content may take about twenty times as much memory."""
 MAX_DEPTH: Final = 64
 """Maximum nesting depth of a JSON file, because functions that copy, compare or write values are recursive."""
 MAX_INT: Final = 2**63 - 1
 """Maximum absolute value of an integer; larger values do not fit into a tensor or an array."""
 MAX_SHOWN: Final = 40
-"""Maximum number of characters of a value in an error message."""
+"""Maximum number of characters that an error message quotes from a value; the rest is omitted."""
 TYPE_NAMES: Final[dict[Any, str]] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list",
     dict: "an object", NoneType: "null",
@@ -176,7 +176,7 @@ def _describe_type(hint: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; JSON may contain unpaired surrogates, which cannot."""
+    """Return whether a string can be encoded as UTF-8; unpaired surrogates, which JSON may contain, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -114,7 +114,7 @@ class PeriodicCallback(Callback):
         """Take measurements after the optimizer step, which Lightning logs as step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Return whether measurements are due at a step: step 1 (the first) or a multiple of ``every_n_steps``."""
+        """Return whether measurements are due at a step: at step 1 and at each multiple of ``every_n_steps``."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
@@ -157,7 +157,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Return whether the run reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks return the same."""
+    """Return whether this batch completes ``max_steps`` or ``max_epochs``; the result is the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
@@ -182,7 +182,7 @@ class CheckpointingState(TypedDict):
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     """Callback that saves ``last.ckpt`` for resuming, and the models with the lowest validation loss.
 
-    ``last.ckpt`` is saved between two optimizer steps, after the first of them has been logged. It is never saved
+    ``last.ckpt`` is saved between two optimizer steps, once the earlier step has been logged. It is never saved
     between the micro-batches of a step, because the accumulated gradients would be lost. It is also saved before and
     after each validation run. If a run is resumed from a checkpoint saved before a validation run, it starts with that
     validation run.
@@ -219,7 +219,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """Validation loss of each saved best model, keyed by file name and sorted from lowest to highest."""
+        """Validation loss of each checkpoint that is kept as one of the best, keyed by file name, lowest loss first."""
         self.untested = False
         """Whether the resumed run has finished training and only its test run is still due; set when resuming."""
         self._has_test_data = False
@@ -253,7 +253,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove partial files left by a killed run, and start the validation run that it did not finish, if any."""
+        """Remove partial files of a killed run, and start the validation run that the killed run left unfinished."""
         self._reducer = HostReducer(collective_timeout(trainer))
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
@@ -359,7 +359,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         if trainer.is_global_zero and not folder.path.is_dir():
             raise UserError(
                 f"{folder.path} was deleted or moved during the run, so step {trainer.global_step} cannot be saved; "
-                "restore the folder and resume the run, or start a new one"
+                "restore the folder and resume the run, or start a new run"
             )
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
@@ -392,9 +392,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         return self.folder.checkpoints / next(iter(self.best)) if self.folder and self.best else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record of the best models, and three flags.
+        """Return the record of the best models, and three booleans.
 
-        The flags state whether a validation run is still due, whether test data exists, and whether a callback ended
+        The booleans state whether a validation run is still due, whether test data exists, and whether a callback ended
         the run.
         """
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}

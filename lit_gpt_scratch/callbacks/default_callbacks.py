@@ -32,12 +32,12 @@ def default_callbacks(
 
     Args:
         run_files: Callbacks that write the run's flags and provenance to its directory.
-        inspection: Callback that logs activation statistics; its interval and prompts are also used by related
-            callbacks.
+        inspection: Callback that logs activation statistics. ``GradientStats``, ``LossBreakdown`` and ``Samples`` use
+            its settings as well.
         signals: Callback that stops the run when a signal is received.
         checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
-        guard: Mode of the spike guard, which handles steps with spikes or non-finite values.
+        guard: Mode of ``SpikeGuard``, which handles steps with spikes or non-finite values.
         max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
     """
     measuring = [

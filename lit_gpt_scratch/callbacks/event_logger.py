@@ -27,7 +27,7 @@ from lit_gpt_scratch.errors import exception_chain
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS: Final = 120
-"""Interval in seconds; if the last write to disk is older than this, the next event writes all pending events."""
+"""Time in seconds since the last write to disk after which a new event causes all pending events to be written."""
 
 _numbers = count()
 _reported: set[str] = set()
@@ -51,7 +51,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
 
 
 def tolerate_logger_errors(logger: Logger) -> None:
-    """Make the methods of a logger log the first ``OSError`` and ignore later ones, instead of raising them."""
+    """Make the methods of a logger log the first ``OSError`` and ignore further errors, instead of raising them."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, partial(_call_tolerantly, logger, name))  # not a closure, because loggers are pickled
 
@@ -68,7 +68,7 @@ def _report(name: str, error: OSError) -> None:
 
 
 class EventFile:
-    """TensorBoard event file whose write errors are not raised; only the first one is logged.
+    """TensorBoard event file whose write errors are not raised; only the first error is logged.
 
     Events that could not be written are dropped. The file is truncated to its last complete event, so that later events
     can be read once the disk has free space again. Events are encoded and written in a background thread.
@@ -93,7 +93,7 @@ class EventFile:
         return str(self.path.parent)
 
     def add_event(self, event: Event) -> None:
-        """Add an event, to be written with the next flush or the first event ``FLUSH_SECONDS`` after the last write."""
+        """Add an event; write all pending events if the last write was ``FLUSH_SECONDS`` or more ago."""
         self._thread.submit(self._append, event.SerializeToString())
 
     def flush(self) -> None:
@@ -161,8 +161,8 @@ class RunLogger(TensorBoardLogger):
 
     Args:
         folder: The run folder, ``<runs>/<experiment>/version_N``.
-        first_step: Step from which the run continues; TensorBoard discards the points of earlier sessions at this step
-            and later.
+        first_step: Step from which the run continues; TensorBoard discards the points that earlier sessions have logged
+            at or after this step.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -282,9 +282,12 @@ LENS_POSITIONS: Final = 8
 """Maximum number of token positions shown in the logit lens table."""
 HISTOGRAM_BINS: Final = 64
 MAX_HISTOGRAM_VALUES: Final = 2**15
-"""Approximate maximum number of values per tensor in a histogram; subsampling reduces the time by a factor of ten."""
+"""Approximate maximum number of values per tensor in a histogram; larger tensors are subsampled to save time."""
 MAX_PROJECTOR_TOKENS: Final = 512
-"""Maximum number of tokens in the projector. The lowest ids are used: special tokens, bytes and frequent merges."""
+"""Maximum number of tokens in the projector. A larger vocabulary is reduced to its lowest ids.
+
+These are the special tokens, the bytes and the most frequent merges.
+"""
 
 
 class ActivationPlots:
@@ -365,7 +368,10 @@ class ActivationPlots:
                 cells.append(Markdown(f"{mark}{name} {share:.0%}") if share == share else "NaN")
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
         table = format_markdown_table(rows, "<" * len(rows[0]))
-        return f"Most probable output after each token if the network ended at that layer; ✓ if correct.\n\n{table}"
+        return (
+            "Most probable output after each token (column) if the network ended after the layer of the row; "
+            f"✓ if correct.\n\n{table}"
+        )
 
     def _target_name(self, id_: int) -> str:
         return "" if id_ == IGNORE_INDEX else markdown_code(printable_token(self.data.tokenizer, id_))

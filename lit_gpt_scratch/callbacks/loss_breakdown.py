@@ -19,7 +19,7 @@ from lit_gpt_scratch.text.markdown import markdown_code_block
 PASSAGE_LENGTH: Final = 32
 """Number of labels per passage."""
 N_PASSAGES: Final = 8
-"""Number of hardest passages shown."""
+"""Maximum number of passages shown: those with the highest loss."""
 MAX_COUNTED_WINDOWS: Final = 2048
 """Maximum number of training windows in which token frequencies are counted."""
 

@@ -121,7 +121,7 @@ class RunProgressBar(ProgressBar):
             self._bar = None
 
     def _status(self, trainer: L.Trainer, name_step: bool = False) -> str:
-        """Format the training loss and speed; name the step if the loss is not current or ``name_step`` is set."""
+        """Format the training loss and speed; add the step of the loss if it is not current or ``name_step`` is set."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         parts = []

@@ -200,7 +200,10 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
 
 
 MAX_USEFUL_EPOCHS = 4
-"""Number of epochs up to which repeated data is about as useful as new data (https://arxiv.org/abs/2305.16264)."""
+"""Maximum number of epochs for which repeated data is about as useful as new data (https://arxiv.org/abs/2305.16264).
+
+For more epochs, the run plan suggests more text instead of more steps.
+"""
 
 
 PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
@@ -208,7 +211,7 @@ PURPOSES: Final = {"train": "training", "validation": "validation", "test": "tes
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the plan that describe the data, as (name, text) pairs."""
+    """Yield the lines of the run plan that describe the data, as (name, text) pairs."""
     if counts := data.split_counts:
         sizes = [
             f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens "
@@ -332,14 +335,14 @@ Curves are specified by metric names or regular expressions.
 
 
 class TensorBoardLayout(Callback):
-    """Callback that logs the plan, the cleaning reports, the longest tokens and the chart layout to TensorBoard.
+    """Callback that logs the run plan, the cleaning reports, the longest tokens and the chart layout to TensorBoard.
 
     It must follow ``RunPlan`` and ``BaselineMetrics`` in the list of callbacks. A resumed run logs only the chart
     layout.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the chart layout and, for a new run, the plan, the cleaning reports and the longest tokens."""
+        """Log the chart layout and, for a new run, the run plan, the cleaning reports and the longest tokens."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
             board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run

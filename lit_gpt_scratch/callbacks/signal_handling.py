@@ -80,7 +80,7 @@ class SignalHandling(StopBetweenSteps):
             _exit(signum)
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process with code 128 + signal number, or 0 if Lightning would otherwise kill rank 0."""
+        """Exit this process with code 128 + signal number or, if this code would make Lightning kill rank 0, with 0."""
         exit_rank(trainer, 128 + self.signum)
 
     def stop(self, trainer: L.Trainer) -> NoReturn:
@@ -95,7 +95,7 @@ class SignalHandling(StopBetweenSteps):
 
 
 def exit_rank(trainer: L.Trainer, code: int) -> NoReturn:
-    """Exit this process with an exit code, or with 0 if Lightning would otherwise kill rank 0."""
+    """Exit this process with a code; exit with 0 instead if any other code would make Lightning kill rank 0."""
     if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
         raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
     raise SystemExit(code)

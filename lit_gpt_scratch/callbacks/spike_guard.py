@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 GuardMode = Literal["off", "warn", "act"]
 GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
 MAX_REWINDS: Final = 3
-"""Maximum number of rewinds to the same checkpoint; after that, the new loss level is accepted as normal."""
+"""Maximum number of rewinds to the same checkpoint; if they do not help, the new loss level is accepted as normal."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
-"""Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
+"""Maximum number of consecutive skipped steps; after that, the run stops, because the model no longer learns."""
 GAVE_UP_EXIT_CODE: Final = 3
-"""Exit code of ``fit`` if the guard has stopped the run."""
+"""Exit code of ``fit`` if ``SpikeGuard`` has stopped the run."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
 """Step classifications in order of severity; all ranks use the most severe classification of any rank."""
 
@@ -98,7 +98,7 @@ class SpikeGuard(RunDirCallback):
         return self.mode == "act" and self.detector.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Register the guard as the step filter of the task."""
+        """Register this callback as the step filter of the task, which decides whether the optimizer applies a step."""
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
@@ -217,7 +217,7 @@ class SpikeGuard(RunDirCallback):
         self._outdated = None if before is None else self._path(before)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Reset ``good`` if its checkpoint is missing, and remove other good checkpoints left by a killed run."""
+        """Set ``good`` to None if its checkpoint is missing, and remove all other good checkpoints."""
         own = None if self.good is None else self._path(self.good)
         if self._ranks.max(own is not None and not own.is_file()):
             log.warning("guard: %s is missing; the run cannot be rewound until the next good checkpoint is saved", own)
@@ -271,15 +271,15 @@ class SpikeGuard(RunDirCallback):
 
 
 def guard_gave_up(trainer: L.Trainer) -> bool:
-    """Return whether a spike guard has stopped the run of a trainer; the same on every rank."""
+    """Return whether ``SpikeGuard`` has stopped the run of a trainer; the result is the same on every rank."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return any(isinstance(callback, SpikeGuard) and callback.gave_up for callback in callbacks)
 
 
 EXCERPT_LENGTH = 160
-"""Maximum number of characters of text shown per window."""
+"""Maximum number of characters of text quoted from a window in a report."""
 N_HARDEST_ROWS = 3
-"""Maximum number of windows reported per step."""
+"""Maximum number of windows reported per step: those with the highest loss."""
 
 
 def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:

@@ -38,7 +38,7 @@ from lit_gpt_scratch.text.atomic_files import atomic_file
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Number of validation tokens above which the ``xz`` baseline is omitted, because it would take over ten seconds."""
+"""Maximum number of validation tokens for the ``xz`` baseline, which would take over ten seconds for more tokens."""
 
 
 class BaselineMetrics(Callback):
@@ -173,7 +173,9 @@ class RunMetadata(RunDirCallback):
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
         if first != own:
-            raise UserError(f"rank 0 would resume from {first}, but this rank from {own}; pass --ckpt_path {first}")
+            raise UserError(
+                f"rank 0 would resume from {first}, but this rank would resume from {own}; pass --ckpt_path {first}"
+            )
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
@@ -201,7 +203,7 @@ class RunMetadata(RunDirCallback):
 
 
 class LossTrace(RunDirCallback):
-    """Callback that saves the loss at every step and the full gradient at the first step to ``trace.pt``.
+    """Callback that saves the loss of every step and the full gradient of the first step to ``trace.pt``.
 
     The gradient is saved as the optimizer receives it, that is, after clipping. The loss must be logged at every
     step (``--trainer.log_every_n_steps 1``). TensorBoard stores values in float32, which is not precise enough to
@@ -320,7 +322,7 @@ class RunSummary(RunDirCallback):
             folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, float]:
-        """Return the duration of the run so far in seconds, from which a resumed run continues to count."""
+        """Return the duration of the run so far in seconds; a resumed run adds its own duration."""
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:

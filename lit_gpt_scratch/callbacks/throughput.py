@@ -30,7 +30,7 @@ TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 
 
 FIRST_STEPS = 8
-"""Number of steps from which the median step time is computed. The first step, which compiles, is excluded."""
+"""Number of steps that are timed to compute the median step time. The first step, which compiles, is excluded."""
 
 
 @runtime_checkable
@@ -179,7 +179,7 @@ class Throughput(Callback):
         return self.timed_tokens / self.seconds if self.seconds else None
 
     def utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Return the model FLOPs utilization at the given speed, relative to each value in ``peaks``."""
+        """Return the model FLOPs utilization at the given speed, once for each peak FLOP/s in ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property
@@ -223,7 +223,7 @@ class Throughput(Callback):
         self._timer.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of training tokens, from which a resumed run continues to count."""
+        """Return the number of training tokens so far; a resumed run continues the count."""
         return {"tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,7 +238,7 @@ def time_shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """Return the dtype of matmuls in training: the autocast dtype, or without autocast the dtype of the weights."""
+    """Return the dtype of matmuls in training: the autocast dtype or, without autocast, the dtype of the weights."""
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype

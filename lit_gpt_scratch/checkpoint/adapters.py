@@ -74,7 +74,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
 
     Raises:
         UserError: The file contains no adapter, is incomplete, refers to code that is not trusted, or was trained on
-            another base model.
+            a different base model.
     """
     loaded = load_safetensors(adapter, "")
     metadata = CheckpointMetadata.from_checkpoint(loaded)
@@ -86,8 +86,8 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
     assert lora is not None
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
         raise UserError(
-            f"{adapter} belongs to another base model: it was trained on different weights; "
-            "as the checkpoint, pass the model that the adapter was trained on"
+            f"{adapter} was trained on the weights of a different base model; "
+            "pass the checkpoint of the base model on which the adapter was trained"
         )
     weights, trained = loaded["state_dict"], base.net.state_dict()
     try:  # before memory is allocated, since the sizes in the metadata may be wrong

@@ -111,7 +111,7 @@ def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
     """Count the points at which the logged curves of two runs differ, for each tag.
 
-    If one run logged a point twice and the other logged it once, this counts as a difference, unless the tag matches
+    A point that one run logged twice and the other run once counts as a difference, unless the tag matches
     ``REPEATABLE_TAGS``.
     """
     a, b = read_curves(one), read_curves(other)

@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _validate_state_dict(state: Any, path: Path) -> None:
-    """Check that a state dict contains only dense tensors, whose total size is at most twice that of the stored data.
+    """Check that a state dict contains only dense tensors, with at most twice the total size of the stored data.
 
     Raises:
         UserError: The state dict contains other values, or tensors that repeat the stored data.
@@ -146,7 +146,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
         expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:
         raise UserError(
-            f"{path} contains a model that cannot be built: {error}; use a file that is not damaged, with the version "
+            f"{path} contains a model that cannot be built: {error}; use an undamaged file, and the version "
             "of lit_gpt_scratch that wrote it"
         ) from error
     validate_tensors(weights, expected, str(path))

@@ -37,8 +37,8 @@ class CheckpointMetadata:
         rewards: Whether the head predicts the reward of a conversation.
         window_size: Maximum number of tokens per window of a classifier; None if a window has ``block_size`` tokens.
         max_windows: Maximum number of windows into which a classifier splits a text.
-        published: Fields of the ``PublishedSettings`` of the published model that the weights or the initial weights
-            come from; None if there is no such model.
+        published: Fields of the ``PublishedSettings`` if this model was imported from a published model or fine-tuned
+            from an imported model; otherwise None.
     """
 
     gpt: dict[str, Any]
@@ -58,7 +58,7 @@ class CheckpointMetadata:
 
     @property
     def windows(self) -> Windows:
-        """Windows into which a classifier splits a text."""
+        """Size and maximum number of the windows into which a classifier splits a text."""
         return Windows(self.block_size if self.window_size is None else self.window_size, self.max_windows)
 
     @property

@@ -20,13 +20,13 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import find_unfinished
 
 STARTUP_KILL_SHARE: Final = 0.2
-"""Fraction of kills that are scheduled for the startup of a run, before its first step."""
+"""Fraction of kills that are scheduled to happen during the startup of a run, before its first step."""
 EXIT_GRACE_SECONDS: Final = 8.0
 """Number of seconds to wait for the other processes of a run to exit after one process has been killed."""
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 FINISHED_MESSAGE: Final = "to continue, set"
-"""Part of the error message that ``fit`` prints if a run is already finished and cannot be resumed."""
+"""Part of the error message that ``fit`` prints if a run that it should resume is already finished."""
 
 
 @dataclass

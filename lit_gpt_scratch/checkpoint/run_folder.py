@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = ".lock"
 LOCK_SECONDS: Final = 2.0
-"""Maximum time in seconds from the creation of a run folder until the process that created it locks it."""
+"""Maximum time in seconds between the creation of a run folder and its locking by the process that created it."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
@@ -92,7 +92,10 @@ class RunFolder:
                 raise UserError(f"cannot create a run folder in {runs}: {error.strerror}; change --runs") from error
 
     def delete(self) -> None:
-        """Delete the folder, and also its two parent folders if they are empty; keep a folder with a checkpoint."""
+        """Delete the folder, and also its two parent folders if they are empty.
+
+        A folder that contains a checkpoint is kept.
+        """
         saved = [path for path in self.checkpoints.glob("*") if not is_unfinished(path)]
         if saved or any(self.path.rglob("*.ckpt")):
             return
@@ -180,7 +183,7 @@ class RunFolder:
         remove_unfinished(self.path)
 
     def order_events(self) -> None:
-        """Rename the event files of earlier sessions so that they sort before those of a session that starts now.
+        """Rename the event files of earlier sessions so that they sort before the files of a session that starts now.
 
         TensorBoard reads event files in the order of their names. When it reaches the file of a resumed session, it
         discards all points of earlier files at or after the step from which the run was resumed. Without renaming, the
@@ -202,7 +205,7 @@ class RunFolder:
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Return whether any run of an experiment has a checkpoint, even if it is damaged."""
+        """Return whether any run of an experiment has a checkpoint; damaged checkpoints also count."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod

@@ -116,7 +116,7 @@ DAMAGED: Final = "resume from another checkpoint"
 def validate_training_state(checkpoint: dict[str, Any]) -> None:
     """Check the types of the training state in a Trainer's checkpoint.
 
-    The states of callbacks are not checked; each callback checks its own with ``validate_callback_state``.
+    The states of callbacks are not checked; each callback calls ``validate_callback_state``.
 
     Raises:
         UserError: An entry is missing or has the wrong type, or a count is negative.
@@ -127,10 +127,10 @@ def validate_training_state(checkpoint: dict[str, Any]) -> None:
             raise ValueError("it contains a negative count")
         layout: dict[str, Any] = {**state.get("layout", {})}
         if layout and (layout.keys() != SavedLayout.__annotations__.keys() or min(layout.values()) < 1):
-            raise ValueError("checkpoint.layout is not a batch layout")
+            raise ValueError("checkpoint.layout is incomplete or not positive")
         for schedule in state["lr_schedulers"]:
             if replaced := [name for name in schedule if callable(getattr(LambdaLR, name, None))]:
-                raise ValueError(f"checkpoint.lr_schedulers contains the method {replaced[0]}")
+                raise ValueError(f"checkpoint.lr_schedulers would overwrite the method {replaced[0]}")
     except ValueError as error:
         raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error
 
@@ -148,7 +148,7 @@ def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
 
 
 def validate_like(saved: Any, fresh: Any, name: str) -> None:
-    """Check that a saved state has all keys of the current state, and numbers where the current state has numbers.
+    """Check that a saved state has all keys of a fresh state, and numbers where the fresh state has numbers.
 
     Args:
         saved: State from the checkpoint.

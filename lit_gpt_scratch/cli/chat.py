@@ -38,8 +38,9 @@ def chat_session(
 ) -> Iterator[str]:
     """Reply to each line, using the conversation so far as context.
 
-    If the context is nearly full, the oldest messages and their replies are dropped. A message that does not fit into
-    the context on its own gets no reply. Both cases are logged.
+    If the conversation leaves no room in the context for a reply of ``max_new_tokens`` tokens, or of a quarter of the
+    context if that is less, the oldest messages and their replies are dropped. A message that does not fit into the
+    context on its own gets no reply. Both cases are logged.
 
     Args:
         model: Model in evaluation mode.

@@ -1,4 +1,4 @@
-"""Collect preferences: the user chooses the better of two replies, and the pair is appended to a JSONL file."""
+"""Collect preferences: the user chooses the better of two replies, and both replies are appended to a JSONL file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
-"""Maximum number of attempts to sample a pair of complete and different replies to a prompt."""
+"""Maximum number of attempts to sample two complete, different replies; after that, the prompt is skipped."""
 QUESTION: Final = "Which reply is better? 1, 2, skip or quit"
 
 

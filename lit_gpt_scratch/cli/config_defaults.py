@@ -1,4 +1,4 @@
-"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine, for the saved config."""
+"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine before the config is saved."""
 
 import inspect
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ DEFAULTS_0_1: Final[dict[str, dict[str, float]]] = {
     "linear": {"decay_share": 1.0},
     "cosine": {"decay_share": 1.0},
 }
-"""Values that version 0.1 used for arguments stored as ``null`` in ``config.yaml``, keyed by class or decay name."""
+"""Values that version 0.1 used for arguments stored as ``null`` in a config, keyed by optimizer class or decay."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
@@ -98,9 +98,9 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change default arguments of the default class for ``model`` or ``data``.
+    """Change the default arguments of the class that ``model`` or ``data`` selects by default.
 
-    If a flag selects another class, the parser keeps the arguments that the other class also accepts.
+    If a flag selects a different class, the parser keeps those arguments that the different class also accepts.
     """
     before = parser.get_default(part)
     parser.set_defaults(
@@ -138,7 +138,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Return whether an argument of a class is ``None`` by default.
+    """Return whether the default of a class argument is ``None``.
 
     A user-defined subclass may inherit ``default_arguments``, but declare a different default in its ``__init__``.
     """

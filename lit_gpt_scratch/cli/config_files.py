@@ -180,7 +180,7 @@ def describe_experiments() -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read a config file as nested dicts; return an empty dict if it cannot be read, which the parser reports later."""
+    """Read a config file as nested dicts; return an empty dict on an error, which the parser will report."""
     try:
         content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
@@ -189,14 +189,14 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str]) -> Namespace:
-    """Parse the ``config.yaml`` of a resumed run, which imports the classes in the config.
+    """Parse the ``config.yaml`` of a resumed run; parsing imports the classes in the config.
 
     A config that ``fit`` wrote for this user may refer to any code, like the user's own configs.
 
     Args:
         parser: Parser of ``fit``.
         path: Path of the config.
-        trusted: Import paths of the code that the config may refer to if somebody else could have written it.
+        trusted: Import paths that the config may contain; ignored if ``fit`` wrote the config for this user.
 
     Raises:
         UserError: The config refers to code that is not trusted.

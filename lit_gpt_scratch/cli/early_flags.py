@@ -26,10 +26,11 @@ class EarlyFlags:
     flags, which override these defaults. Scanning for early flags first means that everything is parsed only once.
 
     Attributes:
-        flags: All flags, with names of shipped experiments replaced by file paths, and old class paths by new ones.
+        flags: All flags, in which names of shipped experiments are replaced by file paths, and old class paths by new
+            class paths.
         help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
         print_config: Whether ``--print_config`` is given without options such as ``comments``.
-        lists: Flag whose value is ``list`` (``--config`` or ``--preset``), or None.
+        lists: ``--config`` or ``--preset`` if the value of this flag is ``list``, otherwise None.
     """
 
     flags: list[str]
@@ -86,7 +87,7 @@ class EarlyFlags:
     def trusted(self) -> frozenset[str]:
         """Import paths that the user specified in ``--trust``, in other flags or in their own configs.
 
-        Existing paths are skipped, because the name of a file or folder may come from somebody else.
+        Values that are paths of existing files or folders are skipped, because their names may come from somebody else.
         """
         values = [flag.partition("=")[2] if flag.startswith("-") else flag for flag in self.flags]
         values += [str(value) for config in self._configs for value in flatten(config).values()]
@@ -94,7 +95,7 @@ class EarlyFlags:
         return frozenset(path for value in named for path in find_import_paths(value))
 
     def class_of(self, part: str) -> str | None:
-        """Return the class name or import path given for ``model`` or ``data``, or None."""
+        """Return the class name or import path that the user selected for ``model`` or ``data``, if any."""
         named = self.get(part)
         return named if named and not Path(named).is_file() else None
 

@@ -27,7 +27,7 @@ TRUST: Final[dict[str, Any]] = {
     "metavar": "CLASS", "action": "append",
     "help": "import path of a custom class that the checkpoint or adapter may import; may be repeated",
 }  # fmt: skip
-"""Settings of the argument ``--trust``."""
+"""Keyword arguments with which ``add_argument`` defines ``--trust``."""
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 """Dtypes that inference supports, keyed by Lightning's precision name."""
 MAX_ERROR_LENGTH = 2000

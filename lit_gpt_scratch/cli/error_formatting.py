@@ -18,13 +18,13 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 log = logging.getLogger(__name__)
 
 REQUESTED_OUTPUT: Final = frozenset({"callbacks", "profilers", "tuner"})
-"""Subpackages of Lightning that log only output requested by a flag, such as the report of a profiler."""
+"""Subpackages of Lightning whose log messages are requested by a flag, such as the report of a profiler."""
 REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_dev_run")
-"""Pattern that matches messages of Lightning's other modules about a mode that a flag has enabled."""
+"""Pattern of messages about a mode that a flag has enabled; they are shown regardless of the module that logs them."""
 
 
 class RequestedOutput(logging.Handler):
-    """Handler that prints Lightning's warnings and the output that a flag requests, and hides its other messages."""
+    """Handler that prints Lightning's warnings and the output that a flag requests; other messages are hidden."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass the record on to the handlers of this package, or drop it."""

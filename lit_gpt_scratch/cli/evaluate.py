@@ -32,7 +32,7 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "--against",
         {
             "metavar": "SOURCE",
-            "help": "training text (as for --data.source) or token store; report how many rows occur in it",
+            "help": "training text (as for --data.source) or token store; report how many rows it contains",
         },
     ),
     "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column that contains the text (default: text)"}),
@@ -40,8 +40,11 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "--data.label_column",
         {"metavar": "NAME", "help": "column that contains the class (default: label)"},
     ),
-    "window": ("--window", {"type": int, "help": "tokens per forward pass (default: the context length)"}),
-    "stride": ("--stride", {"type": int, "help": "tokens between window starts (default: the window length)"}),
+    "window": ("--window", {"type": int, "help": "maximum number of tokens per window (default: the context length)"}),
+    "stride": (
+        "--stride",
+        {"type": int, "help": "number of tokens between window starts (default: the window length)"},
+    ),
     "few_shot": (
         "--few_shot",
         {"type": int, "help": "number of rows at the start of the source to use as few-shot examples (default: 0)"},

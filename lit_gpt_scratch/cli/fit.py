@@ -75,7 +75,7 @@ RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
 MAX_SEED: Final = 2**32 - 1
 """Largest seed of NumPy's global random number generator, which Lightning seeds."""
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
-"""Default of ``cleaning`` in ``PackedText``, as a config, because an instance cannot be dumped to a config file."""
+"""Default of ``PackedText.cleaning``, written as a config, because a config file cannot contain an instance."""
 
 
 class FitCLI(LightningCLI):
@@ -146,9 +146,9 @@ class FitCLI(LightningCLI):
             "--guard",
             type=GuardMode,
             default="warn",
-            help="Check each optimizer step before it is applied, and warn if its loss or gradient norm is an outlier "
-            "or not finite. 'act' also skips the step, and rewinds to the last good checkpoint if that does not help; "
-            "if the run does not recover, it ends with exit code 3. 'off' disables the check.",
+            help="Check the loss and the gradient norm of each optimizer step. 'warn' reports outliers and values that "
+            "are not finite. 'act' also skips these steps, and rewinds the run to the last good checkpoint if skipping "
+            "does not help; a run that does not recover ends with exit code 3. 'off' disables the check.",
         )
         parser.add_argument(
             "--force",
@@ -263,7 +263,10 @@ class FitCLI(LightningCLI):
         if self.config_init.plan:
             trainer.limit_val_batches = 0
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
-            log.info("starting the processes in the same way as --trainer.strategy ddp, instead of with %s", method)
+            log.info(
+                "each process runs this script, as with --trainer.strategy ddp; start method %s is not supported",
+                method,
+            )
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None
@@ -352,7 +355,7 @@ class FitCLI(LightningCLI):
         return best
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
-        """Build the monitor of the other ranks, with a function that cleans up before the monitor ends the process."""
+        """Build the ``RankMonitor``, which calls ``clean_up`` before it ends this process."""
         trainer = self.trainer
 
         def clean_up() -> None:
@@ -377,7 +380,7 @@ class FitCLI(LightningCLI):
         self.model.initial_model, self.datamodule.initial_tokenizer = initial, initial.tokenizer
 
     def _compare(self, resumed: ResumedRun) -> None:
-        """Log changes to the flags and the environment since the run started, or reject them."""
+        """Log changes to the flags and environment since the run started; reject those that make it a different run."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,

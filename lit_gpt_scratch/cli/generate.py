@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--repetition_penalty",
         type=float,
         default=1.0,
-        help="penalty for tokens that already occur, above 1; 1 disables it",
+        help="penalty, above 1, for tokens that already occur in the prompt or the generated text; 1 disables it",
     )
     flags.add_argument(
         "--seed",

@@ -28,7 +28,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum number of bytes of held-out text on which tokenizers are compared; a larger text is sampled."""
+"""Maximum number of bytes of held-out text on which tokenizers are compared; of a larger text, a sample is used."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [
@@ -94,7 +94,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; repeat the command to resume after the finished shards")
+        log.warning("stopped; repeat the command to resume; finished shards are not repeated")
         sys.exit(128 + signal.SIGINT)
 
 

@@ -34,7 +34,10 @@ Facts = dict[str, str | int | float | bool | None]
 
 
 class SessionFacts(TypedDict, total=False):
-    """State of ``RunMetadata`` in a checkpoint, and part of an entry of ``provenance.json``."""
+    """Code version, library versions, hardware, seed and data fingerprint of a session.
+
+    ``RunMetadata`` saves them in each checkpoint. Each entry of ``provenance.json`` also contains them.
+    """
 
     code: Facts
     versions: Facts
@@ -44,7 +47,7 @@ class SessionFacts(TypedDict, total=False):
 
 
 class TrainSeconds(TypedDict):
-    """Elapsed seconds of a ``Timer``."""
+    """Elapsed training time of a ``Timer`` in seconds."""
 
     train: float
 

@@ -27,7 +27,7 @@ LEGEND: Final = (
 
 
 def supports_colors() -> bool:
-    """Return whether to print colors: on a terminal, unless ``NO_COLOR`` or ``FORCE_COLOR`` overrides this default."""
+    """Return whether to print colors: on a terminal by default; ``NO_COLOR`` and ``FORCE_COLOR`` take precedence."""
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
 
 

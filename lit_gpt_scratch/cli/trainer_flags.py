@@ -25,7 +25,7 @@ MINIMUM: Final = {
 }  # fmt: skip
 """Lowest valid value of each numeric flag."""
 MINUS_ONE: Final = {"max_epochs": "no limit", "max_steps": "no limit", "num_sanity_val_steps": "all batches"}
-"""Meaning of the value -1, keyed by flag."""
+"""Meaning of the value -1 for flags that accept it, keyed by flag."""
 BATCHES: Final = (
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
     "val_check_interval",
@@ -75,8 +75,8 @@ def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
             is_fraction = isinstance(value, float) and not value.is_integer()
             if not 0 <= value < math.inf or (is_fraction and value > 1):
                 raise UserError(
-                    f"--trainer.{name} is {value}; it must be a whole number of batches, or a fraction of them from "
-                    "0.0 to 1.0"
+                    f"--trainer.{name} is {value}; it must be a whole number of batches, or a fraction of an epoch, "
+                    "from 0.0 to 1.0"
                 )
     if trainer["val_check_interval"] == 0:
         raise UserError(

@@ -84,10 +84,10 @@ class PackedText(BaseDataModule):
         cache: Folder for packing plans and, if ``store`` is not set, for token stores and cleaned text. By default, a
             folder in the user's cache directory.
         init_from: Checkpoint of a trained model; its tokenizer is used. ``fit`` sets this to ``model.init_from``.
-        mixture: Token stores (folders created with ``store``) to use instead of ``source``: a single folder; a list of
-            folders, in which case an epoch uses every window of each store once; or a mapping from folder to weight, in
-            which case the number of training windows from each store is proportional to its weight. Validation uses the
-            validation tokens of all stores.
+        mixture: Token stores to use instead of ``source``; a token store is a folder that ``prepare`` or ``fit`` has
+            written with ``--data.store``. Pass a single folder; a list of folders, in which case an epoch uses every
+            window of each store once; or a mapping from folder to weight, in which case the number of training windows
+            from each store is proportional to its weight. Validation uses the validation tokens of all stores.
         packing: How to pack documents into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
             ``data.packing``. Validation always uses ``concatenate``, so that every packing policy is scored on the
             same tokens.

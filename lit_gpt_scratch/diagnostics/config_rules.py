@@ -10,19 +10,19 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal number of training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Factor by which the training tokens per parameter must differ from ``CHINCHILLA_RATIO`` to be reported.
+"""Maximum factor by which the tokens per parameter may be above or below ``CHINCHILLA_RATIO`` without being reported.
 
 The range is wide, because test runs are often much shorter than compute-optimal, and production runs much longer.
 """
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
-"""Fraction of labels equal to the next input token below which the labels are reported as misaligned.
+"""Minimum fraction of labels that equal the next input token; below it, the labels are reported as misaligned.
 
 The fraction may be below 1 even for correct labels, because the last label of a document may differ from the next input
 token. This matters most in windows with many short documents.
 """
 MAX_REPEATED_SHARE: Final = 0.3
-"""Fraction of repeated passages above which a problem is reported; it is 0.04 in Python's standard library."""
+"""Maximum fraction of repeated passages; above it, a problem is reported. Python's standard library has 0.04."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:

@@ -15,42 +15,48 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 N_RECENT: Final = 3
 """Number of most recent rollout phases whose median represents the current policy."""
 MIN_SEPARATION: Final = 1.5
-"""Distance between the medians of two groups of rollout phases above which a metric is considered to have risen.
+"""Minimum rise of a metric between two groups of rollout phases, as a multiple of its noise; smaller rises are ignored.
 
-The distance is relative to the larger range of values within a group. In a simulation with two groups of three phases
-and normally distributed noise, the second group exceeds the first by this distance in 1 of 125 cases.
+The rise is the difference between the medians of the groups. The noise is the range of the values (maximum minus
+minimum) within the group that has the larger range. In a simulation with two groups of three phases and normally
+distributed noise, the second group exceeds the first by this much in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
-"""Drop of the true reward (the fraction of correct replies) below its best value at which reward hacking is reported.
+"""Maximum drop of the true reward (fraction of correct replies) from its best value; above it, a problem is reported.
 
 The mean over 115 replies, as in validation, has a standard deviation of about 0.05.
 """
 MIN_REWARD_GAIN: Final = 0.1
-"""Gain in true reward, as a fraction of the largest possible gain, below which reward hacking is reported.
+"""Minimum gain in true reward, as a fraction of the largest possible gain; below it, reward hacking is reported.
 
 Healthy runs reach 0.6 or more.
 """
 MAX_KL: Final = 30.0
-"""KL divergence from the initial policy, in nats per reply, above which a problem is reported.
+"""Maximum KL divergence from the initial policy, in nats per reply; above it, a problem is reported.
 
-Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a KL penalty at ten times the
+Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a KL penalty and with ten times the
 learning rate reaches 75.
 """
 MAX_KL_TO_TARGET: Final = 4.0
-"""Ratio of the KL to the target KL above which a problem is reported, if the KL coefficient is adaptive."""
+"""Maximum ratio of the KL to the target KL of an adaptive KL coefficient; above it, a problem is reported."""
 MIN_ENTROPY_SHARE: Final = 0.1
-"""Fraction of the initial entropy per token below which a problem is reported; healthy runs stay between 0.4 and 2."""
+"""Minimum entropy per token, as a fraction of its initial value; below it, a problem is reported.
+
+Healthy runs stay between 0.4 and 2.
+"""
 MIN_LENGTH_SHARE: Final = 0.3
-"""Fraction of the initial reply length, in tokens including the end token, below which a problem is reported.
+"""Minimum reply length in tokens, as a fraction of its initial value; below it, a problem is reported.
+
+The length includes the end token.
 
 Healthy runs stay above 0.6, even if short replies are preferred.
 """
 MIN_ENDED_SHARE: Final = 0.5
-"""Fraction of replies with an end token below which a problem is reported; healthy runs reach 0.93 or more."""
+"""Minimum fraction of replies with an end token; below it, a problem is reported. Healthy runs reach 0.93 or more."""
 PENALTY_FACTOR: Final = 4
 """Factor by which a KL coefficient that is too small should be increased."""
 DEFAULT_PENALTY: Final = 0.05
-"""Suggested KL coefficient if there was no KL penalty."""
+"""KL coefficient that is suggested for a run without a KL penalty."""
 NO_STEP: Final = -1
 
 
@@ -76,7 +82,7 @@ def _all_above(before: Sequence[float], after: Sequence[float]) -> bool:
 
 
 def _has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Return whether the values have risen by more than their noise."""
+    """Return whether the values have risen by more than ``MIN_SEPARATION`` times their noise."""
     spread = max(max(values) - min(values) for values in (before, after))
     rise = statistics.median(after) - statistics.median(before)
     return _all_above(before, after) and rise > MIN_SEPARATION * spread
@@ -188,7 +194,7 @@ def entropy_collapse(e: MetricHistory) -> Finding | None:
         return None
     return Finding(
         f"{now:.2g} nats per token, {initial:.2g} in the first phase; the replies to a prompt are nearly identical",
-        "optimizer steps too large, so the policy always generates the first rewarded reply and explores no other",
+        "optimizer steps too large, so the policy always generates the first rewarded reply and explores no others",
         f"{_slower_flag(e)}; --model.entropy_coefficient 0.01",
     )
 

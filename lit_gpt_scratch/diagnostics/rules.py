@@ -62,4 +62,4 @@ RULES: Final = (
     Rule("entropy collapse", ("train/entropy",), rl_rules.entropy_collapse, ("KL blow-up", "length collapse")),
 )  # fmt: skip
 REPORTED_BY_PLAN: Final = frozenset({"small validation", "far from compute-optimal"})
-"""Symptoms that the run plan (``callbacks/run_plan.py``) warns about before training; they are not printed again."""
+"""Symptoms about which ``RunPlan`` warns before training; ``DiagnosticsCallback`` does not print them again."""

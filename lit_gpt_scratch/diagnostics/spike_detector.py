@@ -4,7 +4,7 @@ The loss is measured by its distance to the median of recent losses, in standard
 absolute deviation (MAD). The gradient norm is measured by its ratio to the median of recent norms, because gradient
 norms of healthy runs are far from normally distributed. The method follows OLMo's rule of skipping steps that are six
 standard deviations above the mean (https://arxiv.org/abs/2501.00656, section 3.2), but uses medians, so that an outlier
-does not hide the next one.
+does not hide the next outlier.
 """
 
 import math
@@ -21,17 +21,21 @@ WINDOW: Final = 64
 MIN_STEPS: Final = 20
 """Number of normal steps required before a step can be a spike."""
 MAX_DEVIATIONS: Final = 12.0
-"""Distance above the median, in standard deviations (estimated from the MAD), beyond which a loss is a spike.
+"""Maximum distance of a loss above the median, in standard deviations; a loss farther above is a spike.
 
-The maximum over 20 healthy runs, with ten model shapes and 300 steps each, is 4. With batches of six short windows,
+The standard deviation is estimated from the MAD. The largest distance in 20 healthy runs, which cover ten model shapes
+and have 300 steps each, is 4. With batches of six short windows,
 a Unicode table in the source code of Python's standard library has led to a distance of 9.
 """
 MIN_DEVIATION: Final = 0.02
-"""Lower bound of the standard deviation, both relative to the median and in nats, for nearly constant losses."""
+"""Minimum standard deviation, both in nats and as a fraction of the median loss; it replaces lower estimates.
+
+Otherwise, a tiny rise of a nearly constant loss would be a spike.
+"""
 MAX_NORM_RATIO: Final = 30.0
-"""Ratio of gradient norm to median norm beyond which a step is a spike; healthy runs reach 7."""
+"""Maximum ratio of the gradient norm to the median norm; above it, a step is a spike. Healthy runs reach 7."""
 PATIENCE: Final = 8
-"""Number of consecutive outliers that indicate a new loss level instead of unusual batches."""
+"""Number of consecutive outliers that are attributed to a new loss level; fewer are attributed to unusual batches."""
 MAD_TO_STD: Final = 1.4826
 """Ratio of standard deviation to median absolute deviation (MAD) for a normal distribution."""
 

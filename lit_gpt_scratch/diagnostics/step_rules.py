@@ -21,20 +21,26 @@ GUARD_ACTS: Final = 2.0
 N_RECENT: Final = 3
 """Number of most recent points whose median is used as the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
-"""Fraction of the step time spent waiting for data above which a problem is reported; 0.01 to 0.04 in healthy runs."""
-EARLY_SHARE: Final = 0.25
-"""Fraction of the run, counted from its start, in which spikes are attributed to a missing warm-up."""
-MAX_GUARD_LINES: Final = 4
-"""Maximum number of lines quoted from the guard's report.
+"""Maximum fraction of the step time spent waiting for data; above it, a problem is reported.
 
-They include the loss and gradient norm, the location of non-finite values if there are any, and the window with the
-highest loss.
+The fraction is 0.01 to 0.04 in healthy runs.
+"""
+EARLY_SHARE: Final = 0.25
+"""Fraction of the run, counted from its start, during which spikes are attributed to a missing warm-up."""
+MAX_GUARD_LINES: Final = 4
+"""Maximum number of lines quoted from a report of the ``SpikeGuard`` callback.
+
+The first lines contain the loss and gradient norm, the location of non-finite values if there are any, and the window
+with the highest loss.
 """
 CHECKED_METRICS: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
 def not_finite(e: MetricHistory) -> Finding | None:
-    """Detect NaN or infinity, as reported by the guard or in logged metrics that were finite before."""
+    """Detect NaN or infinity in a step that ``SpikeGuard`` reports, or in a logged metric.
+
+    A metric is reported only if it is one of ``CHECKED_METRICS`` and its previous value was finite.
+    """
     guarded = e["guard/non_finite"]
     if len(guarded) and guarded.step == e.step:
         return Finding(
@@ -50,7 +56,7 @@ def not_finite(e: MetricHistory) -> Finding | None:
             if len(values) > 1 and not math.isfinite(values[-2]):
                 return None
             return Finding(
-                f"{name} is {values[-1]}; the origin is unknown because the guard is off",
+                f"{name} is {values[-1]}; the origin is unknown because of --guard off",
                 "an optimizer step with a non-finite gradient was applied to the weights",
                 "--guard act",
             )
@@ -58,12 +64,15 @@ def not_finite(e: MetricHistory) -> Finding | None:
 
 
 def steps_are_skipped(e: MetricHistory) -> bool:
-    """Return whether the guard skips non-finite steps, so that they never change the weights."""
+    """Return whether ``--guard act`` skips non-finite steps, so that they never change the weights."""
     return e.latest("run/guard") == GUARD_ACTS
 
 
 def loss_spike(e: MetricHistory) -> Finding | None:
-    """Detect a loss spike, as reported by the guard or, without the guard, in the logged losses."""
+    """Detect a loss spike: a step that ``SpikeGuard`` reports as a spike.
+
+    With ``--guard off``, a ``SpikeDetector`` searches the logged losses for spikes instead.
+    """
     if not has_learned(e):
         return None
     acts = e.latest("run/guard") == GUARD_ACTS
@@ -88,7 +97,7 @@ def loss_spike(e: MetricHistory) -> Finding | None:
 
 
 def rewound(e: MetricHistory) -> Finding | None:
-    """Report that the guard has rewound the run, because skipping steps did not help."""
+    """Report that ``SpikeGuard`` has rewound the run, because skipping steps did not help."""
     rewind = e["guard/rewound_to"]
     if not len(rewind) or rewind.step != e.step:
         return None
@@ -132,6 +141,6 @@ def slow_loader(e: MetricHistory) -> Finding | None:
 
 
 def _guard_report(e: MetricHistory, name: str) -> str:
-    """Return the guard's report on the current step as a single line."""
+    """Return the report of ``SpikeGuard`` on the current step as a single line."""
     lines = [line for line in e.text(name, e.step).replace("\n- ", "\n").splitlines() if line]
     return "; ".join(lines[:MAX_GUARD_LINES])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.unsignedinteger[Any]]
 
 PAIRS_PER_CHUNK = 1_000_000
-"""Number of validation token pairs to process at once, which limits the memory to about 100 MB."""
+"""Maximum number of validation token pairs to process at once, which limits the memory to about 100 MB."""
 
 MAX_TRAINING_TOKENS = 16_000_000
 """Maximum number of training tokens to count. More tokens cost memory and time, but hardly improve the estimate."""
@@ -26,12 +26,12 @@ def measure_xz_bits_per_byte(tokens_text: str, n_bytes: int) -> float:
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:
-    """Return the number of bits required to encode all validation tokens except the first with a uniform model."""
+    """Return the number of bits that a uniform model requires to encode all validation tokens except the first."""
     return (len(validation) - 1) * float(np.log2(vocab_size))
 
 
 def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the number of bits required to encode all validation tokens except the first with a unigram model.
+    """Return the number of bits that a unigram model requires to encode all validation tokens except the first.
 
     The unigram counts of the training tokens are smoothed by adding one.
     """
@@ -41,7 +41,7 @@ def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -
 
 
 def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the number of bits required to encode all validation tokens except the first with a bigram model.
+    """Return the number of bits that a bigram model requires to encode all validation tokens except the first.
 
     Pair counts are interpolated with unigram probabilities by Witten-Bell smoothing
     (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens follow ``a`` in the training data, the

@@ -72,9 +72,9 @@ def evaluate_generation(
     Returns:
         ``exact_match``, the fraction of continuations equal to the reference, ignoring surrounding white space;
         ``distinct_1`` and ``distinct_2``, the fraction of distinct words and word pairs across all continuations (Li et
-        al. 2016, https://arxiv.org/abs/1510.03055), which decreases with their number and length; and ``repetition_4``,
-        the mean fraction of 4-grams that already occurred in the same continuation (seq-rep-4 in Welleck et al. 2020,
-        https://arxiv.org/abs/1908.04319). Words are separated by white space.
+        al. 2016, https://arxiv.org/abs/1510.03055), which is lower for more or longer continuations; and
+        ``repetition_4``, the mean fraction of 4-grams that already occurred in the same continuation (seq-rep-4 in
+        Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by white space.
 
     Raises:
         UserError: A prompt is longer than the context.

@@ -13,7 +13,7 @@ NORMAL_QUANTILE: Final = 1.959963984540054
 MAX_GROUPS: Final = 100
 """Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
-"""Relative standard error up to which a metric is considered constant, to ignore floating-point rounding errors."""
+"""Maximum relative standard error that is attributed to rounding errors; the metric is then considered constant."""
 MIN_ROWS: Final = 30
 """Minimum number of rows for estimating intervals from rows.
 

@@ -213,7 +213,8 @@ def run_lm_eval(
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
     """Collect the metrics of a task or task group, such as ``acc,none``, with their confidence intervals.
 
-    The intervals are computed from the rows or, if that is not possible, from ``acc_stderr,none`` etc.
+    An interval is computed from the rows. If the rows do not reproduce the metric, its interval is computed from its
+    standard error, such as ``acc_stderr,none``.
     """
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_SEPARATOR: Final = "\n\n"
 """Separator between few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Relative tolerance for comparing log-likelihoods, which are computed in float32."""
+"""Maximum relative difference of log-likelihoods that count as tied, since they are computed in float32."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def evaluate_multiple_choice(
 
 
 def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
-    """Measure how often the good sentence of a minimal pair is more likely than the bad sentence.
+    """Measure how often the good sentence of a minimal pair is more probable than the bad sentence.
 
     Each sentence is scored as a whole document.
 
@@ -154,7 +154,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
         pairs: Pairs of sentences.
 
     Returns:
-        ``accuracy``, the fraction of pairs in which the good sentence is more likely; and ``chance``, which is 0.5.
+        ``accuracy``, the fraction of pairs in which the good sentence is more probable; and ``chance``, which is 0.5.
     """
     measured = evaluate_multiple_choice(model, tokenizer, pairs)
     return Measurements.from_rows(
@@ -166,7 +166,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
 
 
 def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int) -> Iterator[str]:
-    """Yield the text of the few-shot examples for each scored question, i.e. each one after the first ``few_shot``."""
+    """Yield the text of the few-shot examples for each question after the first ``few_shot`` questions."""
     usual = questions[:few_shot]
     n_replaced = 0
     for question in questions[few_shot:]:
@@ -178,7 +178,7 @@ def _choose_examples(questions: Sequence[MultipleChoiceQuestion], few_shot: int)
         yield "".join(example.text + EXAMPLE_SEPARATOR for example in examples)
     if n_replaced:
         log.warning(
-            "%d of %d questions are identical to a few-shot example, so another one is used; remove the duplicates",
+            "%d of %d questions are identical to a few-shot example, so they get other examples; remove the duplicates",
             n_replaced, len(questions) - few_shot,
         )  # fmt: skip
 

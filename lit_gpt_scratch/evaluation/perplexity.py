@@ -15,7 +15,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Number of windows that are sorted by length and divided into batches at a time."""
+"""Maximum number of windows that are collected, sorted by length and then divided into batches."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -39,7 +39,7 @@ def format_results(result: Mapping[str, Any]) -> str:
     sections = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
     if result["intervals_of"] == "parts":
         sections.append(
-            "with few documents, the intervals are estimated from windows; they are too narrow, because windows are "
+            "with few documents, the intervals are estimated from windows and are too narrow, because windows are "
             "correlated"
         )
     if "confusion" in result:

@@ -117,7 +117,9 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     hf_weights = family.to_hf_weights(shape.gpt, weights)
     if shape.gpt.dropout and not family.has_dropout:
         log.warning(
-            "dropout is %s, but %s does not support dropout; it is not exported", shape.gpt.dropout, family.model_type
+            "dropout is %s, but %s does not support dropout; dropout is not exported",
+            shape.gpt.dropout,
+            family.model_type,
         )
 
     def fill(place: Path) -> None:

@@ -9,7 +9,7 @@ from lit_gpt_scratch.terminal_output import quote_short
 
 MAX_SIZE: Final = 1 << 31
 MAX_SHOWN: Final = 80
-"""Maximum number of characters of a value in an error message."""
+"""Maximum number of characters that an error message quotes from a value; the rest is omitted."""
 
 
 class HFConfigReader:
@@ -103,7 +103,7 @@ class HFConfigReader:
 
 
 def shorten(value: Any) -> str:
-    """Describe a value from a file in an error message: in one short line, without control characters."""
+    """Describe a value from a file for an error message, in one short line without control characters."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = " and ".join(dict.fromkeys(value)) or "empty"  # e.g. the distinct layer types of layer_types
     return quote_short(str(value), MAX_SHOWN)

@@ -1,6 +1,6 @@
 """Convert the rotary position settings of ``config.json`` to fields of ``GPTConfig`` and back.
 
-Both the format of transformers 5 and the older format can be read; the former is written.
+The formats of transformers 5 and of older versions can be read; only the format of transformers 5 is written.
 """
 
 import math
@@ -23,7 +23,7 @@ KNOWN_FIELDS: Final = {
     *SCALING_FIELDS["llama3"], *SCALING_FIELDS["yarn"],
 }  # fmt: skip
 TOLERANCE: Final = 1e-6
-"""Relative tolerance for comparing attention scales, since files store numbers with different precision."""
+"""Maximum relative difference of attention scales that count as equal, since the precision of files differs."""
 
 
 def read_rope(fields: HFConfigReader) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
         config_path: Path of its ``config.json``, for error messages.
 
     Raises:
-        UserError: A file cannot be read, or a field has another type.
+        UserError: A file cannot be read, or a field has the wrong type.
     """
     generation, settings = (_read_optional(folder / name) for name in (GENERATION_FILE, SETTINGS_FILE))
     start = config.get("bos_token_id")
@@ -89,7 +89,7 @@ def build_settings_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dic
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the special ids in ``config.json``: those of the published model, otherwise those of the tokenizer."""
+    """Return the special token ids for ``config.json``, from the published model if known, else from the tokenizer."""
     published = tokenizer.published
     if published is None or published.eos_token_id is None:
         ends = sorted(tokenizer.stop_ids)
@@ -137,7 +137,9 @@ def _read_template(folder: Path, configured: str | list[NamedTemplate] | None) -
             templates = {each["name"]: each["template"] for each in configured}
             template = templates.get(DEFAULT_TEMPLATE)
             if template is None:
-                log.warning("%s has no chat template named %s; the others are not imported", path, DEFAULT_TEMPLATE)
+                log.warning(
+                    "%s has no chat template named %s; other templates are not imported", path, DEFAULT_TEMPLATE
+                )
         else:
             template = configured
     except (OSError, UnicodeDecodeError) as error:

@@ -23,7 +23,7 @@ NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "num_experts": (0,), "num_local_experts": (0,), "partial_rotary_factor": (1,), "is_encoder_decoder": (False,),
     "add_cross_attention": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
-"""``config.json`` fields that change the computation in some families, with the values that do not change it."""
+"""``config.json`` fields that can change the computation, mapped to the values that leave it unchanged."""
 EMBEDDING, HEAD, NORM = "embedding.weight", "head.weight", "norm.weight"
 
 

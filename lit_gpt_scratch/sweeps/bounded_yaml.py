@@ -10,7 +10,7 @@ from lit_gpt_scratch.errors import UserError, describe_yaml_error
 MAX_BYTES: Final = 2**18
 """Maximum size of a file in bytes; PyYAML would take several seconds to parse a larger file."""
 MAX_NODES: Final = 100_000
-"""Maximum number of values in a file, counting the values of an alias each time it is used."""
+"""Maximum number of values in a file; the values behind an alias are counted each time the alias is used."""
 MAX_DEPTH: Final = 50
 """Maximum nesting depth of the values in a file."""
 
@@ -54,11 +54,11 @@ def load_yaml(path: Path) -> tuple[Any, str]:
 
 
 def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
-    """Return the number of nodes below and including a node after aliases are replaced with copies.
+    """Count a node and all nodes below it, as if every alias were replaced with a copy.
 
     Args:
-        node: Parsed, but not yet constructed node; nodes that are used repeatedly are the same object.
-        sizes: Results by node identity; None while a node is being counted.
+        node: Node of the parsed file; all aliases of a node are the same object.
+        sizes: Results keyed by the ``id`` of the node; None while the node is being counted.
         depth: Nesting depth of the node.
 
     Raises:
@@ -67,7 +67,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
     if id(node) in sizes:
         size = sizes[id(node)]
         if size is None:
-            raise UserError("contains an alias to a value that contains the alias; remove it")
+            raise UserError("contains a YAML alias inside the value that it refers to; remove the alias")
         return size
     if depth > MAX_DEPTH:
         raise UserError(f"is nested more than {MAX_DEPTH} levels deep")
@@ -77,7 +77,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
         for part in child if isinstance(child, tuple) else (child,):  # mappings have pairs
             size += _count_nodes(part, sizes, depth + 1)
     if size > MAX_NODES:
-        raise UserError(f"has more than {MAX_NODES:,} values, possibly because of repeated aliases; remove some")
+        raise UserError(f"has more than {MAX_NODES:,} values, possibly because of repeated aliases; remove some values")
     sizes[id(node)] = size
     return size
 
@@ -91,12 +91,12 @@ def _to_plain(value: Any) -> Any:
     if isinstance(value, dict):
         plain = {_key_to_text(key): _to_plain(each) for key, each in value.items()}
         if len(plain) < len(value):
-            raise UserError("has a mapping with the same key twice; remove one of them")
+            raise UserError("has a mapping with the same key twice; remove one of the entries")
         return plain
     if isinstance(value, list):
         return [_to_plain(each) for each in value]
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise UserError(f"contains {value[:40]!r}, which cannot be passed on a command line; remove the character")
+        raise UserError(f"contains {value[:40]!r}, with a character that cannot be passed on a command line; remove it")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise UserError(f"contains {str(value)[:40]}, which YAML reads as a {type(value).__name__}; put it in quotes")

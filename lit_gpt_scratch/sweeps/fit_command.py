@@ -98,5 +98,5 @@ def format_flag_value(value: Any) -> str:
 
 
 def short_flag(name: str) -> str:
-    """Return the name of a flag without its ``init_args`` and ``class_path`` components."""
+    """Return the name of a flag without the components ``init_args`` and ``class_path``."""
     return name.replace(".init_args", "").removesuffix(".class_path")

@@ -30,14 +30,14 @@ MARKER_LABELS: Final = {
     WITHIN_NOISE: "within noise (p ≥ 0.05 after Holm's correction)",
 }
 MAX_CURVES: Final = 10
-"""Maximum number of trials in a plot of training curves; only the best trials are shown."""
+"""Maximum number of trials in a plot of training curves; if there are more, only the best trials are shown."""
 OUTLIER_RATIO: Final = 5.0
-"""Minimum factor by which outliers extend farther from 0 than all other trials; outliers are clipped in plots."""
+"""Maximum ratio between the distances of two successive trials from 0; trials beyond a larger gap are clipped."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Plot, consisting of a file name without suffix, an SVG document and a caption."""
+    """Plot as an SVG document, with its file name without suffix and its caption."""
 
     name: str
     svg: str
@@ -213,8 +213,9 @@ def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
 def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return axis limits that include 0 and all ranges except outliers.
 
-    A range is an outlier if it extends more than ``OUTLIER_RATIO`` times as far from 0 as every range that is not an
-    outlier. At most half of the ranges can be outliers.
+    The distance of a range from 0 is the distance of its farther end. If a range is more than ``OUTLIER_RATIO`` times
+    as far from 0 as the next closer range, this range and all ranges beyond it are outliers. At most half of the ranges
+    can be outliers.
 
     Args:
         ranges: Minimum and maximum value of each trial.
@@ -314,7 +315,7 @@ def _shorten(label: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape control characters, which are invalid in SVG, and ``$``, because matplotlib would parse it as math."""
+    """Escape control characters, which are invalid in SVG, and ``$``, which matplotlib would parse as math."""
     return escape_line(text).replace("$", r"\$")
 
 

@@ -29,7 +29,7 @@ from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.markdown import Markdown, escape_markdown, format_compact_table, markdown_code_block
 
 MIN_SHOWN_P: Final = 0.0001
-"""Smallest p-value that is reported as a number; smaller ones are reported as "< 0.0001"."""
+"""Smallest p-value that is reported as a number; smaller p-values are reported as "< 0.0001"."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SweepReport:
         metric: Metric for comparing trials.
         direction: Whether to ``minimize`` or ``maximize`` the metric.
         trials: All trials, whether finished or not.
-        baseline: Trial with which the others are compared; None if it does not exist yet.
+        baseline: Trial with which the other trials are compared; None if it does not exist yet.
         setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
         importance: Fraction of the variance between trials that each search dimension explains, keyed by its name.
@@ -187,7 +187,7 @@ class SweepReport:
         )
 
     def describe_failures(self) -> str:
-        """Return sentences with the number of failed runs, and the command to repeat them; empty if no run failed."""
+        """Return sentences that state how many runs failed and how to repeat them; an empty string if no run failed."""
         n_runs = sum(max(len(trial.runs), trial.expected_runs) for trial in self.trials)
         failed = [(trial.number, run) for trial in self.trials for run in trial.runs if run.state == "failed"]
         if not failed:

@@ -16,7 +16,7 @@ from typing import Final
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
 GRACE_SECONDS = 120.0
-"""Time in seconds between SIGTERM and SIGKILL, during which a run can save a checkpoint and exit."""
+"""Time in seconds that a run has between SIGTERM and SIGKILL to save a checkpoint and exit."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables that set the number of threads of PyTorch and of the tokenizers library."""
 ENVIRONMENT_EXIT_CODE: Final = 75
@@ -34,7 +34,7 @@ ENVIRONMENT_MESSAGES: Final = re.compile(
 class RunProcess:
     """Child process that executes a Python module in a separate session.
 
-    Because of the separate session, Ctrl-C in a terminal reaches only the sweep process, which then stops the run.
+    Because of the separate session, Ctrl-C in a terminal reaches only the sweep process, which then stops its runs.
 
     Args:
         module: Name of the module to execute: ``fit``, or a stub in tests.
@@ -76,12 +76,12 @@ class RunProcess:
 
     @property
     def failed_by_environment(self) -> bool:
-        """Whether the run failed because of its environment, not its settings: it may succeed if it is repeated."""
+        """Whether the run failed because of its environment, not its settings, and may succeed if it is repeated."""
         return self._killed_by is not None or self._process.returncode == ENVIRONMENT_EXIT_CODE
 
     @property
     def _killed_by(self) -> str | None:
-        """Name of the signal that killed the process or a process that it waited for; None if no signal did."""
+        """Name of the signal that ended the process, from its exit code; None if the process ended by itself."""
         code: int = self._process.returncode
         signum = -code if code < 0 else code - 128
         return next((each.name for each in signal.Signals if each == signum), None)

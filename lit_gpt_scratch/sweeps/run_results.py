@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY_FILE: Final = "summary.json"
 MAX_METRIC: Final = 1e38
-"""Maximum absolute value of a metric, close to that of float32; larger values are treated as non-finite."""
+"""Maximum absolute value of a metric, close to the maximum of float32; larger values are treated as non-finite."""
 MAX_CURVE_POINTS: Final = 200
 """Maximum number of points per stored curve; longer curves are subsampled."""
 
@@ -54,8 +54,8 @@ class RunResult:
         seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
         reason: Reason why the run did not finish; empty if the run finished.
-        metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, the last logged value of
-            the sweep's metric and the step at which it was logged.
+        metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, this dict contains only
+            the last logged value of the sweep's metric, and ``step``, the step at which the value was logged.
         curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
         folder: Path of the run folder.
         diagnoses: Entries of ``doctor.json``, each with a symptom, its likely cause, and a flag to try.
@@ -76,7 +76,7 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Number of training tokens per optimizer step; None if the run does not log its number of tokens."""
+        """Number of training tokens per optimizer step; None if the run does not log how many tokens it has read."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
@@ -164,7 +164,7 @@ def read_run_result(
         summary = read_summary(folder)
         metrics = {name: float(value) for name, value in summary.items() if is_finite_number(value)}
         if summary.get("stopped") == "guard":
-            state, reason, retryable = "failed", "the guard stopped the run after too many skipped steps", False
+            state, reason, retryable = "failed", "--guard act stopped the run after too many skipped steps", False
         elif metric in _names_of_metrics(summary) and metric not in metrics:
             state, reason, retryable = "failed", f"{metric} is not finite at the end of the run", False
     points = list(read_curve(folder, metric))
@@ -187,7 +187,7 @@ def read_run_result(
 def read_curve(folder: Path, metric: str, growing: bool = False) -> Iterator[CurvePoint]:
     """Yield the metric of each validation run from event files.
 
-    If steps were repeated after the run was resumed, the later values replace the earlier ones.
+    If steps were repeated after the run was resumed, the later values replace the earlier values.
 
     Args:
         folder: Run folder.
@@ -243,12 +243,12 @@ def logged_metrics(folder: Path) -> list[str]:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Return whether a value from a file is a number that can be compared and plotted."""
+    """Return whether a value from a file is a finite number whose absolute value is at most ``MAX_METRIC``."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_METRIC
 
 
 def _names_of_metrics(summary: Mapping[str, Any]) -> list[str]:
-    """Return the names of all values that are numbers or null, which ``fit`` writes for a non-finite metric."""
+    """Return the names of all values that are numbers or null; ``fit`` writes null for a non-finite metric."""
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
@@ -340,7 +340,7 @@ def _read_last_session(folder: Path) -> dict[str, Any]:
 
 
 def _read_optional_json(path: Path, hint: type[T]) -> T | None:
-    """Return the content of a JSON file; None if it does not exist, or, after logging a warning, if it is damaged."""
+    """Return the content of a JSON file, or None if the file is missing or damaged; log a warning if it is damaged."""
     if not path.is_file():
         return None
     try:

@@ -36,7 +36,7 @@ PRUNING_SECONDS = 1.0
 INTERRUPTED_CODES = [128 + signum for signum in STOP_SIGNALS]
 """Exit codes of runs stopped by a signal from outside the sweep; SLURM, for example, signals all processes of a job."""
 RETRY_DELAYS: Final = (1.0, 10.0)
-"""Time in seconds before each retry of a run that failed because of its environment, such as a full disk."""
+"""Time in seconds before the first and the second retry of a run that failed because of its environment."""
 
 
 class RunEnd(NamedTuple):
@@ -51,7 +51,7 @@ class RunEnd(NamedTuple):
 
 
 class SweepRunner:
-    """Runner that executes the runs of a study until none is left to claim, with one thread per worker.
+    """Runner that executes the runs of a study until no run is left to claim, with one thread per worker.
 
     Args:
         sweep: The parsed sweep file.

@@ -20,14 +20,14 @@ MAX_NUMBER: Final = 1e18
 MAX_GRID_SIZE: Final = 10_000
 """Maximum number of combinations in a grid search; each combination is a trial with one run per seed."""
 MAX_SHOWN: Final = 60
-"""Maximum number of characters of a value from a sweep file in an error message."""
+"""Maximum number of characters that an error message quotes from a value in a sweep file; the rest is omitted."""
 
 Setting = str | float
 """Value of a dimension in one trial: the label of a choice, or a number in a range."""
 
 
 class SearchDimension(ABC):
-    """One dimension of the search space."""
+    """Dimension of the search space: one or more ``fit`` flags, and the settings that the sweep tries for them."""
 
     @property
     @abstractmethod
@@ -37,7 +37,7 @@ class SearchDimension(ABC):
     @property
     @abstractmethod
     def baseline(self) -> Setting:
-        """Setting that the baseline uses by default; the sweep file can override it."""
+        """Setting of the baseline, unless the sweep file contains another setting under ``baseline``."""
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
@@ -53,7 +53,7 @@ class SearchDimension(ABC):
 
     @abstractmethod
     def example_settings(self) -> Sequence[Setting]:
-        """Return settings that suffice to check whether ``fit`` accepts the dimension."""
+        """Return a few settings; if ``fit`` accepts all of them, it accepts every setting of the dimension."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class NumericRange(SearchDimension):
     def baseline(self) -> Setting:
         """Midpoint of the range.
 
-        If ``log`` is True, it is the geometric mean of the bounds; if ``step`` is set, the grid value closest to the
-        middle.
+        With ``log``, the midpoint is the geometric mean of the bounds. With ``step``, it is the middle grid value, or
+        the higher of two middle grid values.
         """
         if self.step is not None:
             return self._at_step((self._last_step() + 1) // 2)
@@ -161,7 +161,7 @@ class NumericRange(SearchDimension):
 
     @property
     def _highest(self) -> float:
-        """Highest value, which is below the bound if the steps do not reach the bound."""
+        """Highest value in the range: the upper bound or, with ``step``, the last grid value."""
         return self.high if self.step is None else self._at_step(self._last_step())
 
     def _last_step(self) -> int:

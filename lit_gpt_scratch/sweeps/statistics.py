@@ -57,7 +57,7 @@ class Comparison:
         corrected_p: p-value after Holm's correction over all compared trials; None if fewer than two seeds are in
             common.
         verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``. If
-            no test is possible, the reason why.
+            no test is possible, the reason, such as ``only one seed``.
     """
 
     difference: Estimate | None

@@ -24,7 +24,7 @@ URL_SYNTAX = (
 )
 POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 PUBLIC_OPTIONS = {"host", "hostaddr", "port", "dbname", "sslmode", "connect_timeout", "application_name"}
-"""Options in the query of a PostgreSQL URL whose values may be printed; all others may be secret."""
+"""Options in the query of a PostgreSQL URL whose values may be printed; the values of other options may be secret."""
 
 
 def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
@@ -121,7 +121,7 @@ def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
 
     Raises:
         UserError: The URL is invalid. The message does not quote it, because a special character in the password may
-            have moved a part of the password to any other component.
+            cause a part of the password to be parsed as the host, port or database.
     """
     try:
         url = sqlalchemy.engine.make_url(f"postgresql+psycopg://{rest}")
@@ -133,7 +133,10 @@ def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
 
 
 def _describe_location(location: str) -> tuple[str, list[str]]:
-    """Return a location without its secrets, and the secrets, longest first, because one may contain another."""
+    """Return a location without its secrets, and a list of the secrets.
+
+    Longer secrets come first, because a secret may contain a shorter secret.
+    """
     scheme, _, rest = location.partition("://")
     if scheme not in POSTGRES_SCHEMES:
         return location.partition("?")[0], []

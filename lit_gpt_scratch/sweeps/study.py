@@ -57,7 +57,7 @@ class Study:
     is killed, Optuna still lists its trial as running, but the run's lock is released, so another process can claim and
     resume the run. A trial with a failed run is also listed as running, because failed runs can be repeated, but Optuna
     cannot reopen a trial that has ended. The next process repeats runs that failed because of their environment; other
-    failed runs are repeated only on request.
+    failed runs are repeated only with ``--retry failed``.
 
     Args:
         sweep: The parsed sweep file.
@@ -96,7 +96,7 @@ class Study:
     @property
     def optuna_study(self) -> optuna.Study:
         """Optuna study; ``create`` must be called first if the study was not found in the storage at construction."""
-        assert self._study is not None, "call create first"
+        assert self._study is not None, "call Study.create first"
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
@@ -183,7 +183,7 @@ class Study:
         return None
 
     def _finish_if_complete(self, trial: FrozenTrial) -> bool:
-        """End a trial if all its runs have finished, or if one was pruned; return whether it has no remaining runs.
+        """End a trial if all its runs have finished or a run was pruned; return whether no runs of the trial remain.
 
         A trial is not ended while another process is still executing one of its runs, or if one of its runs failed.
         """
@@ -210,7 +210,7 @@ class Study:
         return [seed for seed in self.sweep.seeds if seed not in recorded or recorded[seed].retryable]
 
     def _suggest(self, trial: Trial, name: str) -> Any:
-        """Return the setting of a trial in a search dimension; sample it if none is stored yet."""
+        """Return the setting of a trial in a search dimension; if the setting is not stored yet, sample it."""
         self.optuna_study.sampler = self._build_sampler(trial.number, name)
         space = self.sweep.vary[name].distribution
         if isinstance(space, CategoricalDistribution):

@@ -63,7 +63,7 @@ class SweepConfig:
             of each list and the midpoint of each range. The baseline is always the first trial.
 
     Raises:
-        UserError: A value is invalid, or two values contradict each other.
+        UserError: A value is invalid, or contradicts another value.
     """
 
     # The name of a study contains a hash of these field names and values (see `fingerprint`), so a study can no longer

@@ -315,7 +315,7 @@ def _read_json_values(path: Path, columns: Columns | None) -> LocatedRows:
         except UnicodeDecodeError as error:
             raise _not_utf8(path, f"the text after line {reader.line:,}", error) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {_json_reason(error)} in line {reader.line:,}") from error
+            raise UserError(f"{path} is not valid JSON (line {reader.line:,}): {_json_reason(error)}") from error
         except READ_ERRORS as error:
             raise _truncated(path, reader.line, error) from error
 
@@ -453,7 +453,7 @@ def _read_csv(path: Path, columns: Columns | None) -> LocatedRows:
             row_size += len(line)
             if row_size > MAX_DOCUMENT_BYTES:
                 raise UserError(
-                    f"{path}: the row that begins in line {row_start:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB, "
+                    f"{path}: the row that begins on line {row_start:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB, "
                     "or one of its quoted fields has no closing quote"
                 )
             yield line

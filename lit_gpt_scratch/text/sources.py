@@ -387,5 +387,5 @@ def _decode(content: bytes, path: Path, lines_before: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
-        message = f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} in line {line:,}); convert it to UTF-8"
+        message = f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} on line {line:,}); convert it to UTF-8"
         raise NotTextError(message, _file_size(path)) from error

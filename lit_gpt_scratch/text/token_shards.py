@@ -99,7 +99,7 @@ class TokenShard(PicklableMemmaps):
         values = validate(metadata, dict[str, Any], name)
         shard = validate({"folder": str(folder), **values}, cls, name)
         if not re.fullmatch(r"[\w-]+", shard.name):
-            raise ValueError(f"{name}.name is not the name of a file in the folder")
+            raise ValueError(f"{name}.name must contain only letters, digits, '_' and '-'")
         if min(shard.n_tokens, shard.n_bytes, shard.n_documents, shard.largest) < 0:
             raise ValueError(f"{name} contains a negative number")
         if not shard.sizes.keys() == shard.sha256.keys() == set(SHARD_PARTS):

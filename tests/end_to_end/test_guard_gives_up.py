@@ -58,7 +58,7 @@ def test_a_sweep_counts_the_run_as_failed(
     with (tmp_path / "runs/rates/results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["state"] for row in rows] == ["finished", "failed"]
-    assert "the guard stopped the run" in rows[1]["reason"]
+    assert "--guard act stopped the run" in rows[1]["reason"]
     assert "retrying" not in done.err
     summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/rates/*/version_0/summary.json"))]
     assert sorted(str(summary.get("stopped")) for summary in summaries) == ["None", "guard"]

@@ -84,7 +84,7 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
         ("a.jsonl", b'{"text": "a"}\n{"text": ', [], "a.jsonl: line 2 is not valid JSON"),
         ("a.csv", b"a,b\n1,2\n", [], "a.csv has no column 'text'; set --data.text_column to an existing column (a, b)"),
         ("a.csv", b"text,b\n1,2\n\xe9,1", [], "a.csv: line 3 is not UTF-8"),
-        ("a.txt", b"fine\n\xe9\n", [], "a.txt is not UTF-8 text (byte 0xe9 in line 2)"),
+        ("a.txt", b"fine\n\xe9\n", [], "a.txt is not UTF-8 text (byte 0xe9 on line 2)"),
         ("a.txt", b"one\0two", [], "a.txt contains a NUL byte"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a\\u0000"}\n', [], "a.jsonl:2 contains a NUL byte"),
         ("a.jsonl", b'{"text": "' + b"x" * 34_000_000 + b'"}\n', [], "a.jsonl: line 1 is longer than 32 MB"),

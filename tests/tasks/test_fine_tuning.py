@@ -124,7 +124,7 @@ def test_adapter_file_holds_adapters_only_and_merges_into_its_base_only(
     assert not torch.equal(merged.net(ids), trained.net(ids))
     torch.testing.assert_close(merged.net(ids), task.net.eval()(ids), rtol=0, atol=1e-5)
     torch.testing.assert_close(load_model(path)[0](ids), merged.net(ids), rtol=0, atol=0)
-    with pytest.raises(UserError, match="belongs to another base model"):
+    with pytest.raises(UserError, match="weights of a different base model"):
         apply_adapter(merged, file)
     with pytest.raises(UserError, match="contains only adapters; pass the base model"):
         load_model(file)
@@ -176,7 +176,7 @@ def test_adapter_without_a_head_requires_its_bases_head(
         with torch.no_grad():
             other.net.head.weight += 1
         if relies:
-            with pytest.raises(UserError, match="belongs to another base model"):
+            with pytest.raises(UserError, match="weights of a different base model"):
                 apply_adapter(other, file)
         else:
             apply_adapter(other, file)

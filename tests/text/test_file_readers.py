@@ -137,13 +137,13 @@ def test_list_behind_an_empty_line(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"text":\n "a"}\n{"text"\n"b"}', r"a\.json is not valid JSON: Expecting ':' delimiter in line 4"),
-        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is not valid JSON: the list has no closing bracket in line 2"),
-        ('[{"text": "a"}\n{"text": "b"}]', r"a\.json is not valid JSON: a comma is missing in line 2"),
-        ('[{"text": "a"},\n]', r"a\.json is not valid JSON: Expecting value in line 2"),
-        ('[{"text": "a"}]\n\n[]', r"a\.json is not valid JSON: text follows the list in line 3"),
+        ('{"text":\n "a"}\n{"text"\n"b"}', r"a\.json is not valid JSON \(line 4\): Expecting ':' delimiter"),
+        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is not valid JSON \(line 2\): the list has no closing bracket"),
+        ('[{"text": "a"}\n{"text": "b"}]', r"a\.json is not valid JSON \(line 2\): a comma is missing"),
+        ('[{"text": "a"},\n]', r"a\.json is not valid JSON \(line 2\): Expecting value"),
+        ('[{"text": "a"}]\n\n[]', r"a\.json is not valid JSON \(line 3\): text follows the list"),
         ('{"text": "a"}\n\n5', r"a\.json: line 3 must be a JSON object, but its type is int"),
-        (f'[{{"text": "a"}}, {{"text": {"9" * 9999}}}]', r"a\.json is not valid JSON: Exceeds the limit"),
+        (f'[{{"text": "a"}}, {{"text": {"9" * 9999}}}]', r"a\.json is not valid JSON \(line \d\): Exceeds the limit"),
     ],
 )
 def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -155,11 +155,11 @@ def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> N
 MEGABYTE = 2**20
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {
     "a.jsonl": (b'{"text": "', b"x", r"a\.jsonl.*: line 1 is longer than"),
-    "a.json": (b'[{"text": "', b"x", r"a\.json.* is not valid JSON: a row is longer than"),
-    "b.json": (b'{"text": [', b"[],", r"b\.json.* is not valid JSON: a row is longer than"),
+    "a.json": (b'[{"text": "', b"x", r"a\.json.* is not valid JSON.*: a row is longer than"),
+    "b.json": (b'{"text": [', b"[],", r"b\.json.* is not valid JSON.*: a row is longer than"),
     "a.csv": (b'text\n"', b"x", r"a\.csv.*: line 2 is longer than"),
-    "b.csv": (b'text\n"', b"x\n", r"b\.csv.*: the row that begins in line 2 is longer than"),
-    "c.csv": (b'text\n"', b'","\n', r"c\.csv.*: the row that begins in line 2 is longer than"),
+    "b.csv": (b'text\n"', b"x\n", r"b\.csv.*: the row that begins on line 2 is longer than"),
+    "c.csv": (b'text\n"', b'","\n', r"c\.csv.*: the row that begins on line 2 is longer than"),
     "a.tsv": (b"text\n", b"x", r"a\.tsv.*: line 2 is longer than"),
 }
 

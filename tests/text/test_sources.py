@@ -216,7 +216,7 @@ def test_output_of_a_command_is_refused(source: str) -> None:
         (lambda path: path.mkdir(), "no UTF-8 text file"),
         (lambda path: path.write_bytes(b""), "contains no text"),
         (lambda path: path.write_bytes(b" \n\t"), "contains no text"),
-        (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), r"is not UTF-8 text \(byte 0xff in line 2\)"),
+        (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), r"is not UTF-8 text \(byte 0xff on line 2\)"),
     ],
 )
 def test_source_without_text_is_reported(tmp_path: Path, make: object, message: str) -> None:
