@@ -262,7 +262,7 @@ def parse_reply(fields: Mapping[str, Any], column: str) -> str:
     """Return the reply in a column, which contains a string or a list with a single assistant message.
 
     Raises:
-        UserError: The reply is empty or has another type. The caller adds the file and row to the message.
+        UserError: The reply is empty or has the wrong type. The caller adds the file and row to the message.
     """
     if isinstance(fields.get(column), list):
         messages = _parse_messages(fields[column], column)

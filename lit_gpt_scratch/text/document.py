@@ -84,7 +84,7 @@ def get_label(fields: Mapping[str, Any], column: str) -> str:
     """Return the label in a column, which may be a string, an integer or a ``ClassIndex``, as a string.
 
     Raises:
-        UserError: The label is missing or has another type. The caller adds the location to the message.
+        UserError: The label is missing or has the wrong type. The caller adds the location to the message.
     """
     value = fields.get(column)
     if isinstance(value, ClassIndex):
