@@ -1,8 +1,11 @@
 """Results of runs and trials, which are read from run folders, stored in the study and shown in TensorBoard."""
 
+import io
 import json
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import TypedDict
 
 from lit_gpt_scratch.diagnostics.tensorboard_reader import HPARAMS_SUFFIX, event_files, read_events, scalar_value
@@ -21,6 +24,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.sweeps.statistics import Estimate, estimate_mean
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
+from lit_gpt_scratch.text.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -289,13 +293,18 @@ def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
     end_summary = Summary(
         value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=end_metadata, tensor=metadata.NULL_TENSOR)]
     )
+    now, content = time.time(), io.BytesIO()
+    # Not EventFileWriter, whose thread prints a traceback if the disk is full.
+    records = RecordWriter(content)
+    records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for summary in (start, end_summary):
+        records.write(Event(wall_time=now, summary=summary).SerializeToString())
+    name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}{HPARAMS_SUFFIX}"
     try:
-        writer = EventFileWriter(str(folder), filename_suffix=HPARAMS_SUFFIX)
-        for summary in (start, end_summary):
-            writer.add_event(Event(wall_time=time.time(), summary=summary))
-        writer.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, content.getvalue())
     except OSError as error:  # the results do not depend on this file
-        log.warning("cannot write the settings of %s for TensorBoard: %s", folder, error)
+        log.warning("cannot write the settings of %s for TensorBoard: %s", folder, error.strerror or error)
 
 
 def _as_number(setting: str | float) -> str | float:
