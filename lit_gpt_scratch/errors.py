@@ -41,12 +41,25 @@ NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
 
 
+LIBRARY_ERRORS: Final = (OSError, RuntimeError)
+"""Exceptions that libraries raise if they clean up after a failed operation, such as an incomplete write."""
+
+
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, the exception that caused it or was being handled when it was raised, and so on."""
+    """Yield an exception, its cause, the cause of that, and so on.
+
+    The exception that was being handled when ``error`` was raised counts as its cause only if ``error`` is one of the
+    ``LIBRARY_ERRORS``. Any other exception, such as a ``KeyError`` in an ``except`` block, is a bug of its own, unless
+    it states its cause (``raise ... from``, or ``inner_exception`` of a failed compiler).
+    """
+    seen: list[BaseException] = []
     inside: BaseException | None = error
-    while inside is not None:
+    while inside is not None and inside not in seen:  # an error may be stated as its own cause
         yield inside
-        inside = inside.__cause__ or inside.__context__
+        seen.append(inside)
+        is_implicit = isinstance(inside, LIBRARY_ERRORS) and not inside.__suppress_context__
+        stated = inside.__cause__ or getattr(inside, "inner_exception", None)
+        inside = inside.__context__ if is_implicit and stated is None else stated
 
 
 def describe_environment_error(error: BaseException) -> str | None:
