@@ -38,6 +38,8 @@ MESSAGES: Final[dict[str, int]] = {
 """Error numbers, keyed by message pattern, for exceptions of libraries and workers that have only a message."""
 NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 """Error numbers that indicate an environment error only if the exception names a file."""
+LOST_CONNECTION: Final = re.compile(r"timed out|connection (closed|reset|refused|aborted)", re.IGNORECASE)
+"""Pattern that matches messages about the network in exceptions of libraries other than ``OSError``."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
 
 
@@ -80,6 +82,18 @@ def describe_environment_error(error: BaseException) -> str | None:
         if killed := re.search(KILLED_WORKER, str(cause)):
             return f"a {killed[0]}, possibly for lack of memory; lower --data.num_workers"
     return None
+
+
+def is_environment_failure(error: BaseException) -> bool:
+    """Return whether the machine, its disks or the network caused an exception, so that a repetition may succeed.
+
+    In addition to the errors that ``describe_environment_error`` describes, these are any ``OSError`` (such as a missing
+    file or a lost connection), ``MemoryError``, and messages about a lost connection.
+    """
+    return describe_environment_error(error) is not None or any(
+        isinstance(cause, OSError | MemoryError) or LOST_CONNECTION.search(str(cause))
+        for cause in exception_chain(error)
+    )
 
 
 def describe_yaml_error(error: Exception) -> str:
