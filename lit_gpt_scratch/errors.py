@@ -41,8 +41,6 @@ NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 LOST_CONNECTION: Final = re.compile(r"timed out|connection (closed|reset|refused|aborted)", re.IGNORECASE)
 """Pattern that matches messages about the network in exceptions of libraries other than ``OSError``."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
-
-
 LIBRARY_ERRORS: Final = (OSError, RuntimeError)
 """Exceptions that libraries raise if they clean up after a failed operation, such as an incomplete write."""
 
@@ -87,8 +85,8 @@ def describe_environment_error(error: BaseException) -> str | None:
 def is_environment_failure(error: BaseException) -> bool:
     """Return whether the machine, its disks or the network caused an exception, so that a repetition may succeed.
 
-    In addition to the errors that ``describe_environment_error`` describes, these are any ``OSError`` (such as a missing
-    file or a lost connection), ``MemoryError``, and messages about a lost connection.
+    In addition to the errors that ``describe_environment_error`` describes, these are any ``OSError``, such as a
+    missing file or a lost connection, ``MemoryError``, and messages about a lost connection.
     """
     return describe_environment_error(error) is not None or any(
         isinstance(cause, OSError | MemoryError) or LOST_CONNECTION.search(str(cause))

@@ -140,10 +140,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is list and arguments:
         return [_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and arguments:
-        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(value) != len(hints):
-            raise ValueError(f"{name} has {len(value)} items; it must have {len(hints)}")
-        pairs = enumerate(zip(value, hints, strict=True))
+        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(value) != len(parts):
+            raise ValueError(f"{name} has {len(value)} items; it must have {len(parts)}")
+        pairs = enumerate(zip(value, parts, strict=True))
         return tuple(_convert(item, part, f"{name}[{i}]") for i, (item, part) in pairs)
     if origin is dict and arguments:
         for key in value:

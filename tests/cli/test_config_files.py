@@ -63,9 +63,7 @@ def run_config_parser() -> FitParser:
 
 
 @pytest.mark.parametrize("case", WRITERS)
-def test_config_of_another_user_writes_nowhere_else(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_of_another_user_writes_nowhere_else(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     value, name = WRITERS[case]
     flag = {"loggers": "logger", "callback": "callbacks"}.get(case, case)
