@@ -38,20 +38,28 @@ MESSAGES: Final[dict[str, int]] = {
 """Error numbers, keyed by message pattern, for exceptions of libraries and workers that have only a message."""
 NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 """Error numbers that indicate an environment error only if the exception names a file."""
+LOST_CONNECTION: Final = re.compile(r"timed out|connection (closed|reset|refused|aborted)", re.IGNORECASE)
+"""Pattern that matches messages about the network in exceptions of libraries other than ``OSError``."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
+LIBRARY_ERRORS: Final = (OSError, RuntimeError)
+"""Exceptions that libraries raise if they clean up after a failed operation, such as an incomplete write."""
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, then its ``__cause__`` (or else its ``__context__``), and so on up to the first exception.
+    """Yield an exception, its cause, the cause of that, and so on.
 
-    An exception that occurs repeatedly in this chain is yielded once.
+    The exception that was being handled when ``error`` was raised counts as its cause only if ``error`` is one of the
+    ``LIBRARY_ERRORS``. Any other exception, such as a ``KeyError`` in an ``except`` block, is a bug of its own, unless
+    it states its cause (``raise ... from``, or ``inner_exception`` of a failed compiler).
     """
+    seen: list[BaseException] = []
     inside: BaseException | None = error
-    seen: set[int] = set()
-    while inside is not None and id(inside) not in seen:
-        seen.add(id(inside))
+    while inside is not None and inside not in seen:  # an error may be stated as its own cause
         yield inside
-        inside = inside.__cause__ or inside.__context__
+        seen.append(inside)
+        is_implicit = isinstance(inside, LIBRARY_ERRORS) and not inside.__suppress_context__
+        stated = inside.__cause__ or getattr(inside, "inner_exception", None)
+        inside = inside.__context__ if is_implicit and stated is None else stated
 
 
 def describe_environment_error(error: BaseException) -> str | None:
@@ -72,6 +80,18 @@ def describe_environment_error(error: BaseException) -> str | None:
         if killed := re.search(KILLED_WORKER, str(cause)):
             return f"a {killed[0]}, possibly for lack of memory; lower --data.num_workers"
     return None
+
+
+def is_environment_failure(error: BaseException) -> bool:
+    """Return whether the machine, its disks or the network caused an exception, so that a repetition may succeed.
+
+    In addition to the errors that ``describe_environment_error`` describes, these are any ``OSError``, such as a
+    missing file or a lost connection, ``MemoryError``, and messages about a lost connection.
+    """
+    return describe_environment_error(error) is not None or any(
+        isinstance(cause, OSError | MemoryError) or LOST_CONNECTION.search(str(cause))
+        for cause in exception_chain(error)
+    )
 
 
 def describe_yaml_error(error: Exception) -> str:

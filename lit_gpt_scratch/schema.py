@@ -5,6 +5,7 @@ Errors are one-line ``ValueError``s that do not name the file; the caller adds t
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ MAX_DEPTH: Final = 64
 """Maximum nesting depth of a JSON file, because functions that copy, compare or write values are recursive."""
 MAX_INT: Final = 2**63 - 1
 """Maximum absolute value of an integer; larger values do not fit into a tensor or an array."""
+MAX_SEED: Final = 2**32 - 1
+"""Largest seed of NumPy's global random number generator, which Lightning seeds."""
 MAX_SHOWN: Final = 40
 """Maximum number of characters that an error message quotes from a value; the rest is omitted."""
 TYPE_NAMES: Final[dict[Any, str]] = {
@@ -122,7 +125,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise _wrong_type(value, hint, name)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, UnionType):
-        return _convert(value, next(part for part in arguments if _matches(value, part)), name)
+        *others, last = [part for part in arguments if _matches(value, part)]
+        for part in others:
+            with suppress(ValueError):
+                return _convert(value, part, name)
+        return _convert(value, last, name)
     if is_dataclass(origin):
         return hint(**validate_fields(value, hint, name))
     if is_typeddict(origin):
@@ -133,7 +140,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is list and arguments:
         return [_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and arguments:
-        return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(value) != len(parts):
+            raise ValueError(f"{name} has {len(value)} items; it must have {len(parts)}")
+        pairs = enumerate(zip(value, parts, strict=True))
+        return tuple(_convert(item, part, f"{name}[{i}]") for i, (item, part) in pairs)
     if origin is dict and arguments:
         for key in value:
             _convert(key, arguments[0], f"a key of {name}")

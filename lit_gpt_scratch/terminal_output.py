@@ -30,11 +30,15 @@ _NAME: Final = (
     r"(?:api|access|secret|private)[_-]?key(?:[_-]?id)?)"
 )
 """Pattern that matches the last part of a secret's name, as in ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
-_VALUE: Final = r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}]+)"
-_URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)[^\s\"']*@")
-_SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=){_VALUE}", re.IGNORECASE)
-_JSON_FIELD: Final = re.compile(rf"(?<![^\W_])({_NAME}[\"']\s*:\s*){_VALUE}", re.IGNORECASE)
-_FLAG: Final = re.compile(rf"--(?:.*[._-])?{_NAME}", re.IGNORECASE)
+_QUOTED: Final = r"\"[^\"]*\"|'[^']*'"
+_URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)(?:[^\s\"'/?#]*|[^\s\"'/?#@:\[]+:(?!\d+/)[^\s\"']{0,200})@")
+"""Pattern that matches the user and password of a URL, which precede the first slash, unless the password has one."""
+_SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=)(?:{_QUOTED}|[^\s&\"']+)", re.IGNORECASE)
+_JSON_FIELD: Final = re.compile(rf"(?<![^\W_])({_NAME}[\"']\s*:\s*)(?:{_QUOTED}|[^\s&;,\"'}}]+)", re.IGNORECASE)
+_FLAG: Final = re.compile(rf"(--(?:[^=]*[._-])?{_NAME})(=.*)?", re.IGNORECASE | re.DOTALL)
+
+VERBATIM: Final = {"is_sample": True}
+"""``extra`` of a log call whose message is a text of the model, in which nothing is a secret."""
 
 CURSOR_MOVEMENT: Final = re.compile("\r|(?:\x1b\\[A)+")
 """Characters that ``tqdm`` writes at the start of a text to redraw a progress bar."""
@@ -74,9 +78,14 @@ def redact(text: str) -> str:
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """Apply ``redact`` to command-line arguments, and hide the argument after a flag that takes a secret."""
-    follows = (False, *(bool(_FLAG.fullmatch(argument)) for argument in arguments))
-    return [HIDDEN if secret else redact(argument) for argument, secret in zip(arguments, follows, strict=False)]
+    """Apply ``redact`` to command-line arguments, and hide the whole value of a flag that takes a secret."""
+    shown, follows = [], False
+    for argument in arguments:
+        flag = _FLAG.fullmatch(argument)
+        has_value = flag is not None and flag[2] is not None
+        shown.append(HIDDEN if follows else f"{flag[1]}={HIDDEN}" if flag and has_value else redact(argument))
+        follows = flag is not None and not has_value and not follows
+    return shown
 
 
 class OutputStream:
@@ -139,7 +148,7 @@ class OutputStream:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Log formatter that hides passwords, and escapes line breaks in the arguments of a message.
+    """Log formatter that hides passwords, except in ``VERBATIM`` messages, and escapes line breaks in the arguments.
 
     Line breaks in arguments could otherwise be used to forge log lines. Line breaks in the message itself are kept, and
     all other control characters are escaped.
@@ -150,7 +159,8 @@ class EscapingFormatter(logging.Formatter):
         record = copy.copy(record)
         if isinstance(record.args, tuple):
             record.args = tuple(a if hasattr(a, "__float__") else escape_line(str(a)) for a in record.args)
-        return escape_terminal(redact(super().format(record)))
+        text = super().format(record)
+        return escape_terminal(text if getattr(record, "is_sample", False) else redact(text))
 
 
 @contextmanager

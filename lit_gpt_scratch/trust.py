@@ -70,12 +70,16 @@ def find_import_paths(text: str) -> set[str]:
     return set(IMPORT_PATH.findall(text))
 
 
-def record_written_config(text: str) -> None:
+def record_written_config(text: str, restricted: bool = False) -> None:
     """Record that ``fit`` wrote a config, so that the user can resume the run without passing ``--trust`` again.
 
-    Only configs that refer to code outside ``OWN_PACKAGES`` are recorded.
+    Only configs that are restricted or refer to code outside ``OWN_PACKAGES`` are recorded.
+
+    Args:
+        text: Content of the config.
+        restricted: Whether the config has settings that other users' configs may not have.
     """
-    if all(path.partition(".")[0] in OWN_PACKAGES for path in find_import_paths(text)):
+    if not restricted and all(path.partition(".")[0] in OWN_PACKAGES for path in find_import_paths(text)):
         return
     record = _record()
     with suppress(OSError):  # without a record, resuming requires --trust

@@ -30,7 +30,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
         (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "No space left on device;"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/']"), "No space left on device;"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "worker (pid 7) is killed by signal"),
-        (chained(ValueError("a"), OSError(errno.ENOSPC, "x")), "No space left on device;"),
+        (chained(RuntimeError("unexpected pos"), OSError(errno.ENOSPC, "x")), "No space left on device;"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), f"({'a' * 80}...); use a shorter path"),
     ],
 )
@@ -54,6 +54,26 @@ def test_failures_of_the_environment_are_one_line(error: Exception, expected: st
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     assert describe_environment_error(error) is None
     assert describe_environment_error(chained(error, KeyError("y"))) is None
+
+
+FULL = OSError(errno.ENOSPC, "x")
+
+
+@pytest.mark.parametrize("bug", [KeyError("x"), ValueError("x"), AttributeError("x")])
+def test_bug_while_an_error_is_handled_is_a_bug(bug: Exception) -> None:
+    assert describe_environment_error(chained(bug, FULL)) is None
+    assert describe_environment_error(chained(RuntimeError("a"), chained(bug, FULL))) is None
+
+
+def test_only_causes_that_are_not_suppressed_count() -> None:
+    stated = KeyError("x")
+    stated.__cause__ = FULL
+    assert list(exception_chain(stated)) == [stated, FULL]
+    suppressed = chained(RuntimeError("a"), FULL)
+    suppressed.__suppress_context__ = True  # raise ... from None
+    assert list(exception_chain(suppressed)) == [suppressed]
+    stated.__cause__ = stated
+    assert list(exception_chain(stated)) == [stated]
 
 
 def test_user_errors_are_no_failures_of_the_environment() -> None:

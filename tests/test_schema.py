@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         validate(WHOLE | change, Outer, "content")
     assert str(refused.value).startswith(message)
+
+
+def test_items_of_a_tuple_have_types_of_their_own() -> None:
+    assert validate([1, 0.5], tuple[int, float]) == (1, 0.5)
+    assert validate([1, 2, 3], tuple[int, ...]) == (1, 2, 3)
+    for value, problem in (
+        ([1, 2, 3], "the content has 3 items; it must have 2"),
+        ([1], "the content has 1 items; it must have 2"),
+        ([1, "x"], "the content[1] is 'x'; it must be a number"),
+        ([0.5, 1], "the content[0] is 0.5; it must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            validate(value, tuple[int, float])
+
+
+def test_every_type_of_a_union_is_tried() -> None:
+    hint: Any = list[int] | list[str] | dict[str, int] | dict[str, list[int]]
+    for value in ([1], ["x"], [], {"a": 1}, {"a": [1]}):
+        assert validate(value, hint) == value
+    with pytest.raises(ValueError, match="must be"):
+        validate([1, "x"], hint)
 
 
 def test_unknown_fields_are_told_from_damage() -> None:

@@ -22,7 +22,6 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 from typing_extensions import override
 
 from lit_gpt_scratch.checkpoint.run_folder import EVENTS_PREFIX
-from lit_gpt_scratch.errors import exception_chain
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def tolerate_write_errors(name: str) -> Iterator[None]:
-    """Context manager that logs an ``OSError`` once per output instead of raising it.
+    """Context manager that logs an ``OSError``, or an exception that states one as its cause, once per output.
 
     Args:
         name: Name of the output, for the warning.
@@ -44,7 +43,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = next((cause for cause in exception_chain(error) if isinstance(cause, OSError)), None)
+        cause = next((cause for cause in (error, error.__cause__) if isinstance(cause, OSError)), None)
         if cause is None:
             raise
         _report(name, cause)

@@ -33,6 +33,7 @@ from lit_gpt_scratch.evaluation.text_classifiers import LabelledTexts, word_base
 from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.terminal_output import VERBATIM
 from lit_gpt_scratch.text.atomic_files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -338,7 +339,7 @@ class RunSummary(RunDirCallback):
             others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, others)
         if sample:
-            log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")))
+            log.info("\nA sample:\n\n" + "\n".join("    " + line for line in sample.split("\n")), extra=VERBATIM)
         losses = [value.item() for name, value in trainer.callback_metrics.items() if name.endswith("/loss")]
         diverged = not all(map(math.isfinite, losses)) or guard_gave_up(trainer)
         commands = list(next_commands(trainer, folder, diverged, self.max_time_is_a_flag))

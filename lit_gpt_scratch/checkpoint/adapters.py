@@ -13,11 +13,10 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.expected_weights import expected_weights
-from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES, add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.trust import Trusted
 
 HEAD_WEIGHT = "head.weight"
-ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
 
 
 def hash_base_weights(net: nn.Module, new_head: bool) -> str:

@@ -74,6 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
         raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
+    _validate_tensors(loaded, path)
     _validate_state_dict(loaded["state_dict"], path)
     if "loops" in loaded:
         try:
@@ -83,17 +84,35 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def _validate_tensors(loaded: dict[str, Any], path: Path) -> None:
+    """Check that all tensors in a checkpoint are dense, including those in the states of optimizers and callbacks.
+
+    Raises:
+        UserError: A tensor is not dense.
+    """
+    pending: list[tuple[str, Any]] = list(loaded.items())
+    seen: set[int] = set()  # a damaged file may have containers that contain themselves
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor):
+            if not _is_dense(value):
+                raise UserError(f"{path} is damaged: {name} is not a dense tensor; use another file")
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(describe(key) if name == "state_dict" else name, item) for key, item in items]
+
+
 def _validate_state_dict(state: Any, path: Path) -> None:
-    """Check that a state dict contains only dense tensors, with at most twice the total size of the stored data.
+    """Check that a state dict maps names to tensors, whose total size is at most twice that of the stored data.
 
     Raises:
         UserError: The state dict contains other values, or tensors that repeat the stored data.
     """
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()
+    ):
         raise UserError(f"{path} is damaged: its state_dict does not map names to tensors; use another file")
-    for name, weight in state.items():
-        if not isinstance(weight, Tensor) or not _is_dense(weight):
-            raise UserError(f"{path} is damaged: {describe(name)} is not a dense tensor; use another file")
     stored = {storage.data_ptr(): storage.nbytes() for storage in (w.untyped_storage() for w in state.values())}
     if sum(weight.nbytes for weight in state.values()) > 2 * sum(stored.values()):  # tied weights are stored once
         raise UserError(f"{path} is damaged: many of its tensors share the same data; use another file")

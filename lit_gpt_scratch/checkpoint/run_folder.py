@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
 from lit_gpt_scratch.errors import UserError
@@ -25,6 +26,19 @@ LOCK_SECONDS: Final = 2.0
 """Maximum time in seconds between the creation of a run folder and its locking by the process that created it."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
+
+
+Facts = dict[str, str | int | float | bool | None]
+
+
+class SessionFacts(TypedDict, total=False):
+    """Entry of ``provenance.json``, and the state of ``RunMetadata`` in a checkpoint; both may have more fields."""
+
+    code: Facts
+    versions: Facts
+    hardware: Facts
+    seed: int
+    data: str
 
 
 @dataclass(frozen=True)
@@ -167,11 +181,14 @@ class RunFolder:
                 f"cannot write {self.path / name}: {error.strerror}; check the permissions and the free disk space"
             ) from error
 
-    def read_sessions(self) -> list[dict[str, Any]]:
-        """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first."""
+    def read_sessions(self) -> list[SessionFacts]:
+        """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first.
+
+        If the file is damaged, log a warning and return an empty list; the state in a checkpoint takes precedence.
+        """
         try:
             content = read_json(self.path / "provenance.json", dict[str, Any])
-            return validate(content.get("sessions"), list[dict[str, Any]], "sessions")
+            return validate(content.get("sessions"), list[SessionFacts], "sessions")
         except FileNotFoundError:
             return []
         except (OSError, ValueError):

@@ -188,6 +188,25 @@ def read_config(path: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+WRITING_FLAGS: Final = ("callbacks", "logger", "profiler", "plugins")
+"""Flags of the Trainer whose classes may write files to any folder, according to their arguments."""
+
+
+def find_writers(config: Namespace) -> Iterator[tuple[str, str]]:
+    """Yield each setting of the Trainer that may write files outside the run folder, and the name to trust.
+
+    The name is the import path of the class; for ``default_root_dir``, it is the name of the flag.
+    """
+    for flag in WRITING_FLAGS:
+        value = config.get(f"trainer.{flag}")
+        for each in value if isinstance(value, list) else [value]:
+            name = each.get("class_path") if isinstance(each, Namespace) else None
+            if name is not None and not name.startswith("lit_gpt_scratch."):
+                yield f"trainer.{flag}", name
+    if config.get("trainer.default_root_dir") is not None:
+        yield "trainer.default_root_dir", "trainer.default_root_dir"
+
+
 def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str]) -> Namespace:
     """Parse the ``config.yaml`` of a resumed run; parsing imports the classes in the config.
 
@@ -199,7 +218,7 @@ def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str
         trusted: Import paths that the config may contain; ignored if ``fit`` wrote the config for this user.
 
     Raises:
-        UserError: The config refers to code that is not trusted.
+        UserError: The config refers to code that is not trusted, or has settings that may write files to any folder.
     """
     arguments = ["--config", str(path)]
     try:
@@ -215,6 +234,11 @@ def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str
         if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
             raise UntrustedCodeError(str(path), denied[1]) from error
         raise
+    for flag, name in find_writers(config):
+        if name not in trusted:
+            raise UserError(
+                f"{path} sets {flag}, which may write files to any folder; if you trust it, pass --trust {name}"
+            )
     require_trusted(config.get("model.init_args.gpt.attention"), trusted, path)
     reward = config.get("model.init_args.reward")
     if not (reward is None or is_checkpoint_path(reward) or reward in VERIFIABLE_REWARDS):
@@ -240,7 +264,7 @@ class SaveConfig(RunDirCallback):
             config = self.config.clone()
             config.ckpt_path, config.force, config.trust = None, False, None
             text = self.parser.dump(config, skip_unset=False)
-            record_written_config(text)
+            record_written_config(text, restricted=any(find_writers(config)))
             self.folder.write_text(self.folder.config.name, text)
 
 

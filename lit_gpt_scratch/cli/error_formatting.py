@@ -70,8 +70,8 @@ def user_errors() -> Iterator[None]:
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
             if str(ours).startswith("Caught UserError in DataLoader worker"):  # followed by a traceback
-                ours = UserError(str(ours).rpartition("UserError: ")[2])
-            raise ours from error
+                raise UserError(str(ours).rpartition("UserError: ")[2]) from error
+            raise ours from ours.__cause__
         library_errors = (
             ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError, ImportError, RuntimeError
         )  # fmt: skip

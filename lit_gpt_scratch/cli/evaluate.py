@@ -137,7 +137,8 @@ def _benchmark(given: Namespace) -> None:
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     if "include_path" in given:
         try:
-            require_trusted(str(given.include_path), given.trust, given.include_path)
+            trusted = {str(Path(each)) for each in given.trust or ()}  # without a slash at the end
+            require_trusted(str(given.include_path), trusted, given.include_path)
         except UntrustedCodeError as error:
             raise UserError(
                 f"argument --include_path: lm-eval runs the code in the task files of {error.name}; "

@@ -66,14 +66,13 @@ from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_proc
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
+from lit_gpt_scratch.schema import MAX_SEED
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.terminal_output import training_output
 
 log = logging.getLogger(__name__)
 
 RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
-MAX_SEED: Final = 2**32 - 1
-"""Largest seed of NumPy's global random number generator, which Lightning seeds."""
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
 """Default of ``PackedText.cleaning``, written as a config, because a config file cannot contain an instance."""
 

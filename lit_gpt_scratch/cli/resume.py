@@ -21,7 +21,7 @@ from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, count_finished_epochs, normalize_progress
 from lit_gpt_scratch.checkpoint.resume_stress_test import FINISHED_MESSAGE
-from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, SessionFacts, find_checkpoint
 from lit_gpt_scratch.checkpoint.training_state import validate_callback_state, validate_like
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json
@@ -30,20 +30,6 @@ log = logging.getLogger(__name__)
 
 Changes = dict[str, tuple[Any, Any]]
 T = TypeVar("T")
-Facts = dict[str, str | int | float | bool | None]
-
-
-class SessionFacts(TypedDict, total=False):
-    """Code version, library versions, hardware, seed and data fingerprint of a session.
-
-    ``RunMetadata`` saves them in each checkpoint. Each entry of ``provenance.json`` also contains them.
-    """
-
-    code: Facts
-    versions: Facts
-    hardware: Facts
-    seed: int
-    data: str
 
 
 class TrainSeconds(TypedDict):
@@ -208,7 +194,6 @@ class ResumedRun:
             UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer class changed.
         """
         sessions = self.folder.read_sessions() if self.folder else []
-        sessions = [dict(validate_callback_state(session, SessionFacts, "provenance")) for session in sessions[-1:]]
         flags = diff_configs(config_before, config)
         self.changed = {name: values for name, values in flags.items() if not re.fullmatch(OUTPUT_FLAGS, name)}
         matters = [

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import MAX_INT, describe
 
 MINIMUM: Final = {
     "num_nodes": 1, "max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "check_val_every_n_epoch": 1,
@@ -24,6 +25,8 @@ MINIMUM: Final = {
     "reload_dataloaders_every_n_epochs": 0, "fast_dev_run": 0,
 }  # fmt: skip
 """Lowest valid value of each numeric flag."""
+MAXIMUM: Final = {"num_nodes": 2**16}
+"""Highest valid value of integer flags for which it is not ``MAX_INT``."""
 MINUS_ONE: Final = {"max_epochs": "no limit", "max_steps": "no limit", "num_sanity_val_steps": "all batches"}
 """Meaning of the value -1 for flags that accept it, keyed by flag."""
 BATCHES: Final = (
@@ -65,10 +68,14 @@ def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
     """
     for name, minimum in MINIMUM.items():
         value = trainer[name]
-        if isinstance(value, int | float) and not minimum <= value < math.inf:
+        if not isinstance(value, int | float):
+            continue
+        if not minimum <= value < math.inf:
             meaning = f" (-1: {MINUS_ONE[name]})" if name in MINUS_ONE else ""
             least = "positive" if minimum == 1 else f"{minimum} or more{meaning}"
             raise UserError(f"--trainer.{name} is {value}; it must be {least}")
+        if isinstance(value, int) and value > (maximum := MAXIMUM.get(name, MAX_INT)):
+            raise UserError(f"--trainer.{name} is {describe(value)}; it must be at most {maximum}")
     for name in BATCHES:
         value = trainer[name]
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -106,6 +113,8 @@ def _validate_duration(name: str, value: Any) -> None:
     except TypeError:
         units = "weeks, days, hours, minutes and seconds"
         raise UserError(f"{problem}; the units of a duration are {units}") from None
+    except (ValueError, OverflowError):  # ValueError: nan
+        raise UserError(f"{problem}; it must be at most {timedelta.max.days} days") from None
     if duration <= timedelta():
         raise UserError(f"{problem}; it must be positive")
 

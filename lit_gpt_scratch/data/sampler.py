@@ -204,9 +204,10 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
             steps: Indices of the optimizer steps within the epoch, (n,) int64.
 
         Returns:
-            Row indices, (n, A, W, B) int64, for ``A`` micro-batches, ``W`` ranks and batch size ``B``.
+            Row indices, (n, A, W, B) int64, for ``A`` micro-batches, ``W`` ranks and batch size ``B``. ``A`` is at most
+            the number of micro-batches in an epoch.
         """
-        shape = (self.accumulate, self.world_size, self.batch_size)
+        shape = (min(self.accumulate, len(self)), self.world_size, self.batch_size)
         positions = steps[:, None] * np.prod(shape) + np.arange(np.prod(shape))
         return self.rows(epoch, positions.ravel()).reshape(-1, *shape)
 

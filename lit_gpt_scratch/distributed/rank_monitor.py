@@ -5,7 +5,6 @@ meantime, Python runs no signal handlers in the main thread, so the process igno
 """
 
 import logging
-import math
 import os
 import re
 import select
@@ -31,12 +30,15 @@ INTERVAL: Final = 0.5
 """Interval in seconds at which each rank stores a heartbeat."""
 UNRESPONSIVE_SECONDS: Final = 8.0
 """Time in seconds without a new heartbeat after which a rank counts as unresponsive."""
+STORE_SECONDS: Final = 3.0
+"""Timeout in seconds of an access to the store, which may take longer if rank 0 is stopped."""
 GRACE_SECONDS: Final = 3.0
 """Time in seconds after a signal until the monitor ends a process that waits for other ranks."""
 STUCK_SECONDS: Final = 60.0
 """Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 
-A process is idle if it uses no CPU time and no rank is writing a checkpoint.
+A process is idle if it uses no CPU time and no rank is writing a checkpoint. A rank whose last heartbeat is older
+than this does not count as writing any more.
 """
 IDLE_SHARE: Final = 0.02
 """Maximum CPU use of a process that counts as idle, as a fraction of one core."""
@@ -52,10 +54,14 @@ SAVING: Final = b"saving"
 
 
 class RankMonitor:
-    """Context manager with a thread that reports unresponsive ranks, and can end this process after a signal.
+    """Context manager with threads that report unresponsive ranks, and can end this process after a signal.
+
+    One thread exchanges heartbeats through a store, which rank 0 holds. The other one watches them, since an access to
+    the store may block.
 
     After a signal, the monitor ends the process if the process still waits for other ranks to connect, if a rank is
-    unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the process.
+    unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the process. While
+    this process writes a checkpoint, the monitor does not end it.
 
     Args:
         rank: Rank of this process.
@@ -86,12 +92,12 @@ class RankMonitor:
         self._seen: dict[int, tuple[bytes, float]] = {}
         """Last heartbeat of each rank, and the time at which this heartbeat was first read."""
         self._beats = 0
-        self._store_lost = self._failing = False
+        self._answered_at: float | None = None
+        """Time of the last successful access to the store; before the first one, the time of the first attempt."""
+        self._failing = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
-        self._heartbeat = threading.Thread(target=self._beat_until_stopped, name="rank heartbeat", daemon=True)
-        self._beaten_at = math.inf
-        """Time of the last exchange with the store, which rank 0 holds; infinite before the first."""
+        self._heart = threading.Thread(target=self._exchange_heartbeats, name="heartbeats", daemon=True)
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "RankMonitor":
@@ -101,6 +107,7 @@ class RankMonitor:
                 self._wakeup[1].setblocking(False)
                 self._fd_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
             self._thread.start()
+            self._heart.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -115,20 +122,20 @@ class RankMonitor:
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
         self._thread.join()
-        if self._heartbeat.ident is not None:
-            self._heartbeat.join(4 * INTERVAL)  # if the store does not respond, the thread ends with the process
+        self._heart.join(STORE_SECONDS)
         for end in self._wakeup or ():
             end.close()
         if lost:
             raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
-        """Return the ranks, except this rank, that have sent no new heartbeat for more than ``seconds`` seconds."""
-        now = time.monotonic()
-        if self.rank and (self._store_lost or now - self._beaten_at > seconds + INTERVAL):
-            return [0]
-        late = (rank for rank, (value, at) in list(self._seen.items()) if now - at > seconds and value != DONE)
-        return sorted(set(late) - {self.rank})
+        """Return the other ranks that have stored no new heartbeat for more than ``seconds``."""
+        known = self._answered_at or time.monotonic()
+        if time.monotonic() - known > seconds:
+            late = {0}  # the heartbeats of other ranks are unknown
+        else:
+            late = {rank for rank, (value, at) in self._seen.items() if known - at > seconds and value != DONE}
+        return sorted(late - {self.rank})
 
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
@@ -149,21 +156,16 @@ class RankMonitor:
                 self._stopped.wait(INTERVAL)
             elif select.select([self._wakeup[0]], [], [], INTERVAL)[0]:
                 self._receive(self._wakeup[0].recv(64))
-            if not dist.is_initialized():
+            if dist.is_initialized():
+                self._watch_ranks()
+            else:
                 self._watch_connecting()
-                continue
-            if self._heartbeat.ident is None:
-                self._beaten_at = time.monotonic()
-                self._heartbeat.start()
-            self._watch_ranks()
 
-    def _beat_until_stopped(self) -> None:
-        """Exchange values in a thread of its own: while rank 0 is stopped, a call of its store never returns."""
-        while not self._stopped.is_set() and not self._store_lost:
-            self._beat()
-            self._beaten_at = time.monotonic()
-            self._stopped.wait(INTERVAL)
-        if self._store is not None and not self._store_lost:
+    def _exchange_heartbeats(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            if dist.is_initialized():
+                self._beat()
+        if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(f"lit_gpt_scratch/{self.rank}", DONE.decode())
 
@@ -175,7 +177,11 @@ class RankMonitor:
             self._cpu_seconds = time.process_time()
 
     def _beat(self) -> None:
-        """Store a heartbeat of this rank; on rank 0, or after a signal or an error, also read all heartbeats."""
+        """Store a heartbeat of this rank, and read the heartbeats of all ranks if they are needed.
+
+        After a failure, the next call connects to the store again.
+        """
+        self._answered_at = self._answered_at or time.monotonic()
         try:
             if self._store is None:
                 self._store = TCPStore(
@@ -183,18 +189,25 @@ class RankMonitor:
                     int(os.environ["MASTER_PORT"]),
                     is_master=False,
                     wait_for_workers=False,
-                    timeout=timedelta(seconds=UNRESPONSIVE_SECONDS),
+                    timeout=timedelta(seconds=STORE_SECONDS),
                 )
             self._beats += 1
             self._store.set(f"lit_gpt_scratch/{self.rank}", f"{SAVING.decode() if is_saving() else ''}{self._beats}")
-            keys = [f"lit_gpt_scratch/{rank}" for rank in range(self.ranks)]
-            if (self.rank == 0 or self._signum or self._failing) and self._store.check(keys):
-                now = time.monotonic()
-                for rank, value in enumerate(self._store.multi_get(keys)):
-                    if self._seen.get(rank, (b"", 0.0))[0] != value:
-                        self._seen[rank] = value, now
-        except RuntimeError:  # rank 0, which holds the store, has ended
-            self._store_lost = True
+            if self.rank == 0 or self._signum or self._failing:
+                self._read_heartbeats(self._store)
+        except RuntimeError:  # rank 0, which holds the store, has ended or does not respond
+            self._store = None
+        else:
+            self._answered_at = time.monotonic()
+
+    def _read_heartbeats(self, store: TCPStore) -> None:
+        now = time.monotonic()
+        self._seen = dict.fromkeys(range(self.ranks), (b"", now)) | self._seen
+        keys = {rank: f"lit_gpt_scratch/{rank}" for rank in range(self.ranks)}
+        stored = [rank for rank, (value, _) in self._seen.items() if value or store.check([keys[rank]])]
+        for rank, value in zip(stored, store.multi_get([keys[rank] for rank in stored]), strict=True):
+            if self._seen[rank][0] != value:
+                self._seen[rank] = value, now
 
     def _watch_connecting(self) -> None:
         now = time.monotonic()
@@ -213,17 +226,18 @@ class RankMonitor:
         self._reported |= new
         if not self._signum:
             return
-        if ranks and now - self._signaled_at > GRACE_SECONDS:
-            self._abort(f"while it waited for {_name_ranks(ranks)}")
+        saving = {
+            rank for rank, (value, at) in self._seen.items() if value.startswith(SAVING) and now - at < STUCK_SECONDS
+        }
+        lost = [rank for rank in ranks if rank not in saving]
+        if lost and not is_saving() and now - self._signaled_at > GRACE_SECONDS:
+            self._abort(f"while it waited for {_name_ranks(lost)}")
         cpu_seconds = time.process_time()
-        if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL or self._any_rank_saves():
+        if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL or saving or is_saving():
             self._busy_at = now
         self._cpu_seconds = cpu_seconds
         if now - self._busy_at > STUCK_SECONDS:
             self._abort(f"after it had been idle for {STUCK_SECONDS:.0f} s, probably because another rank hangs")
-
-    def _any_rank_saves(self) -> bool:
-        return any(value.startswith(SAVING) for value, _ in list(self._seen.values()))
 
     def _abort(self, circumstances: str) -> None:
         name = signal.Signals(self._signum).name

@@ -16,6 +16,8 @@ from lit_gpt_scratch.errors import UserError
 
 FSDP1_NAMES: Final = ("fsdp", "fsdp_cpu_offload")
 """Lightning's strategy names for the first version of FSDP."""
+MAX_CPU_PROCESSES: Final = 1024
+"""Maximum number of processes that share a CPU; each needs its own copy of the libraries."""
 CHECKPOINTING_FLAG: Final = "--model.activation_checkpointing true"
 
 
@@ -69,7 +71,9 @@ def _resolve_accelerator(requested: str) -> str:
 
 
 def _validate_device_count(accelerator: str, devices: str) -> None:
-    """Check the number of GPUs, because each process requires its own GPU; any number of processes can share a CPU."""
+    """Check the number of GPUs, because each process requires its own GPU; many processes can share a CPU."""
+    if accelerator == "cpu" and devices.isdecimal() and int(devices) > MAX_CPU_PROCESSES:
+        raise UserError(f"--trainer.devices {devices[:20]} on a CPU; it must be at most {MAX_CPU_PROCESSES}")
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
     if available is not None and devices.isdecimal() and int(devices) > available:
         raise UserError(

@@ -1,6 +1,8 @@
 """Names and shapes of a model's weights, computed without allocating memory, to check a file before it is used."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -9,9 +11,13 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.gpt import GPT
-from lit_gpt_scratch.model.lora import LoRA, add_lora
+from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES, LoRA, add_lora, match_layers
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 
+LAYER_INDEX: Final = re.compile(r"(?:^|\.)(\d+)\.")
+"""Pattern that matches the index of a layer in the name of a weight, in this package and in published models."""
+FIRST_LAYER: Final = re.compile(r"(blocks|value_tables)\.0(?=\.)")
+"""Pattern that matches the part of a name for which each layer has one of its own."""
 MAX_TABLE_BYTES: Final = 2**28
 """Maximum size in bytes of position tables that are larger than the model's weights. The tables are not in the file, so
 a wrong context length could require any amount of memory."""
@@ -27,8 +33,8 @@ def expected_weights(
 ) -> dict[str, Tensor]:
     """Return the state dict of a model on the meta device, i.e. names, shapes and dtypes without allocated memory.
 
-    The time and memory required depend on the number of tensors in ``found``, not on the sizes in the config, which may
-    be wrong.
+    Only one block is built, and its weights are repeated for the others, so that the time required does not depend on
+    the sizes in the config, which may be wrong.
 
     Args:
         found: Weights that a file contains, with any names.
@@ -41,13 +47,13 @@ def expected_weights(
     Raises:
         UserError: The sizes are too large for the weights, or the model cannot be built.
     """
-    if config.n_layer > len(found):
-        raise UserError(f"n_layer is {config.n_layer}, but there are only {len(found)} tensors")
+    layers = {match[1] for name in found if (match := LAYER_INDEX.search(name))}
+    if config.n_layer > len(layers):
+        raise UserError(f"n_layer is {config.n_layer}, but there are only weights of {len(layers)} layers")
     try:
         with torch.device("meta"):
-            net = GPT(config, vocab_size, block_size, output_head)
-            if lora is not None:
-                add_lora(net, lora)
+            net = GPT(replace(config, n_layer=1), vocab_size, block_size, output_head)
+            linears = [] if lora is None else add_lora(net, replace(lora, pattern=""))
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # a tensor of this size cannot be created
@@ -59,4 +65,21 @@ def expected_weights(
             f"the context length is {block_size}, which requires position tables of {tables / 2**30:,.1f} GiB, more "
             "than the weights"
         )
-    return state
+    repeated = {each: weight for name, weight in state.items() for each in _repeat_name(name, config.n_layer)}
+    if lora is None:
+        return repeated
+    names = [each for name in linears for each in _repeat_name(name, config.n_layer)]
+    if not (adapted := match_layers(lora.pattern, names)):
+        raise UserError(f"lora.pattern is {lora.pattern[:100]}, which does not match any linear layer")
+    return {
+        name: weight
+        for name, weight in repeated.items()
+        if not name.endswith(ADAPTER_SUFFIXES) or name.rpartition(".")[0] in adapted
+    }
+
+
+def _repeat_name(name: str, n_layer: int) -> list[str]:
+    """Return the names that correspond to a name in the first block in all blocks, or the name if it is elsewhere."""
+    if not (first := FIRST_LAYER.match(name)):
+        return [name]
+    return [f"{first[1]}.{layer}{name[first.end() :]}" for layer in range(n_layer)]

@@ -26,6 +26,8 @@ from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 MAX_RANK: Final = 2**13
 """Maximum rank of an adapter, which is the full rank of the matrices in the largest models that can be adapted."""
+ADAPTER_SUFFIXES: Final = (".lora_a", ".lora_b")
+"""Last parts of the names of the parameters of an adapter."""
 PATTERN_SECONDS: Final = 1
 """Maximum time in seconds for matching a pattern, which may come from a file, against the names of all layers."""
 MIN_TIMEOUT: Final = 1e-6
@@ -158,6 +160,22 @@ class LoRALinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def match_layers(pattern: str, names: list[str]) -> set[str]:
+    """Return the names of layers that contain a match of a pattern.
+
+    Raises:
+        UserError: Matching takes too long, because the pattern backtracks.
+    """
+    deadline = time.monotonic() + PATTERN_SECONDS
+    compiled = regex.compile(pattern)
+    try:
+        return {n for n in names if compiled.search(n, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT))}
+    except TimeoutError as error:
+        raise UserError(
+            f"lora.pattern is {pattern[:100]}, which takes over {PATTERN_SECONDS} s to match; simplify it"
+        ) from error
+
+
 def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     """Add adapters to the linear layers whose names match ``settings.pattern``, and freeze all other parameters.
 
@@ -175,7 +193,7 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     if any(True for _ in _lora_layers(net)):
         raise UserError("the network already has LoRA adapters; call remove_lora first")
     linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
-    matching = _find_matching(settings.pattern, [name for name, _ in linears])
+    matching = match_layers(settings.pattern, [name for name, _ in linears])
     chosen = [(name, layer) for name, layer in linears if name in matching]
     if not chosen:
         examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # names from the first block only
@@ -267,22 +285,6 @@ def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
             )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)
-
-
-def _find_matching(pattern: str, names: list[str]) -> set[str]:
-    """Return the names that contain a match.
-
-    Raises:
-        UserError: Matching takes too long, because the pattern backtracks.
-    """
-    deadline = time.monotonic() + PATTERN_SECONDS
-    compiled = regex.compile(pattern)
-    try:
-        return {n for n in names if compiled.search(n, timeout=max(deadline - time.monotonic(), MIN_TIMEOUT))}
-    except TimeoutError as error:
-        raise UserError(
-            f"lora.pattern is {pattern[:100]}, which takes over {PATTERN_SECONDS} s to match; simplify it"
-        ) from error
 
 
 def _lora_layers(net: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

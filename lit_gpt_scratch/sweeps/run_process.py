@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
+from lit_gpt_scratch.errors import is_environment_failure
 
 GRACE_SECONDS = 120.0
 """Time in seconds that a run has between SIGTERM and SIGKILL to save a checkpoint and exit."""
@@ -23,12 +24,11 @@ ENVIRONMENT_EXIT_CODE: Final = 75
 """Exit code (EX_TEMPFAIL) of a run that failed because of its environment; see ``is_environment_failure``."""
 USER_ERROR_EXIT_CODE: Final = 2
 """Exit code of ``fit`` after a ``UserError``."""
-ENVIRONMENT_MESSAGES: Final = re.compile(
-    r"no space left on device|disk is full|disk quota exceeded|timed out|killed by signal|exited unexpectedly"
-    r"|connection (closed|reset|refused|aborted)|too many open files",
-    re.IGNORECASE,
-)
-"""Pattern that matches messages of environment failures that libraries raise as exceptions other than ``OSError``."""
+RETRYABLE_SIGNALS: Final = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGBUS")
+"""Signals that the environment sends: for lack of memory, at a time limit, or because a file cannot be read.
+
+Others, such as SIGSEGV and SIGABRT, are crashes, which the settings of a run may cause.
+"""
 
 
 class RunProcess:
@@ -77,7 +77,7 @@ class RunProcess:
     @property
     def failed_by_environment(self) -> bool:
         """Whether the run failed because of its environment, not its settings, and may succeed if it is repeated."""
-        return self._killed_by is not None or self._process.returncode == ENVIRONMENT_EXIT_CODE
+        return self._killed_by in RETRYABLE_SIGNALS or self._process.returncode == ENVIRONMENT_EXIT_CODE
 
     @property
     def _killed_by(self) -> str | None:
@@ -102,33 +102,17 @@ class RunProcess:
         return (error or (lines[-1] if lines else f"exit code {code}")).removeprefix("error: ")
 
 
-def is_environment_failure(error: BaseException) -> bool:
-    """Return whether an exception was caused by the machine, its disks or the network, not by the settings of a run.
-
-    This is the case if the exception or one of its causes is an ``OSError`` (a missing or unreadable file, a full disk,
-    a lost connection), is a ``MemoryError``, or has a message that matches ``ENVIRONMENT_MESSAGES``. If ``fit`` exits
-    because of a ``UserError``, the causes of the ``UserError`` are checked.
-    """
-    if isinstance(error, SystemExit) and error.code != USER_ERROR_EXIT_CODE:
-        return False
-    seen: set[int] = set()
-    link: BaseException | None = error.__context__ if isinstance(error, SystemExit) else error
-    while link is not None and id(link) not in seen:
-        if isinstance(link, OSError | MemoryError) or ENVIRONMENT_MESSAGES.search(str(link)):
-            return True
-        seen.add(id(link))
-        link = link.__context__ if link.__cause__ is link else link.__cause__  # itself: ``raise error from error``
-    return False
-
-
 def run_module(module: str) -> None:
     """Run a module as the main program; exit with ``ENVIRONMENT_EXIT_CODE`` if it fails because of its environment."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except BaseException as error:  # fit reports a failure as SystemExit
-        if not is_environment_failure(error):
+        cause: BaseException | None = error
+        if isinstance(error, SystemExit):
+            cause = error.__context__ if error.code == USER_ERROR_EXIT_CODE else None
+        if cause is None or not is_environment_failure(cause):
             raise
-        if not isinstance(error, SystemExit):
+        if cause is error:
             traceback.print_exc()
         sys.exit(ENVIRONMENT_EXIT_CODE)
 

@@ -66,6 +66,7 @@ class RunResult:
         session: Package versions, hardware and code version of the run's last session, from ``provenance.json``.
         retryable: Whether the run failed because of its environment, not its settings, so that repeating the sweep
             executes it again.
+        attempts: Number of times that the run failed because of its environment, each after retries.
     """
 
     seed: int
@@ -77,6 +78,7 @@ class RunResult:
     diagnoses: list[dict[str, str]] = field(default_factory=list)
     session: dict[str, Any] = field(default_factory=dict)
     retryable: bool = False
+    attempts: int = 0
 
     @property
     def tokens_per_step(self) -> float | None:

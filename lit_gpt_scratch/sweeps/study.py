@@ -4,7 +4,7 @@ import logging
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 
 log = logging.getLogger(__name__)
 
+MAX_ATTEMPTS: Final = 3
+"""Number of recorded failures because of the environment after which a run is repeated only on request."""
 BASELINE_ATTRIBUTE: Final = "known"
 """Name of the Optuna study attribute that stores the ``ResolvedBaseline``."""
 
@@ -127,12 +129,15 @@ class Study:
     def record_run(self, claim: ClaimedRun, result: RunResult) -> None:
         """Store the result of a run, release its lock, and end the trial if it has no remaining runs.
 
-        A run that can be retried is not claimed again by this process.
+        A run that can be retried is not claimed again by this process. After ``MAX_ATTEMPTS``, it counts as failed.
         """
         with self._locks.exclusive():
+            trial = self.trials()[claim.number]
             if result.retryable:
                 self._given_up.add(claim.lock_name)
-            trial = self.trials()[claim.number]
+                earlier = recorded_runs(trial).get(claim.seed)
+                attempts = 1 + (earlier.attempts if earlier else 0)
+                result = replace(result, attempts=attempts, retryable=attempts < MAX_ATTEMPTS)
             self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", result.to_dict())
             self._locks.release(claim.lock_name)
             self._finish_if_complete(self.trials()[claim.number])

@@ -13,6 +13,7 @@ from typing import Any, Final
 import optuna
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import MAX_SEED
 from lit_gpt_scratch.sweeps.bounded_yaml import load_yaml
 from lit_gpt_scratch.sweeps.search_space import (
     FitFlags,
@@ -30,8 +31,6 @@ METHODS: Final = ("grid", "random", "tpe")
 DIRECTIONS: Final = ("minimize", "maximize")
 RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan")
 """Flags of ``fit`` that only the sweep may set."""
-MAX_SEED: Final = 2**32 - 1
-"""Largest seed that ``fit`` accepts."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
 """Flag of ``fit`` that enforces a training budget, keyed by the unit of the budget."""
 

@@ -95,3 +95,7 @@ def test_only_errors_of_the_operating_system_are_tolerated(caplog: pytest.LogCap
     assert caplog.messages == ["cannot write a: No space left on device; the run continues without it"]
     with pytest.raises(ZeroDivisionError), tolerate_write_errors("a"):
         1 / 0  # noqa: B018
+    bug = KeyError("x")
+    bug.__context__ = OSError(28, os.strerror(28))  # raised in its handler
+    with pytest.raises(KeyError), tolerate_write_errors("a"):
+        raise bug

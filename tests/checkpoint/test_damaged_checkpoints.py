@@ -181,6 +181,25 @@ def test_state_dict_of_another_type(saved: dict[str, Any], tmp_path: Path) -> No
         assert "\n" not in str(refused.value)
 
 
+def test_tensors_of_the_training_state_are_dense(saved: dict[str, Any], tmp_path: Path) -> None:
+    wide = torch.zeros(1).expand(4, 4)
+    for name, value in (
+        ("optimizer_states", [{"state": {0: {"exp_avg": wide}}, "param_groups": []}]),
+        ("callbacks", {"X": {"a": [(wide,)]}}),
+        ("other", torch.zeros(3).to_sparse()),
+    ):
+        save_checkpoint(saved | {name: value}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=f"is damaged: {name} is not a dense tensor"):
+            load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_containers_that_contain_themselves(saved: dict[str, Any], tmp_path: Path) -> None:
+    loop: dict[str, Any] = {}
+    loop["again"] = [loop]
+    save_checkpoint(saved | {"other": loop}, tmp_path / "x.ckpt")
+    assert load_checkpoint(tmp_path / "x.ckpt")["global_step"] == 2
+
+
 def test_compressed_records_are_refused(saved: dict[str, Any], tmp_path: Path) -> None:
     """A kilobyte of compressed zeros would be a megabyte in memory."""
     save_checkpoint(saved, tmp_path / "x.ckpt")

@@ -1,5 +1,6 @@
 """Run folders are unique, checkpoints are found, and other files are rejected by name."""
 
+import json
 import os
 import pickle
 import threading
@@ -171,10 +172,19 @@ def test_errors_inside_the_lock_are_not_mistaken_for_lock_errors(tmp_path: Path)
         pass
 
 
-def test_damaged_provenance_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "provenance.json").write_text("{")
+@pytest.mark.parametrize(
+    "text", ["{", '{"sessions": [3]}', '{"sessions": [{"hardware": 3}]}', '{"sessions": [{"seed": "x"}]}']
+)
+def test_damaged_provenance_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "provenance.json").write_text(text)
     assert RunFolder(tmp_path).read_sessions() == []
     assert "provenance.json cannot be read" in caplog.text
+
+
+def test_sessions_keep_all_fields(tmp_path: Path) -> None:
+    sessions = [{"started": "now", "seed": 3, "hardware": {"threads": 2, "gpu": None}, "changed": {"a": [1, 2]}}]
+    (tmp_path / "provenance.json").write_text(json.dumps({"sessions": sessions}))
+    assert RunFolder(tmp_path).read_sessions() == sessions
 
 
 def test_one_of_several_automatic_runs_may_train(tmp_path: Path) -> None:

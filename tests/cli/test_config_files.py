@@ -3,10 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from lightning.pytorch import Trainer
 
-from lit_gpt_scratch.cli.config_files import FitParser
+from lit_gpt_scratch.cli.config_files import FitParser, find_writers, parse_run_config
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.trust import record_written_config
 
 
 @pytest.mark.parametrize("first", ["float", pytest.param("int", marks=pytest.mark.slow)])
@@ -32,3 +38,51 @@ def test_numbers_keep_their_type(hint: object, text: str, value: float) -> None:
     parser.add_argument("--x", type=hint)
     found = parser.parse_args([f"--x=[{text}]" if is_list else f"--x={text}"]).x
     assert repr(found) == repr([value] if is_list else value)
+
+
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "/elsewhere"}}
+CHECKPOINT = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "/elsewhere"}}
+PROFILER = {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"dirpath": "/elsewhere"}}
+PLUGIN = {"class_path": "lightning.pytorch.plugins.io.TorchCheckpointIO"}
+WRITERS = {
+    "logger": (LOGGER, LOGGER["class_path"]),
+    "loggers": ([LOGGER], LOGGER["class_path"]),
+    "callbacks": ([CHECKPOINT], CHECKPOINT["class_path"]),
+    "callback": (CHECKPOINT, CHECKPOINT["class_path"]),
+    "profiler": (PROFILER, PROFILER["class_path"]),
+    "plugins": ([PLUGIN], "lightning.pytorch.plugins"),
+    "default_root_dir": ("/elsewhere", "trainer.default_root_dir"),
+}
+
+
+def run_config_parser() -> FitParser:
+    parser = FitParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Trainer, "trainer")
+    return parser
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_config_of_another_user_writes_nowhere_else(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    value, name = WRITERS[case]
+    flag = {"loggers": "logger", "callback": "callbacks"}.get(case, case)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {flag: value}}))
+    with pytest.raises(UserError, match=rf"sets trainer.{flag}, which .* pass --trust {name}") as refused:
+        parse_run_config(run_config_parser(), path, ())
+    assert "\n" not in str(refused.value)
+    trusted = str(refused.value).rpartition(" ")[2]
+    config = parse_run_config(run_config_parser(), path, {trusted})
+    assert list(find_writers(config)) == [(f"trainer.{flag}", trusted)]
+    record_written_config(path.read_text(), restricted=True)
+    assert parse_run_config(run_config_parser(), path, ()) == config
+
+
+@pytest.mark.parametrize(
+    "trainer", [{}, {"logger": False, "callbacks": [], "profiler": "simple"}, {"callbacks": None, "logger": True}]
+)
+def test_other_settings_of_another_user_are_accepted(trainer: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"max_steps": 3, **trainer}}))
+    assert parse_run_config(run_config_parser(), path, ()).trainer.max_steps == 3

@@ -39,6 +39,11 @@ def defaults() -> dict[str, Any]:
         ("max_time", {"parsecs": 1}, "weeks, days, hours, minutes and seconds"),
         ("max_time", {"seconds": 0}, "it must be positive"),
         ("max_time", "00:00:00:00", "it must be positive"),
+        ("max_time", "9999999999:00:00:00", "it must be at most 999999999 days"),
+        ("max_time", {"days": float("nan")}, "it must be at most 999999999 days"),
+        ("max_time", {"days": "x"}, "weeks, days, hours"),
+        ("val_check_interval", "9999999999:00:00:00", "it must be at most 999999999 days"),
+        ("num_nodes", 10**9, "it must be at most 65536"),
         ("limit_train_batches", 0, "no steps to train"),
         ("max_steps", 0, "no steps to train"),
         ("max_epochs", 0, "no steps to train"),
@@ -64,7 +69,11 @@ def test_invalid_values_name_the_flag(defaults: dict[str, Any], name: str, value
         *((name, value) for name in ("limit_train_batches", "val_check_interval") for value in (1, 1.0, 0.25, 700)),
         ("limit_val_batches", 0), ("overfit_batches", 0.0), ("max_steps", -1), ("max_epochs", None),
         ("val_check_interval", "00:00:10:00"), ("val_check_interval", {"minutes": 5}), ("max_time", {"hours": 1}),
-        ("fast_dev_run", True), ("num_sanity_val_steps", -1),
+        ("fast_dev_run", True), ("num_sanity_val_steps", -1), ("gradient_clip_val", 1e30),
+        *((name, 10**9) for name in (
+            "max_epochs", "max_steps", "log_every_n_steps", "val_check_interval", "accumulate_grad_batches",
+            "limit_train_batches", "limit_val_batches",
+        )),
     ],
 )  # fmt: skip
 def test_valid_values_are_accepted(defaults: dict[str, Any], name: str, value: Any) -> None:

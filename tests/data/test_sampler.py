@@ -140,6 +140,14 @@ def test_seeking_and_iterating_need_constant_memory() -> None:
     assert most < 2_000_000
 
 
+def test_steps_longer_than_an_epoch_need_memory_for_the_epoch() -> None:
+    sampler = ShuffledSampler(ShuffledOrder([40], 0), batch_size=4, accumulate=10**9)
+    assert sampler.step_rows(0, np.array([0])).shape == (1, 10, 1, 4)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 10
+    assert sorted(flat(batches)) == list(range(40))
+
+
 def test_permutation_numbers_can_differ_by_position() -> None:
     permutations, places = Permutations(1000, (1, 2)), np.arange(1000)
     numbers = places % 7

@@ -37,6 +37,7 @@ def asked(**flags: object) -> dict[str, Any]:
         ({"mps": True}, {"accelerator": "cuda"}, "--trainer.accelerator cpu"),
         ({"gpus": 2}, {"accelerator": "mps"}, "--trainer.accelerator cpu"),
         ({"gpus": 2}, {"devices": 8}, "--trainer.devices 2"),
+        ({}, {"accelerator": "cpu", "devices": 10**9}, "at most 1024"),
         ({"gpus": 2}, {"accelerator": "gpu", "devices": "3"}, "--trainer.devices 2"),
         ({"mps": True}, {"devices": 2}, "--trainer.devices 1"),
         ({}, {"strategy": "fsdp"}, "fsdp2"),

@@ -203,3 +203,11 @@ def test_results_are_deterministic(command: Command, run: Path) -> None:
     torch.manual_seed(1)
     asked = ["--task=generation", "--data.source=prompts.jsonl", "--max_new_tokens=9", "--json"]
     assert command("evaluate", run, *asked).out == command("evaluate", run, *asked).out
+
+
+@pytest.mark.parametrize("trust", ["tasks", "tasks/", "./tasks//"])
+def test_folder_of_tasks_is_trusted_however_it_is_spelled(command: Command, trust: str) -> None:
+    pytest.importorskip("lm_eval")
+    flags = ["--benchmark=x", "--include_path=tasks/", "--device=cpu"]
+    assert "pass --trust tasks" in command("evaluate", *flags).err
+    assert "no run with a checkpoint" in command("evaluate", *flags, f"--trust={trust}").err

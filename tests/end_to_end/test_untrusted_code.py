@@ -215,7 +215,9 @@ WAYS = {
         edit_config(lambda config: config["model"].update(class_path="planted.Task")), name="planted.Task"
     ),
     "resumed callback": WayIn(edit_config(set_callback({"class_path": "planted.Watch"})), name="planted.Watch"),
-    "resumed function": WayIn(edit_config(set_callback(LAMBDA)), name="planted.start"),
+    "resumed function": WayIn(
+        edit_config(set_callback(LAMBDA)), name="planted.start", then="--trust lightning.pytorch.callbacks.Lambda"
+    ),
     "resumed reward": WayIn(edit_config(set_reward), name="planted.reward", then="data changed"),
     "resumed class that the config trusts": WayIn(edit_config(set_trusted_class), name="planted.Task"),
     "resumed nested config": WayIn(edit_config(set_nested_config), name="planted.Task"),

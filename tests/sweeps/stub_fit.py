@@ -40,6 +40,8 @@ def fail(failure: str) -> None:
             raise ZeroDivisionError("this seed fails")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
         case "disk full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "disk full while writing":

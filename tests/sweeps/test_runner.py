@@ -145,6 +145,7 @@ ENVIRONMENT = ("disk full", "disk full while writing", "text missing", "timeout"
     [
         ("killed", 3),
         ("user error", 1),
+        ("crash", 1),
         *(pytest.param(failure, 3, marks=pytest.mark.slow) for failure in ENVIRONMENT),
         *(pytest.param(failure, 1, marks=pytest.mark.slow) for failure in ("settings", "bug")),
     ],

@@ -14,7 +14,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline
 from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage
-from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
+from lit_gpt_scratch.sweeps.study import MAX_ATTEMPTS, ClaimedRun, Study
 from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, load_sweep
 
 METRIC = "val/bits_per_byte"
@@ -153,6 +153,23 @@ def test_run_that_can_be_retried_is_claimed_by_the_next_process(tmp_path: Path) 
     study.record_run(again, result_of(again, 2.0))
     assert study.trials()[0].value == 1.5
     assert study.is_finished
+
+
+def test_attempts_are_bounded(tmp_path: Path) -> None:
+    """A setting that exhausts the memory looks like a failure of the environment; ``--retry failed`` starts over."""
+    sweep = load_text(tmp_path, "vary: {a: [1]}\nseeds: [1]\n")
+
+    def fail_until_given_up() -> int:
+        for attempts in range(10):
+            claim = (study := open_study(tmp_path, sweep)).claim_run()
+            if claim is None:
+                return attempts
+            study.record_run(claim, RunResult(claim.seed, "failed", "killed by SIGKILL", retryable=True))
+        return 10
+
+    assert fail_until_given_up() == MAX_ATTEMPTS
+    assert open_study(tmp_path, sweep).reset_failed_runs() == 1
+    assert fail_until_given_up() == MAX_ATTEMPTS
 
 
 def test_pruning_by_step(tmp_path: Path) -> None:
