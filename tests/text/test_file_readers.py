@@ -256,7 +256,7 @@ def test_repeated_long_values_in_lists_of_a_parquet_file(tmp_path: Path, monkeyp
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: row 1 is longer than 32 MB; split the text"):
         read(tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": [["a", "b"], None, ["a" * MEGABYTE]] * 700}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [["a", "b"], None, ["c"]] * 700}), tmp_path / "a.parquet")
     assert [len(row["text"] or ()) for row in read(tmp_path / "a.parquet")] == [2, 0, 1] * 700
 
 
