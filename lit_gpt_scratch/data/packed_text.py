@@ -335,15 +335,18 @@ class PackedText(BaseDataModule):
         """
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
-        read = []
-        for store, windows in zip(self.stores, self.validation_dataset.parts, strict=True):
-            taken = min(rows, len(windows))
+        read, n_bytes = [], 0
+        for part, count_bytes in zip(
+            self.validation_dataset.parts, self.validation_dataset.count_bytes or (), strict=True
+        ):
+            taken = min(rows, len(part))
             rows -= taken
-            read.append(store.validation.read(0, min(taken * self.block_size + 1, store.validation.n_tokens)))
+            length = min(taken * self.block_size, part.stream.n_tokens)
+            read.append(part.stream.read(0, min(length + 1, part.stream.n_tokens)))
+            n_bytes += count_bytes(0, length)
             if not rows:
                 break
-        ids = np.concatenate(read)
-        return ids, int(np.asarray(self.token_bytes)[ids[1:]].sum())
+        return np.concatenate(read), n_bytes
 
     @property
     def example_text(self) -> str:
