@@ -1,7 +1,6 @@
 """Data module for pretraining, which packs text into windows of tokens."""
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, 
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.cleaning_report import format_report, read_remarks
 from lit_gpt_scratch.text.corpus import CorpusSpec
@@ -263,7 +263,7 @@ class PackedText(BaseDataModule):
         found = []
         for path in (store.folder / "audit.json" for store in self.stores):
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or not written by us
-                found.append(format_report(json.loads(path.read_text(encoding="utf-8"))))
+                found.append(format_report(read_json(path, dict[str, Any])))
         return found
 
     def validation_warnings(self) -> Iterator[str]:

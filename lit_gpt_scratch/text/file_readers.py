@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import unique_keys
 from lit_gpt_scratch.text import arrow_limits
 from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, ClassIndex, Document, TableRow, get_text
 
@@ -275,7 +276,7 @@ def _read_json(path: Path, columns: Columns | None) -> LocatedRows:
         if line.strip():
             where = f"{path}: line {number:,}"
             try:
-                row = json.loads(line.lstrip("\ufeff"))
+                row = json.loads(line.lstrip("\ufeff"), object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not valid JSON: {_json_reason(error)}") from error
             yield where, _select_fields(row, columns, where, str(path) if first else None)
@@ -321,7 +322,7 @@ class JsonValueReader:
     """
 
     _whitespace: Final = re.compile(r"[ \t\r\n]*")
-    _decoder: Final = json.JSONDecoder()
+    _decoder: Final = json.JSONDecoder(object_pairs_hook=unique_keys)
 
     def __init__(self, file: IO[bytes]) -> None:
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")

@@ -153,6 +153,20 @@ def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> N
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "first", "text": "second"}\n'),
+        ("a.json", '[{"text": "a"},\n{"text": "first", "text": "second"}]'),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "more": [{"x": 1, "x": 1}]}\n'),
+    ],
+)
+def test_repeated_keys_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"not valid JSON: an object has the same key twice"):
+        read(tmp_path / name, {"text_column": "text"})
+
+
 MEGABYTE = 2**20
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {
     "a.jsonl": (b'{"text": "', b"x", r"a\.jsonl.*: line 1 is longer than"),
