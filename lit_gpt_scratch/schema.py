@@ -57,7 +57,7 @@ def parse_json(text: str | bytes, hint: type[T], max_bytes: int = MAX_JSON_BYTES
     if len(text) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from error
     _require_depth(value)
@@ -112,7 +112,7 @@ def describe(value: Any) -> str:
     return json.dumps(value) if _is_scalar(value) else TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict, but reject repeated keys, because parsers differ in which value of a repeated key they use."""
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse import ArgumentParser, Namespace, _loaders_dumpers, _typehints, set_loader
+from jsonargparse._loaders_dumpers import get_loader_exceptions
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_gpt_scratch
+from lit_gpt_scratch.bounded_yaml import parse_yaml, require_bounded_yaml
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.cli.config_defaults import unset_defaults
 from lit_gpt_scratch.cli.error_formatting import parser_keys
@@ -49,6 +51,21 @@ def _rank_numbers_first(member: Any) -> int:
     """
     return {int: -2, float: -1}.get(member) or _rank_union_member(member)
 
+
+def _load_bounded_yaml(text: str) -> Any:
+    """Load a value as the parser does, after its size has been checked; applies to flags and to all files they name.
+
+    Raises:
+        UserError: The value is too large or nested too deeply.
+    """
+    try:
+        require_bounded_yaml(text)
+    except UserError as error:
+        raise UserError(f"the value of a flag, or of a file that a flag names, {error}") from error
+    return _loaders_dumpers.yaml_load(text)
+
+
+set_loader("yaml", _load_bounded_yaml, get_loader_exceptions("yaml"))
 
 _typehints.union_subtype_sort_key = _rank_numbers_first  # type: ignore[assignment]  # parameter name differs
 
@@ -99,7 +116,9 @@ def _require_mapping(content: str, path: Any) -> None:
         UserError: The file is not a config.
     """
     try:
-        loaded = yaml.safe_load(content)
+        loaded = parse_yaml(content)
+    except UserError as error:
+        raise UserError(f"{_flag_of(path)}: the file {error}") from error
     except yaml.YAMLError as error:
         raise _invalid_yaml(path, error) from error
     if not isinstance(loaded, dict):
@@ -171,7 +190,7 @@ def describe_experiments() -> str:
     found = []
     for path in sorted(EXPERIMENTS.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
         if isinstance(content, dict) and {"model", "data", "trainer", "preset"} & content.keys():
             comment = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
             found.append((path.relative_to(EXPERIMENTS).with_suffix("").as_posix(), comment))
@@ -182,7 +201,7 @@ def describe_experiments() -> str:
 def read_config(path: str) -> dict[str, Any]:
     """Read a config file as nested dicts; return an empty dict on an error, which the parser will report."""
     try:
-        content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
+        content = parse_yaml(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

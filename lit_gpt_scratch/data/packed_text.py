@@ -1,7 +1,6 @@
 """Data module for pretraining, which packs text into windows of tokens."""
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, 
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.cleaning_report import format_report, read_remarks
 from lit_gpt_scratch.text.corpus import CorpusSpec
@@ -263,7 +263,7 @@ class PackedText(BaseDataModule):
         found = []
         for path in (store.folder / "audit.json" for store in self.stores):
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or not written by us
-                found.append(format_report(json.loads(path.read_text(encoding="utf-8"))))
+                found.append(format_report(read_json(path, dict[str, Any])))
         return found
 
     def validation_warnings(self) -> Iterator[str]:
@@ -335,15 +335,18 @@ class PackedText(BaseDataModule):
         """
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
-        read = []
-        for store, windows in zip(self.stores, self.validation_dataset.parts, strict=True):
-            taken = min(rows, len(windows))
+        read, n_bytes = [], 0
+        for part, count_bytes in zip(
+            self.validation_dataset.parts, self.validation_dataset.count_bytes or (), strict=True
+        ):
+            taken = min(rows, len(part))
             rows -= taken
-            read.append(store.validation.read(0, min(taken * self.block_size + 1, store.validation.n_tokens)))
+            length = min(taken * self.block_size, part.stream.n_tokens)
+            read.append(part.stream.read(0, min(length + 1, part.stream.n_tokens)))
+            n_bytes += count_bytes(0, length)
             if not rows:
                 break
-        ids = np.concatenate(read)
-        return ids, int(np.asarray(self.token_bytes)[ids[1:]].sum())
+        return np.concatenate(read), n_bytes
 
     @property
     def example_text(self) -> str:

@@ -9,9 +9,9 @@ import optuna
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
+from lit_gpt_scratch.bounded_yaml import load_yaml
 from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.bounded_yaml import load_yaml
 from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, format_flag_value, short_flag
 from lit_gpt_scratch.sweeps.report import SweepReport
 from lit_gpt_scratch.sweeps.run_results import RunResult, TrialResult, format_setting, logged_metrics, read_run_result

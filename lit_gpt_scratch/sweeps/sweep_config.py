@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import optuna
 
+from lit_gpt_scratch.bounded_yaml import load_yaml
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import MAX_SEED
-from lit_gpt_scratch.sweeps.bounded_yaml import load_yaml
 from lit_gpt_scratch.sweeps.search_space import (
     FitFlags,
     NumericRange,

@@ -1,7 +1,6 @@
 """Report of the documents that each cleaning step kept and rejected (``audit.json`` and ``audit.md``)."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 from typing_extensions import NotRequired, TypedDict
 
+from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
 from lit_gpt_scratch.text.document import RejectedDocument
 from lit_gpt_scratch.text.markdown import escape_markdown, format_markdown_table, markdown_code
@@ -188,8 +188,8 @@ class StoredAudit(TypedDict):
 def read_remarks(folder: Path) -> list[str]:
     """Return the remarks in the ``audit.json`` of a token store; there are none if the file is missing or unusable."""
     try:
-        remarks = json.loads((folder / "audit.json").read_text(encoding="utf-8")).get("remarks", [])
-    except (OSError, ValueError, AttributeError, RecursionError):
+        remarks = read_json(folder / "audit.json", dict[str, Any]).get("remarks", [])
+    except (OSError, ValueError):
         return []
     return [remark for remark in remarks if isinstance(remark, str)] if isinstance(remarks, list) else []
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import unique_keys
+from lit_gpt_scratch.text import arrow_limits
 from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, ClassIndex, Document, TableRow, get_text
 
 if sys.version_info >= (3, 14):
@@ -39,7 +41,7 @@ TABLE_FORMATS: Final = {
 }  # fmt: skip
 ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
 """Suffixes of files that are read as tables even inside a folder, where all other files are read as plain text."""
-BATCH_ROWS: Final = 256
+ARROW_MAGIC: Final = b"ARROW1\0\0"
 JSON_CHUNK: Final = 2**16
 """Minimum number of characters to read at a time from a JSON file that is not in JSON Lines format."""
 MAX_DEPTH: Final = 100
@@ -165,39 +167,29 @@ def _read_parquet(path: Path, columns: Columns | None) -> LocatedRows:
         with pq.ParquetFile(path, buffer_size=2**20) as file:
             require_columns(columns, file.schema_arrow.names, str(path))
             names = file.schema_arrow.names if columns is None else list(columns.values())
-            _limit_parquet_sizes(file.metadata, set(names), path)
-            yield from file.iter_batches(BATCH_ROWS, columns=names)
+            rows, references = arrow_limits.plan_parquet_batches(file, set(names), path)
+        with pq.ParquetFile(path, buffer_size=2**20, read_dictionary=references) as file:
+            yield from file.iter_batches(rows, columns=names)
 
     yield from _read_batches(read(), path, columns)
-
-
-def _limit_parquet_sizes(metadata: Any, names: set[str], path: Path) -> None:
-    """Reject a row group before it is decompressed if its values are too large on average."""
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        for column in map(group.column, range(group.num_columns)):
-            too_large = column.total_uncompressed_size > MAX_DOCUMENT_BYTES * max(group.num_rows, 1)
-            if too_large and column.path_in_schema in names:
-                raise UserError(
-                    f"{path}: '{column.path_in_schema}' has more than {MAX_DOCUMENT_BYTES >> 20} MB per row in row "
-                    f"group {index + 1}; split the texts"
-                )
 
 
 def _read_arrow(path: Path, columns: Columns | None) -> LocatedRows:
     def read() -> Iterator[Any]:
         import pyarrow as pa
 
+        with path.open("rb") as file:
+            # An Arrow file contains an Arrow stream after its magic string.
+            start = len(ARROW_MAGIC) if file.read(len(ARROW_MAGIC)) == ARROW_MAGIC else 0
+        with pa.memory_map(str(path)) as mapped:
+            mapped.seek(start)
+            arrow_limits.limit_arrow_buffers(path, mapped)
         with pa.OSFile(str(path)) as file:
-            try:
-                batches: Iterable[Any] = pa.ipc.open_stream(file)
-            except pa.ArrowInvalid:  # Arrow files, unlike Arrow streams, begin with a magic string
-                reader = pa.ipc.open_file(file)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            for batch in batches:
+            file.seek(start)
+            for batch in pa.ipc.open_stream(file):
                 require_columns(columns, batch.schema.names, str(path))
                 batch.validate(full=True)  # invalid offsets would end the process
-                yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+                yield batch
 
     yield from _read_batches(read(), path, columns)
 
@@ -206,18 +198,20 @@ def _read_batches(batches: Iterator[Any], path: Path, columns: Columns | None) -
     """Yield the rows of Arrow record batches; class labels of ``datasets`` are converted to ``ClassIndex``."""
     number = 0
     try:
-        for batch in batches:
-            classes = _class_names(batch.schema.metadata)
-            arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
-            names = list(arrays if columns is None else columns.values())
-            values = [arrays[name].to_pylist() for name in names]
-            values = [
-                convert_class_labels(column, classes[name]) if name in classes else column
-                for name, column in zip(names, values, strict=True)
-            ]
-            for row in zip(*values, strict=True):
-                number += 1
-                yield f"{path}: row {number:,}", dict(zip(names, row, strict=True))
+        for whole in batches:
+            classes = _class_names(whole.schema.metadata)
+            names = list(whole.schema.names if columns is None else columns.values())
+            for batch in arrow_limits.split_batch(whole, set(names), path, number):
+                arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+                values = [
+                    convert_class_labels(arrays[name].to_pylist(), classes[name])
+                    if name in classes
+                    else arrays[name].to_pylist()
+                    for name in names
+                ]
+                for row in zip(*values, strict=True):
+                    number += 1
+                    yield f"{path}: row {number:,}", dict(zip(names, row, strict=True))
     except UserError:
         raise
     except Exception as error:  # the exceptions of pyarrow have no common base class
@@ -282,7 +276,7 @@ def _read_json(path: Path, columns: Columns | None) -> LocatedRows:
         if line.strip():
             where = f"{path}: line {number:,}"
             try:
-                row = json.loads(line.lstrip("\ufeff"))
+                row = json.loads(line.lstrip("\ufeff"), object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not valid JSON: {_json_reason(error)}") from error
             yield where, _select_fields(row, columns, where, str(path) if first else None)
@@ -328,7 +322,7 @@ class JsonValueReader:
     """
 
     _whitespace: Final = re.compile(r"[ \t\r\n]*")
-    _decoder: Final = json.JSONDecoder()
+    _decoder: Final = json.JSONDecoder(object_pairs_hook=unique_keys)
 
     def __init__(self, file: IO[bytes]) -> None:
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.arrow_limits import BATCH_ROWS
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.file_readers import (
-    BATCH_ROWS,
     MAX_REASON_CHARACTERS,
     Columns,
     Fields,

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -146,7 +148,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a string, without an end-of-text token."""
-        with _library_errors("the tokenizer cannot encode the text"):
+        with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -159,7 +161,7 @@ class Tokenizer:
         Returns:
             Token ids, (n,), and the range of characters (start, stop) that each token represents, (n,).
         """
-        with _library_errors("the tokenizer cannot encode the text"):
+        with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
             encoding = self._parsing_backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -184,8 +186,18 @@ class Tokenizer:
                 ids; the check takes about a second.
             threads: Number of threads of the fast encoder; if None, the default of ``ThreadPoolExecutor``.
         """
+        encoding = self._fast_encoding if fast else None
+        with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
+            encoded = fast_encoder.encode_batch(self._backend, encoding, texts, threads)
+            if encoding is None:  # all texts are encoded before the first result
+                encoded = iter(list(encoded))
         with _library_errors("the tokenizer cannot encode the text"):
-            yield from fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
+            yield from encoded
+
+    @cached_property
+    def _has_pattern(self) -> bool:
+        """Whether the tokenizer contains a regular expression, which may exceed the limits of its library."""
+        return "Regex(" in repr((self._backend.normalizer, self._backend.pre_tokenizer))
 
     @cached_property
     def _fast_encoding(self) -> tiktoken.Encoding | None:
@@ -349,14 +361,44 @@ def _decoded_byte_counter(backend: Backend) -> Callable[[str], int]:
 
 
 @contextmanager
-def _library_errors(problem: str) -> Iterator[None]:
-    """Context manager that converts the errors of ``tokenizers`` (plain exceptions and panics) to ``UserError``."""
+def _library_errors(problem: str, may_panic: bool = False) -> Iterator[None]:
+    """Context manager that converts the errors of ``tokenizers`` (plain exceptions and panics) to ``UserError``.
+
+    Args:
+        problem: Start of the error message.
+        may_panic: Whether to discard standard error, to which Rust prints each panic with its stack.
+    """
     try:
-        yield
+        with _discarded_stderr() if may_panic else nullcontext():
+            yield
     except BaseException as error:  # a panic in Rust is not an Exception
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{problem}: {quote_short(str(error))}") from error
+
+
+_stderr_lock = Lock()
+
+
+@contextmanager
+def _discarded_stderr() -> Iterator[None]:
+    """Context manager that connects file descriptor 2 of the process to the null device."""
+    with _stderr_lock:
+        try:
+            saved = os.dup(2)
+        except OSError:  # it is closed
+            saved = None
+        if saved is None:
+            yield
+            return
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(null)
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:

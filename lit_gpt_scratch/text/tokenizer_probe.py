@@ -12,16 +12,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
-RUN_LENGTH: Final = 2**13
-"""Approximate length of a sample in characters; at this length, a pattern that takes cubic time exceeds the limit."""
-MAX_UNITS: Final = 30
-"""Maximum number of characters, and also of words, that are taken from the patterns in the file to build samples."""
+RUN_LENGTH: Final = 2**11
+"""Approximate length of a sample in characters; at this length, a pattern that takes cubic time exceeds the limit of 10
+million steps of the regular expression library."""
+MAX_UNITS: Final = 400
+"""Maximum number of characters and words for which samples are built."""
 MAX_WORD: Final = 32
 """Length in characters at and above which a word from a pattern is not used in samples."""
 MAX_GROWTH: Final = 20
 """Maximum factor by which normalization or decoding may increase the length of a text."""
-CHARACTERS: Final = "aA0 \n\t.,_-'é東\u0301"
-"""One character of each class that patterns commonly distinguish."""
+CHARACTERS: Final = "\n\t\r" + "".join(map(chr, range(32, 127))) + "éßЖжαאع१क東あ가\u0301\u3000—€🎉"
+"""All printable ASCII characters, and characters of other scripts and classes that patterns may distinguish."""
 N_DECODED: Final = 1000
 """Maximum number of tokens that are decoded individually."""
 
@@ -73,6 +74,9 @@ def make_samples(spec: Any) -> Iterator[str]:
     Each text is a long run of one character, or of one word from a pattern. It ends with characters that few patterns
     match, followed by all characters in the patterns, because a search fails immediately if a required character is
     missing.
+
+    Raises:
+        ValueError: The patterns contain too many characters and words.
     """
     patterns = list(dict.fromkeys(_find_patterns(spec)))
     literals = list(dict.fromkeys("".join(patterns)))
@@ -80,9 +84,11 @@ def make_samples(spec: Any) -> Iterator[str]:
         word for pattern in patterns for word in (pattern, *re.findall(r"\w{2,}", pattern)) if len(word) < MAX_WORD
     ]
     end = "\0\n" + "".join(literals)
-    for unit in dict.fromkeys([*CHARACTERS, "ab", "a1", "a ", *literals[:MAX_UNITS], *words[:MAX_UNITS]]):
-        if unit:
-            yield unit * (RUN_LENGTH // len(unit) + 1) + end
+    units = list(dict.fromkeys([*CHARACTERS, "ab", "a1", "a ", *literals, *words]))
+    if len(units) > MAX_UNITS:
+        raise ValueError("its patterns contain too many different characters and words to be tested")
+    for unit in filter(None, units):
+        yield unit * (RUN_LENGTH // len(unit) + 1) + end
 
 
 def _find_patterns(spec: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.schema import parse_json, validate
+from lit_gpt_scratch.schema import describe, parse_json, validate
 from lit_gpt_scratch.terminal_output import quote_short
 
 PROBE: Final = Path(__file__).with_name("tokenizer_probe.py")
@@ -37,6 +37,10 @@ PLAIN_COMPONENTS: Final = {
 }  # fmt: skip
 """Types of components whose run time and output are at most proportional to the length of the text, with any
 settings."""
+MAX_WORD_CHARACTERS: Final = 200
+"""Maximum length of a word that a WordPiece model may accept, because its run time is quadratic in this length."""
+REGEX_TOKEN: Final = re.compile(r"\\.|\(\?#[^)]*\)|\(\?[a-zA-Z-]*x|[*+?]|\{\d*,?\d*\}|.", re.DOTALL)
+"""Pattern that matches one token of a regular expression, except character classes."""
 PLAIN_MODELS: Final = ("BPE", "WordPiece", "WordLevel", "Unigram")
 
 _valid: set[str] = set()
@@ -47,8 +51,10 @@ def validate_tokenizer_json(text: str) -> None:
     """Check the content of a ``tokenizer.json`` before ``tokenizers`` loads it in this process.
 
     A tokenizer that consists only of harmless components, such as a tokenizer trained by this package, is accepted
-    immediately. Any other tokenizer is tested in a separate process, with limits on time and memory. The test detects
-    patterns that take exponential or cubic time on a run of characters; patterns that take quadratic time are accepted.
+    immediately. Regular expressions that repeat a group with a variable number of characters are rejected, because most
+    of them take exponential time on some text. Any other tokenizer is tested in a separate process, with limits on time
+    and memory. The test detects patterns that take cubic time on a run of characters; patterns that take quadratic time
+    are accepted.
 
     Raises:
         UserError: The content is not a tokenizer, or cannot be used.
@@ -61,6 +67,12 @@ def validate_tokenizer_json(text: str) -> None:
         model = validate(spec.get("model"), dict[str, Any], "model")
     except ValueError as error:
         raise UserError(f"the content is not a valid tokenizer: {error}") from error
+    longest = model.get("max_input_chars_per_word", 0)
+    if not isinstance(longest, int) or longest > MAX_WORD_CHARACTERS:
+        raise UserError(
+            f"max_input_chars_per_word is {describe(longest)}; the maximum is {MAX_WORD_CHARACTERS}, because encoding "
+            "a word takes quadratic time"
+        )
     components = [(kind, part) for kind in PLAIN_COMPONENTS for part in _list_components(spec.get(kind))]
     for _, part in components:
         for name in ("content", "prepend"):
@@ -69,6 +81,13 @@ def validate_tokenizer_json(text: str) -> None:
                     f"the tokenizer inserts a string of {len(inserted):,} characters into the text; the maximum is "
                     f"{MAX_REPLACEMENT}"
                 )
+        pattern = part.get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if isinstance(regex, str) and may_repeat_ambiguously(regex):
+            raise UserError(
+                f"the pattern {describe(regex)} repeats a group that contains a repetition or a choice, which may take "
+                "too much time; use another tokenizer"
+            )
     plain = len(components) <= MAX_COMPONENTS and all(_is_plain(kind, part) for kind, part in components)
     if not plain or not _is_plain_model(model) or spec.get("padding") or spec.get("truncation"):
         _probe(text)
@@ -94,6 +113,61 @@ def _probe(text: str) -> None:
         )
     if problem := done.stdout.decode(errors="replace").strip():
         raise UserError(f"the content is not a valid tokenizer: {quote_short(problem)}")
+
+
+def may_repeat_ambiguously(regex: str) -> bool:
+    """Return whether a regular expression repeats a group that matches texts of different lengths.
+
+    The answer is also True for syntax that could hide such a group: calls of groups, references to groups, control
+    escapes and comments.
+    """
+    groups, position = [False], 0  # for each open group, whether it contains a repetition or a choice
+    closed = False  # whether the previous token closed a group that contains one
+    quantifier = ""
+    while position < len(regex):
+        if regex[position] == "[":
+            position = _skip_class(regex, position)
+            closed, quantifier = False, ""
+            continue
+        token = REGEX_TOKEN.match(regex, position)
+        assert token is not None
+        part, position = token[0], token.end()
+        if part.startswith("(?") or (part[0] == "\\" and (len(part) == 1 or part[1] in "cCMgk123456789")):
+            return True
+        if part in ("*", "+", "?") or (part[0] == "{" and len(part) > 2):
+            if quantifier:
+                if part != "?" and not (part == "+" and len(quantifier) == 1):  # neither lazy nor possessive
+                    return True
+                quantifier = ""
+                continue
+            if closed and part != "?":
+                return True
+            is_fixed = part[0] == "{" and "," not in part
+            groups[-1] |= not is_fixed
+            closed, quantifier = False, part
+            continue
+        quantifier, closed = "", False
+        if part == "(":
+            groups.append(False)
+            head = re.compile(r"\?(<?[=!]|>|~|<\w+>|'\w+'|[a-zA-Z-]*:|[a-zA-Z-]*(?=\)))").match(regex, position)
+            position = head.end() if head else position
+        elif part == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif part == "|":
+            groups[-1] = True
+    return False
+
+
+def _skip_class(regex: str, position: int) -> int:
+    """Return the position after a character class, which may contain other classes."""
+    depth = 0
+    while position < len(regex):
+        depth += {"[": 1, "]": -1}.get(regex[position], 0)
+        position += 2 if regex[position] == "\\" else 1
+        if not depth:
+            break
+    return position
 
 
 def _list_components(component: Any) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,17 @@ def test_baselines_are_of_the_validated_text(
     assert len(ids) == 8 * 32 + 1
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_bytes_of_limited_text_are_those_of_the_metric(packed_text: Callable[..., PackedText], rows: int) -> None:
+    """A tokenizer with few characters decodes to fewer bytes than the text has."""
+    data = packed_text(tokenizer="char", vocab_size=16, validation_share=0.2)
+    data.setup("validate")
+    expected = data.validation_dataset.make_batch(range(rows))["text_bytes"].sum().item()
+    ids, n_bytes = data.validation_text(rows)
+    assert n_bytes == expected
+    assert n_bytes != sum(data.token_bytes[id_] for id_ in ids[1:])
+
+
 @pytest.mark.parametrize("limit", [1, 1.0])
 def test_baselines_of_a_classifier_are_of_the_validated_records(
     trainer: Callable[..., L.Trainer], cache: object, limit: float

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from lit_gpt_scratch.cli.config_files import FitParser, find_writers, parse_run_config
+from lit_gpt_scratch.cli.config_files import FitParser, find_writers, parse_run_config, read_config
+from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.trust import record_written_config
 
@@ -86,3 +88,39 @@ def test_other_settings_of_another_user_are_accepted(trainer: dict[str, Any], tm
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"trainer": {"max_steps": 3, **trainer}}))
     assert parse_run_config(run_config_parser(), path, ()).trainer.max_steps == 3
+
+
+CHAIN = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 12)
+)
+HOSTILE_YAML = {
+    "deep": ("a: " + "[" * 5000 + "]" * 5000, "is nested more than 50 levels deep"),
+    "recursive": ("a: &a {b: *a}", "contains an alias to a value that contains the alias"),
+    "aliases": (CHAIN, "has more than 100,000 values"),
+    "integer": (f"a: 0x{'f' * 20_000}", "contains an integer of more than 64 bits"),
+    "large": ("a: " + "x" * 2**19, "is larger than 256 KB"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_hostile_yaml_in_configs_and_flags(tmp_path: Path, name: str) -> None:
+    text, message = HOSTILE_YAML[name]
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read_config(str(path)) == {}
+    assert EarlyFlags.scan(["--config", str(path)]).trusted == frozenset()
+    parser = FitParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--a", type=list | dict | int | None)
+    for flags in (["--config", str(path)], [f"--a={text}"]):
+        with pytest.raises((UserError, ArgumentError)) as refused:
+            parser.parse_args(flags)
+        assert message in str(refused.value)
+        assert len(str(refused.value)) < 2000
+
+
+def test_yaml_without_bounds_is_refused_once(tmp_path: Path) -> None:
+    """A long config of a run, with dates and many flags, is accepted."""
+    content = {"a": [{"name": "2024-01-01", "values": list(range(1000))}] * 3}
+    (tmp_path / "config.yaml").write_text("day: 2024-01-01\n" + yaml.safe_dump(content), encoding="utf-8")
+    assert read_config(str(tmp_path / "config.yaml"))["a"] == content["a"]

@@ -327,3 +327,15 @@ def test_rebuilt_folder_has_the_ids_of_the_new_tokenizer(corpus: Path, tmp_path:
             document.text for document in read_documents(str(corpus))
         )
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 20_000 + "]" * 20_000, '{"steps": ' + "[" * 20_000 + "]" * 20_000 + "}", "[]"]
+)
+def test_unusable_audit_of_a_store_is_ignored(corpus: Path, tmp_path: Path, content: str) -> None:
+    store = tmp_path / "store"
+    PackedText(str(corpus), store=str(store), cache=str(tmp_path / "cache"), vocab_size=300).prepare_data()
+    (store / "audit.json").write_text(content, encoding="utf-8")
+    data = PackedText(mixture=str(store), block_size=32)
+    assert data.cleaning_reports == []
+    assert not [warning for warning in data.validation_warnings() if "audit" in warning]

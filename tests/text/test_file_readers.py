@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import file_readers
+from lit_gpt_scratch.text import arrow_limits, file_readers
 from lit_gpt_scratch.text.sources import DocumentSource
 from tests.mutations import DEPTH, fuzz, mutate_bytes, mutate_json, nested, nested_json
 
@@ -152,6 +153,20 @@ def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> N
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "first", "text": "second"}\n'),
+        ("a.json", '[{"text": "a"},\n{"text": "first", "text": "second"}]'),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "more": [{"x": 1, "x": 1}]}\n'),
+    ],
+)
+def test_repeated_keys_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"not valid JSON: an object has the same key twice"):
+        read(tmp_path / name, {"text_column": "text"})
+
+
 MEGABYTE = 2**20
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {
     "a.jsonl": (b'{"text": "', b"x", r"a\.jsonl.*: line 1 is longer than"),
@@ -188,7 +203,7 @@ def test_size_of_a_row_is_limited_while_it_is_decompressed(
 
 
 def test_long_text_in_a_parquet_file_is_not_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_readers, "MAX_DOCUMENT_BYTES", MEGABYTE)
+    monkeypatch.setattr(arrow_limits, "MAX_DOCUMENT_BYTES", MEGABYTE)
     table = pa.table({"text": ["x" * 8 * MEGABYTE, "y"], "label": ["z" * 8 * MEGABYTE, "b"]})
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(
@@ -197,6 +212,87 @@ def test_long_text_in_a_parquet_file_is_not_decompressed(tmp_path: Path, monkeyp
         read(tmp_path / "a.parquet", {"text_column": "text"})
     pq.write_table(table.set_column(0, "text", [["a", "b"]]), tmp_path / "a.parquet", use_dictionary=False)
     assert read(tmp_path / "a.parquet", {"text_column": "text"}) == [{"text": "a"}, {"text": "b"}]
+
+
+def _repeated_value(form: str) -> Any:
+    """128 rows that refer to one string of 2 MB."""
+    value, rows = "x" * 2 * MEGABYTE, np.zeros(128, np.int32)
+    dictionary = pa.DictionaryArray.from_arrays(rows, [value])
+    if form == "list":
+        return pa.ListArray.from_arrays(np.arange(129, dtype=np.int32), dictionary)
+    if form == "list view":
+        return pa.ListViewArray.from_arrays(rows, rows + 1, pa.array([value]))
+    if form == "view":
+        view = np.frombuffer(pa.array([value], pa.string_view()).buffers()[1], np.uint8)
+        buffers = [None, pa.py_buffer(np.tile(view[:16], 128)), pa.py_buffer(value.encode())]
+        return pa.Array.from_buffers(pa.string_view(), 128, buffers)
+    return dictionary if form == "dictionary" else dictionary.dictionary_decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.parquet", "dictionary"),
+        ("a.parquet", "prefix"),
+        ("a.arrow", "dictionary"),
+        ("a.arrow", "list"),
+        ("a.arrow", "view"),
+        ("a.arrow", "list view"),
+    ],
+)
+def test_repeated_long_values_do_not_fill_the_memory(tmp_path: Path, name: str, form: str) -> None:
+    """A file of some bytes with one value of 2 MB in 128 rows, which are 256 MB together."""
+    table, path = pa.table({"text": _repeated_value(form)}), tmp_path / name
+    if name == "a.parquet":
+        encoding = {"text": "DELTA_BYTE_ARRAY"} if form == "prefix" else None
+        pq.write_table(table, path, compression="zstd", use_dictionary=encoding is None, column_encoding=encoding)
+    else:
+        with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table)
+    assert path.stat().st_size < MEGABYTE // 8
+    lengths, rows = [], iter(DocumentSource(str(path)).rows())
+    tracemalloc.start()
+    for row in rows:
+        [text] = row.fields["text"] if "list" in form else [row.fields["text"]]
+        lengths.append(len(text))
+        row.fields.clear()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert lengths == [2 * MEGABYTE] * 128
+    assert peak < 2 * arrow_limits.BATCH_BYTES
+
+
+def test_repeated_long_values_in_lists_of_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row whose list contains 40 times the same megabyte."""
+    monkeypatch.setattr(arrow_limits, "MAX_REPEATED", 2**25)
+    values = pa.DictionaryArray.from_arrays([0] * 40, ["x" * MEGABYTE])
+    table = pa.table({"text": pa.ListArray.from_arrays([0, 40], values)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 1 is longer than 32 MB; split the text"):
+        read(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [["a", "b"], None, ["c"]] * 700}), tmp_path / "a.parquet")
+    assert [len(row["text"] or ()) for row in read(tmp_path / "a.parquet")] == [2, 0, 1] * 700
+
+
+@pytest.mark.parametrize("container", ["stream", "file"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_compressed_arrow_buffers_are_measured_before_they_are_decompressed(
+    tmp_path: Path, container: str, codec: str
+) -> None:
+    new = pa.ipc.new_stream if container == "stream" else pa.ipc.new_file
+    for text, dictionary in (("x" * 200 * MEGABYTE, False), ("x" * 200 * MEGABYTE, True), ("x" * MEGABYTE, False)):
+        array = pa.array([text])
+        table = pa.table({"text": array.dictionary_encode() if dictionary else array})
+        with new(tmp_path / "a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+            writer.write_table(table)
+        del table, array
+        before = pa.default_memory_pool().max_memory()
+        if len(text) == MEGABYTE:
+            assert read(tmp_path / "a.arrow") == [{"text": text}]
+        else:
+            with pytest.raises(UserError, match=r"a\.arrow: a record batch expands from [\d,]+ to 209,7[\d,]+ bytes"):
+                read(tmp_path / "a.arrow")
+        assert pa.default_memory_pool().max_memory() == before
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])

@@ -1,6 +1,7 @@
 """Hostile tokenizer files: one error, in seconds, without a message of the Rust library."""
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -86,6 +87,59 @@ def test_hostile_tokenizer_is_refused(
     assert len(str(refused.value)) < 400
     assert "panicked" not in capfd.readouterr().err
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("longest", [10**9, 201, 1e9, "x", None])
+def test_length_of_a_word_is_bounded(trained: dict[str, Tokenizer], longest: object) -> None:
+    """Encoding a word with WordPiece takes quadratic time: days for 100,000 letters."""
+    spec = json.loads(trained["wordpiece"].to_json())
+    assert Tokenizer.from_json(json.dumps(spec | {"model": spec["model"] | {"max_input_chars_per_word": 200}}))
+    with pytest.raises(UserError, match=r"max_input_chars_per_word is .*; the maximum is 200"):
+        Tokenizer.from_json(json.dumps(spec | {"model": spec["model"] | {"max_input_chars_per_word": longest}}))
+
+
+FILLER = "".join(map(chr, range(0x3041, 0x3060)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "[A-Z1-8]|(x+x+)+y", f"[{FILLER}]|(x+x+)+y", f"[{FILLER}]|(x|x)*y", "(x?x?)+y", "(?:(?:x+))+y", "(x*){2,9}y",
+        "x{1,9}+y", "(?<a>x+){0}\\g<a>\\g<a>", "(?x)# [\n(x+x+)+y]", "\\c[(x+x+)+y]", "(?i:(x+)+)y", "[]](x+x+)+y",
+        f"[{FILLER}]|x*x*x*x*y",
+    ],
+)  # fmt: skip
+def test_patterns_that_backtrack_are_refused_whatever_precedes_them(
+    trained: dict[str, Tokenizer], pattern: str
+) -> None:
+    with pytest.raises(UserError, match=r"repeats a group|too much time|retry-limit"):
+        Tokenizer.from_json(changed(trained["bpe"], pre_tokenizer=split(pattern)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LLAMA3, r"(?=(\d{3})+(?!\d))", r" ?[^(\s|[.,!?…。])]+", "(?:ab)+|a{2}b",
+        r"[\p{Lu}&&[^\p{Han}]]*[\p{Ll}]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[\p{L}\p{M}]+(?i:'s|'t)?""",
+    ],
+)  # fmt: skip
+def test_patterns_of_published_tokenizers_are_accepted(trained: dict[str, Tokenizer], pattern: str) -> None:
+    Tokenizer.from_json(changed(trained["bpe"], pre_tokenizer=split(pattern))).encode("A text, 1234.")
+
+
+def test_panic_while_encoding_is_one_line(
+    trained: dict[str, Tokenizer], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe cannot contain every text."""
+    monkeypatch.setattr("lit_gpt_scratch.text.tokenizer.validate_tokenizer_json", lambda text: None)
+    tokenizer = Tokenizer.from_json(changed(trained["bpe"], pre_tokenizer=split("(x+x+)+y")))
+    for encode in (tokenizer.encode, lambda text: list(tokenizer.encode_many([text]))):
+        with pytest.raises(UserError, match=r"cannot encode the text: .*retry-limit-in-match over") as refused:
+            encode("x" * 8000)
+        assert "\n" not in str(refused.value)
+    os.write(2, b"visible")
+    assert capfd.readouterr().err == "visible"
 
 
 def test_token_ids_far_beyond_the_vocabulary_are_refused(trained: dict[str, Tokenizer]) -> None:

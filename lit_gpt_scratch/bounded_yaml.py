@@ -6,11 +6,14 @@ from typing import Any, Final
 import yaml
 
 from lit_gpt_scratch.errors import UserError, describe_yaml_error
+from lit_gpt_scratch.schema import MAX_INT, describe
 
 MAX_BYTES: Final = 2**18
 """Maximum size of a file in bytes; PyYAML would take several seconds to parse a larger file."""
 MAX_NODES: Final = 100_000
 """Maximum number of values in a file; the values behind an alias are counted each time the alias is used."""
+MAX_INTEGER_CHARACTERS: Final = 400
+"""Maximum number of characters of an integer; the conversion of longer integers to text may fail."""
 MAX_DEPTH: Final = 50
 """Maximum nesting depth of the values in a file."""
 
@@ -35,14 +38,7 @@ def load_yaml(path: Path) -> tuple[Any, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, text
-        _count_nodes(node, {}, 1)  # before values are constructed, because merging mappings copies them
-        return _to_plain(loader.construct_document(node)), text
-    except RecursionError as error:
-        raise UserError(f"{path} is nested more than {MAX_DEPTH} levels deep") from error
+        return _to_plain(parse_yaml(text)), text
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     except Exception as error:  # constructors raise many types, for example for a date with 13 months
@@ -51,6 +47,37 @@ def load_yaml(path: Path) -> tuple[Any, str]:
         raise UserError(
             f"{path} is not valid YAML: {message if len(message) <= 200 else message[:200] + '...'}"
         ) from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML with ``yaml.SafeLoader`` after its size has been checked.
+
+    Raises:
+        UserError: The text is too large, is nested too deeply, or contains an alias to itself; the message begins with
+            a verb, so that the caller can add the location.
+        yaml.YAMLError: The text is not valid YAML.
+        ValueError: A value cannot be represented, for example a date with 13 months.
+    """
+    require_bounded_yaml(text)
+    return yaml.safe_load(text)
+
+
+def require_bounded_yaml(text: str) -> None:
+    """Check the size of YAML text before values are constructed, because merging mappings copies them.
+
+    Raises:
+        UserError: The text is too large, is nested too deeply, contains an alias to itself, or an integer of more than
+            64 bits.
+        yaml.YAMLError: The text is not valid YAML.
+    """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"is larger than {MAX_BYTES >> 10} KB")
+    try:
+        node = yaml.SafeLoader(text).get_single_node()
+    except RecursionError as error:
+        raise UserError(f"is nested more than {MAX_DEPTH} levels deep") from error
+    if node is not None:
+        _count_nodes(node, {}, 1)
 
 
 def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
@@ -62,7 +89,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
         depth: Nesting depth of the node.
 
     Raises:
-        UserError: The node contains itself, contains too many nodes, or is nested too deeply.
+        UserError: The node contains itself, contains too many nodes or a long integer, or is nested too deeply.
     """
     if id(node) in sizes:
         size = sizes[id(node)]
@@ -71,6 +98,8 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
         return size
     if depth > MAX_DEPTH:
         raise UserError(f"is nested more than {MAX_DEPTH} levels deep")
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_INTEGER_CHARACTERS:
+        raise UserError(f"contains {describe(2**64)}; use a smaller one")
     sizes[id(node)], size = None, 1
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     for child in children:
@@ -97,6 +126,8 @@ def _to_plain(value: Any) -> Any:
         return [_to_plain(each) for each in value]
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
         raise UserError(f"contains {value[:40]!r}, with a character that cannot be passed on a command line; remove it")
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        raise UserError(f"contains {describe(value)}; use a smaller one")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise UserError(f"contains {str(value)[:40]}, which YAML reads as a {type(value).__name__}; put it in quotes")
