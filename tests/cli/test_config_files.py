@@ -95,7 +95,7 @@ CHAIN = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 HOSTILE_YAML = {
     "deep": ("a: " + "[" * 5000 + "]" * 5000, "is nested more than 50 levels deep"),
-    "recursive": ("a: &a {b: *a}", "contains an alias to a value that contains the alias"),
+    "recursive": ("a: &a {b: *a}", "contains a YAML alias inside the value that it refers to"),
     "aliases": (CHAIN, "has more than 100,000 values"),
     "integer": (f"a: 0x{'f' * 20_000}", "contains an integer of more than 64 bits"),
     "large": ("a: " + "x" * 2**19, "is larger than 256 KB"),
