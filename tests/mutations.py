@@ -247,7 +247,13 @@ MAX_MESSAGE = 4000
 """Maximum length of an error message."""
 
 
-def fuzz(name: str, folder: Path, seeds: Iterable[int], attempt: Callable[[int, random.Random], object]) -> None:
+def fuzz(
+    name: str,
+    folder: Path,
+    seeds: Iterable[int],
+    attempt: Callable[[int, random.Random], object],
+    max_seconds: float = MAX_SECONDS,
+) -> None:
     """Give mutations to a reader, print the counts, and fail if any of them is not zero.
 
     Args:
@@ -256,6 +262,7 @@ def fuzz(name: str, folder: Path, seeds: Iterable[int], attempt: Callable[[int, 
         seeds: Seed of each mutation.
         attempt: Function of a seed and its random number generator that reads a mutated file. It may raise a
             ``UserError`` of one line.
+        max_seconds: Processor time after which a reader hangs.
     """
     n, refused = 0, 0
     faults: dict[str, list[str]] = {"tracebacks": [], "hangs": [], "written outside": [], "bad messages": []}
@@ -277,7 +284,7 @@ def fuzz(name: str, folder: Path, seeds: Iterable[int], attempt: Callable[[int, 
             except BaseException as raised:  # panics of Rust libraries are no Exceptions
                 faults["tracebacks"].append(f"seed {seed}: {_describe(raised)}")
         n += 1
-        if (seconds := time.process_time() - began) > MAX_SECONDS:
+        if (seconds := time.process_time() - began) > max_seconds:
             faults["hangs"].append(f"seed {seed}: {seconds:.1f} s of processor time")
         if error is not None and ("\n" in error or len(error) > MAX_MESSAGE):
             faults["bad messages"].append(f"seed {seed}: {error[:500]!r}")

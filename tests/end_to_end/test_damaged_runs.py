@@ -31,6 +31,7 @@ def test_mutated_run_folders(
     monkeypatch.chdir(tmp_path)
     trained(*small)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # used if the mutation removes data.cache
     run, whole = Path("runs/pretrain/version_0"), tmp_path / "runs" / "pretrain" / "version_0"
 
     def attempt(seed: int, rng: random.Random) -> None:
@@ -49,4 +50,5 @@ def test_mutated_run_folders(
         with suppress(SystemExit):
             main([f"--ckpt_path={run}"])
 
-    fuzz("run folder, resumed", folder, seeds, attempt)
+    # Without data.source, the run prepares the default corpus.
+    fuzz("run folder, resumed", folder, seeds, attempt, max_seconds=60.0)
