@@ -73,7 +73,8 @@ def user_errors() -> Iterator[None]:
                 raise UserError(str(ours).rpartition("UserError: ")[2]) from error
             raise ours from ours.__cause__
         library_errors = (
-            ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError, ImportError, RuntimeError
+            ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError, ImportError, RuntimeError,
+            OverflowError,
         )  # fmt: skip
         if not isinstance(error, library_errors):
             raise

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LearningRateFinder, ModelPruning, Timer
 
 from lit_gpt_scratch.cli.config_files import FitParser
+from lit_gpt_scratch.cli.error_formatting import user_errors
 from lit_gpt_scratch.cli.trainer_flags import (
     explain_trainer_error,
     name_flags,
@@ -129,3 +130,8 @@ def test_callbacks_that_cannot_work_are_refused() -> None:
     for callback in refused:
         with pytest.raises(UserError, match=f"--trainer.callbacks {type(callback).__name__} "):
             validate_callbacks([callback])
+
+
+def test_duration_of_a_callback_is_too_long() -> None:
+    with pytest.raises(UserError, match="callbacks Timer"), user_errors():
+        Timer(duration="9999999999:00:00:00")
