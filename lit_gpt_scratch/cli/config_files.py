@@ -62,7 +62,7 @@ def _load_bounded_yaml(text: str) -> Any:
         require_bounded_yaml(text)
     except UserError as error:
         raise UserError(f"the value of a flag, or of a file that a flag names, {error}") from error
-    return _loaders_dumpers.yaml_load(text)
+    return _loaders_dumpers.yaml_load(text)  # type: ignore[no-untyped-call]
 
 
 set_loader("yaml", _load_bounded_yaml, get_loader_exceptions("yaml"))

@@ -36,7 +36,7 @@ from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
 from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
-from lit_gpt_scratch.text.sources import STDLIB, DocumentSource
+from lit_gpt_scratch.text.sources import STDLIB, DocumentSource, UnreadablePolicy
 from lit_gpt_scratch.text.text_bytes import LabelByteCounter
 from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -64,6 +64,8 @@ class PackedText(BaseDataModule):
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
         streaming: Whether to stream a Hub dataset instead of downloading it.
+        unreadable: What to do with files, folders and broken links inside a source folder that cannot be read: stop
+            with an ``error``, or ``skip`` them and list them in the cleaning report.
         max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
             reaches this limit. By default, all text is read.
         cleaning: Steps that filter or edit documents, applied in order. By default, only exact duplicates are
@@ -130,6 +132,7 @@ class PackedText(BaseDataModule):
         config: str | None = None,
         split: str = "train",
         streaming: bool = False,
+        unreadable: UnreadablePolicy = "error",
         max_bytes: int | None = None,
         cleaning: Sequence[CleaningStep] = (ExactDuplicates(),),
         processes: int | None = None,
@@ -169,7 +172,8 @@ class PackedText(BaseDataModule):
         if not weights:
             raise UserError("data.source is empty; set it to at least one source")
         sources = tuple(
-            (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
+            (DocumentSource(name, text_column, config, split, streaming, unreadable), weight)
+            for name, weight in weights.items()
         )
         # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
         # module again. Our commands support this, as modules and as ``lit-gpt``, but a user's script may not.
@@ -336,13 +340,12 @@ class PackedText(BaseDataModule):
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes
         read, n_bytes = [], 0
-        for part, count_bytes in zip(
-            self.validation_dataset.parts, self.validation_dataset.count_bytes or (), strict=True
-        ):
-            taken = min(rows, len(part))
+        counters = self.validation_dataset.count_bytes or ()
+        for store, part, count_bytes in zip(self.stores, self.validation_dataset.parts, counters, strict=True):
+            stream, taken = store.validation, min(rows, len(part))
             rows -= taken
-            length = min(taken * self.block_size, part.stream.n_tokens)
-            read.append(part.stream.read(0, min(length + 1, part.stream.n_tokens)))
+            length = min(taken * self.block_size, stream.n_tokens)
+            read.append(stream.read(0, min(length + 1, stream.n_tokens)))
             n_bytes += count_bytes(0, length)
             if not rows:
                 break
@@ -362,8 +365,8 @@ class PackedText(BaseDataModule):
 
 
 TEXT_ARGUMENTS: Final = (
-    "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
-    "vocab_size", "special_tokens", "store",
+    "source", "text_column", "config", "split", "streaming", "unreadable", "max_bytes", "cleaning",
+    "validation_share", "tokenizer", "vocab_size", "special_tokens", "store",
 )  # fmt: skip
 """Arguments that determine the tokens, and therefore have no effect with ``mixture``."""
 

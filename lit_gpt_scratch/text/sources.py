@@ -9,9 +9,9 @@ import stat
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub
@@ -42,6 +42,24 @@ CHUNK_BYTES: Final = 2**18
 """Size in bytes of the parts into which a large file is split; each part is extended to the end of its last line."""
 
 
+UnreadablePolicy = Literal["error", "skip"]
+"""What to do with files and folders that cannot be read."""
+OnUnreadable = Callable[[Path, "UnreadableError"], None]
+"""Function that is called with the path of a file or folder that cannot be read; it raises the error or records it."""
+
+
+class UnreadableError(UserError):
+    """Error raised if a file or folder cannot be read; ``reason`` is the reason without the path."""
+
+    def __init__(self, path: Path | str, reason: str, advice: str = "") -> None:
+        super().__init__(f"cannot read {path}: {reason}{advice}")
+        self.reason = reason
+
+
+def _raise_unreadable(path: Path, error: UnreadableError) -> None:
+    raise error
+
+
 @dataclass(frozen=True)
 class DocumentSource:
     """Source of documents, which are read sequentially in a stable order.
@@ -57,6 +75,8 @@ class DocumentSource:
         config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
         streaming: Whether to stream a Hub dataset instead of downloading it.
+        unreadable: What to do with files, folders and broken links inside the source that cannot be read: raise an
+            ``error``, or ``skip`` them, in which case ``read`` yields a ``RejectedDocument`` for each.
     """
 
     name: str
@@ -64,6 +84,7 @@ class DocumentSource:
     config: str | None = None
     split: str = "train"
     streaming: bool = False
+    unreadable: UnreadablePolicy = field(default="error", repr=False)  # the fingerprint covers what can be read
 
     def read(self) -> Iterator[Document | RejectedDocument]:
         """Yield every document, and a ``RejectedDocument`` for each document that is skipped.
@@ -75,13 +96,34 @@ class DocumentSource:
         if self.on_hub:
             yield from (row_to_document(row, self.column) for row in self.rows(columns))
             return
-        for name, path in self._files():
-            if not _is_regular_file(path):  # a file in a folder; if it is the source, _files has raised an error
+        skipped: list[RejectedDocument] = []
+        for name, path in self._files(self._recorder(skipped)):
+            yield from skipped
+            skipped.clear()
+            try:
+                is_regular = _is_regular_file(path)
+                if is_regular and self.unreadable == "skip":
+                    _require_readable(path)
+            except UnreadableError as error:
+                if self.unreadable == "error" or path == self._path:
+                    raise
+                yield RejectedDocument(name, f"unreadable: {error.reason}")
+                continue
+            if not is_regular:  # a file in a folder; if it is the source, _files has raised an error
                 yield RejectedDocument(name, "not text: a pipe, socket or device")
             elif is_table(path, in_folder=self._is_folder):
                 yield from (row_to_document(row, self.column) for row in read_rows(path, name, columns))
             else:
                 yield from self._read_text(name, path)
+        yield from skipped
+
+    def _recorder(self, skipped: list[RejectedDocument]) -> OnUnreadable:
+        """Return the function that handles unreadable folders: it adds them to ``skipped``, or raises the error."""
+
+        def record(path: Path, error: UnreadableError) -> None:
+            skipped.append(RejectedDocument(_document_name(path), f"unreadable: {error.reason}"))
+
+        return record if self.unreadable == "skip" else _raise_unreadable
 
     def rows(self, columns: Columns | None = None) -> Iterator[TableRow]:
         """Yield all rows of the source; in a folder, files that are not tables are skipped.
@@ -117,8 +159,15 @@ class DocumentSource:
             return hub.dataset_revision(self.name, self.config)
         digest = hashlib.sha256()
         try:
-            for name, path in self._files():
-                status = path.stat()
+            for name, path in self._files(self._recorder([])):
+                try:
+                    status = path.stat()
+                except OSError:
+                    if self.unreadable == "error" or path == self._path:
+                        _is_regular_file(path)  # raises an error with advice
+                        raise
+                    digest.update(f"{name}\0unreadable\n".encode())
+                    continue
                 digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
                 if local:
                     identity = f"{path.absolute()}\0{status.st_ino}\0{status.st_ctime_ns}\n"
@@ -145,8 +194,11 @@ class DocumentSource:
             return False
         return _file_mode(self._path) is None
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
+    def _files(self, on_unreadable: OnUnreadable = _raise_unreadable) -> Iterator[tuple[str, Path]]:
         """Yield the name and path of each file in the source.
+
+        Args:
+            on_unreadable: Function that handles folders inside the source that cannot be read.
 
         Raises:
             UserError: The source does not exist or can be read only once, or a folder in it cannot be read.
@@ -158,7 +210,7 @@ class DocumentSource:
             raise UserError(f"data.source is empty; set it to a text file, a folder, or '{STDLIB}'")
         mode = _file_mode(self._path)
         if mode is None:
-            files = sorted({path for path in _expand_pattern(self._path) if not _folder_exists(path)})
+            files = sorted({path for path in _expand_pattern(self._path, on_unreadable) if not _folder_exists(path)})
             if not files:
                 raise UserError(
                     f"no such file or folder: {self.name}; set data.source to an existing one, or to '{STDLIB}'"
@@ -166,7 +218,9 @@ class DocumentSource:
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_document_name(path.relative_to(root)), path) for path in files)
         elif stat.S_ISDIR(mode):
-            yield from _walk(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
+            yield from _walk(
+                self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."), on_unreadable
+            )
         elif stat.S_ISREG(mode):
             yield _document_name(Path(self._path.name)), self._path
         else:
@@ -240,7 +294,19 @@ def _file_mode(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL byte is a ValueError
         return None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UnreadableError(path, error.strerror or "unknown error") from error
+
+
+def _require_readable(path: Path) -> None:
+    """Check that a file can be opened.
+
+    Raises:
+        UnreadableError: It cannot be opened.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UnreadableError(path, error.strerror or "unknown error") from error
 
 
 def _folder_exists(path: Path) -> bool:
@@ -256,20 +322,25 @@ def _is_regular_file(path: Path) -> bool:
     """
     mode = _file_mode(path)
     if mode is None:
-        raise UserError(f"cannot read {path}: the link is broken; remove it")
+        raise UnreadableError(path, "the link is broken", "; remove it, or set --data.unreadable to skip")
     return stat.S_ISREG(mode)
 
 
 def _walk(
-    root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
+    root: Path,
+    skip_folder: Callable[[str], bool],
+    keep_file: Callable[[str], bool],
+    on_unreadable: OnUnreadable = _raise_unreadable,
 ) -> Iterator[tuple[str, Path]]:
     """Yield the name and path of each file to keep under ``root``, without entering skipped folders."""
-    for folder, names in _walk_folders(root, skip_folder):
+    for folder, names in _walk_folders(root, skip_folder, on_unreadable):
         for path in (folder / name for name in names if keep_file(name)):
             yield _document_name(path.relative_to(root)), path
 
 
-def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:
+def _walk_folders(
+    root: Path, skip_folder: Callable[[str], bool], on_unreadable: OnUnreadable
+) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and all folders below it, each with the sorted names of its files, following links.
 
     Each folder is visited once, even if links form a loop. Folders that can be reached without links are visited first,
@@ -290,9 +361,13 @@ def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tu
             with os.scandir(folder) as entries:
                 found = sorted(((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries), reverse=True)
         except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename or folder}: {error.strerror}; make it readable, or move it out of {root}"
-            ) from error
+            reason = error.strerror or "unknown error"
+            advice = "; make it readable, or set --data.unreadable to skip"
+            unreadable = UnreadableError(error.filename or folder, reason, advice)
+            if folder == root:
+                raise unreadable from error
+            on_unreadable(folder.relative_to(root), unreadable)
+            continue
         yield folder, [name for name, is_folder, _ in reversed(found) if not is_folder]
         folders = [
             (folder / name, is_link) for name, is_folder, is_link in found if is_folder and not skip_folder(name)
@@ -301,7 +376,7 @@ def _walk_folders(root: Path, skip_folder: Callable[[str], bool]) -> Iterator[tu
         links.extend(path for path, is_link in reversed(folders) if is_link)
 
 
-def _expand_pattern(pattern: Path) -> Iterator[Path]:
+def _expand_pattern(pattern: Path, on_unreadable: OnUnreadable = _raise_unreadable) -> Iterator[Path]:
     """Yield the files and folders that match a pattern with ``*``, ``?``, ``[...]`` and ``**``.
 
     Unlike ``glob.glob``, this function visits loops of links only once, and raises an error if a folder cannot be read.
@@ -310,32 +385,34 @@ def _expand_pattern(pattern: Path) -> Iterator[Path]:
         UserError: A folder cannot be read.
     """
     parts = pattern.parts[1:] if pattern.anchor else pattern.parts
-    yield from _expand_parts(Path(pattern.anchor), parts)
+    yield from _expand_parts(Path(pattern.anchor), parts, on_unreadable)
 
 
-def _expand_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+def _expand_parts(folder: Path, parts: Sequence[str], on_unreadable: OnUnreadable) -> Iterator[Path]:
     if not parts:
         yield folder
         return
     part, rest = parts[0], parts[1:]
     if not glob.has_magic(part):
         if _file_mode(folder / part) is not None:
-            yield from _expand_parts(folder / part, rest)
+            yield from _expand_parts(folder / part, rest, on_unreadable)
         return
     if not _folder_exists(folder):
         return
     if part == "**":
-        for inner, names in _walk_folders(folder, lambda name: name.startswith(".")):
+        for inner, names in _walk_folders(folder, lambda name: name.startswith("."), on_unreadable):
             visible = (inner / name for name in names if not name.startswith("."))
-            yield from _expand_parts(inner, rest) if rest else visible
+            yield from _expand_parts(inner, rest, on_unreadable) if rest else visible
         return
     try:
         names = fnmatch.filter(os.listdir(folder), part)  # noqa: PTH208 (names)
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}; make it readable, or change data.source") from error
+        advice = "; make it readable, or set --data.unreadable to skip"
+        on_unreadable(folder, UnreadableError(folder, error.strerror or "unknown error", advice))
+        return
     for name in names:
         if part.startswith(".") or not name.startswith("."):
-            yield from _expand_parts(folder / name, rest)
+            yield from _expand_parts(folder / name, rest, on_unreadable)
 
 
 class NotTextError(UserError):

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.cli.config_files import FitParser
 from lit_gpt_scratch.distributed.strategies import TENSOR_PARALLEL_SIZES
+from lit_gpt_scratch.text.atomic_files import is_unfinished
 from tests.end_to_end.conftest import Command
 
 UNSUPPORTED = ("fsdp", "deepspeed", "xla", "single_xla", "single_tpu")
@@ -237,4 +238,6 @@ def test_every_trainer_flag_works_or_is_refused_in_one_line(
             wrong.append(f"{' '.join(flags)}: {outcome}")
     print(json.dumps(counts))
     assert not wrong, "\n".join(wrong)
-    assert not list(Path().glob("runs/*/*/.*.part"))
+    written = list(Path("runs").rglob("*"))
+    assert written
+    assert not [path for path in written if is_unfinished(path)]

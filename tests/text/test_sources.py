@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import document, sources
 from lit_gpt_scratch.text.document import Document, RejectedDocument
@@ -172,6 +173,65 @@ def test_path_that_cannot_be_examined_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "self").symlink_to(tmp_path / "self")
     with pytest.raises(UserError, match=r"self: (Too many levels of symbolic links|the link is broken)"):
         read_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.txt"])
+def test_what_cannot_be_read_is_skipped_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """A broken link, a file and a folder without permission: an error by name, or a line in the audit."""
+    source = tmp_path / "source"
+    tree(source, ["a.txt", "b/c.txt", "closed/d.txt", "locked.txt"])
+    (source / "broken.txt").symlink_to(tmp_path / "missing")
+    scandir, open_ = os.scandir, Path.open
+
+    def deny(path: Path, name: str) -> None:
+        if Path(path).name == name:  # permissions do not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: (deny(path, "closed"), scandir(path))[1])
+    monkeypatch.setattr(
+        Path, "open", lambda path, *args, **kwargs: (deny(path, "locked.txt"), open_(path, *args, **kwargs))[1]
+    )
+    skipping = DocumentSource(f"{source}{pattern}", unreadable="skip")
+    found = list(skipping.read())
+    assert sorted(each.id for each in found if isinstance(each, Document)) == ["a.txt", "b/c.txt"]
+    reasons = {Path(each.id).name: each.reason for each in found if isinstance(each, RejectedDocument)}
+    expected = {"closed": "unreadable: Permission denied", "locked.txt": "unreadable: Permission denied"}
+    if not pattern.endswith("*.txt"):
+        expected["broken.txt"] = "unreadable: the link is broken"
+    assert reasons.items() >= expected.items()
+    first = skipping.fingerprint()
+    (source / "broken.txt").unlink()
+    assert (skipping.fingerprint() != first) == ("broken.txt" in reasons)
+    with pytest.raises(
+        UserError, match=r"cannot read .*/closed: Permission denied; make it readable, or set --data.un"
+    ):
+        DocumentSource(f"{source}{pattern}").fingerprint()
+
+
+def test_source_that_cannot_be_read_is_an_error_in_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+
+    def denied(path: Path, *args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    for source in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(UserError, match="Permission denied"):
+            list(DocumentSource(str(source), unreadable="skip").read())
+
+
+def test_unreadable_files_are_in_the_audit(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tree(source, ["a.txt"])
+    (source / "a.txt").write_text("some words\n" * 300, encoding="utf-8")
+    (source / "b.txt").symlink_to(tmp_path / "missing")
+    data = PackedText(str(source), unreadable="skip", cache=str(tmp_path / "cache"), vocab_size=260, block_size=16)
+    [report] = data.cleaning_reports
+    assert "1 unreadable: the link is broken" in report
+    assert "b.txt" in report
+    with pytest.raises(UserError, match=r"b\.txt: the link is broken; remove it, or set --data.unreadable to skip"):
+        PackedText(str(source), cache=str(tmp_path / "cache")).prepare_data()
 
 
 def test_broken_link_is_an_error(tmp_path: Path) -> None:
