@@ -142,9 +142,10 @@ class RunFolder:
             lock.release()
 
     def require_only_run(self) -> None:
-        """Check that no other process has started or saved a run of the experiment; this folder must be locked.
+        """Check that no other run of the experiment is active or has a checkpoint.
 
-        If several processes create run folders at the same time, the one with the lowest version number passes.
+        The caller must hold the lock of this folder. If several processes create run folders at the same time, the
+        check succeeds only for the one with the lowest version number.
 
         Raises:
             UserError: An earlier run of the experiment is in use or has a checkpoint.
@@ -184,7 +185,7 @@ class RunFolder:
     def read_sessions(self) -> list[SessionFacts]:
         """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first.
 
-        If the file is damaged, log a warning and return an empty list; the state in a checkpoint takes precedence.
+        If the file is damaged, log a warning and return an empty list: checkpoints contain the same facts.
         """
         try:
             content = read_json(self.path / "provenance.json", dict[str, Any])

@@ -250,8 +250,8 @@ def _replace_string_enums(value: Any) -> Any:
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
     """Set the defaults that depend on the device and the prepared data: compilation and vocabulary size.
 
-    If the training text is too small for the default vocabulary size, ``vocab_size`` stays ``None``, because an
-    explicit size that cannot be reached is an error.
+    If the training text is too small for the default vocabulary size, ``vocab_size`` stays ``None``: a size that is set
+    explicitly raises an error if the text is too small for it.
     """
     if "model.init_args.compile" in config and config.model.init_args.compile is None:
         config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False

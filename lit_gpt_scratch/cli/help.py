@@ -61,7 +61,7 @@ REWORDED: Final = {
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
     "trainer.val_check_interval": "Number of micro-batches between validation runs, a fraction of an epoch such as "
     "0.25, or a duration (DD:HH:MM:SS).",
-    "trainer.check_val_every_n_epoch": "Number of epochs between validation runs, instead of val_check_interval.",
+    "trainer.check_val_every_n_epoch": "Run validation every n epochs. Excludes a val_check_interval in steps.",
     "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
 """Help texts that replace those of Lightning's flags and of flags whose value is a class, keyed by flag."""

@@ -34,9 +34,9 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     """Base class for data modules that render prompts with a chat template and check generated replies.
 
     Args:
-        checkable: Name of the verifiable reward (a rule that a program can check, see ``text.verifiable_rewards``)
-            with which replies to held-out prompts are checked. Defaults to the verifiable reward used in training, if
-            any; otherwise to ``full_stop`` for synthetic records, and to no check for other data.
+        checkable: Name of the verifiable reward (see ``text.verifiable_rewards``) that evaluates replies to
+            held-out prompts. Defaults to the verifiable reward used in training, if any; otherwise to ``full_stop`` for
+            synthetic records. For other data, replies are not evaluated by default.
         reply_tokens: Maximum number of tokens per generated reply, including the end-of-text token.
         **kwargs: See ``RecordDataModule``.
 

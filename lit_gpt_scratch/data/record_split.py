@@ -78,7 +78,7 @@ def split_records(
 
 
 def _take_groups(groups: list[list[int]], wanted: int) -> tuple[list[int], list[list[int]]]:
-    """Take whole groups from the end, about ``wanted`` records; return these records and the remaining groups."""
+    """Take whole groups from the end until they have about ``wanted`` records; return these and the other groups."""
     taken: list[int] = []
     rest: list[list[int]] = []
     for group in reversed(groups):

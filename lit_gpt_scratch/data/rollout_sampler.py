@@ -92,5 +92,5 @@ class PromptIndexDataset(RowDataset[PromptIndexBatch]):
         return PromptIndexBatch(indices=torch.tensor(rows))
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entry ``step_indices``: the row indices, from which the policy counts the labels."""
+        """Return the batch entry ``step_indices``, the row indices of the step, which serve to count labels."""
         return {"step_indices": torch.from_numpy(rows)}

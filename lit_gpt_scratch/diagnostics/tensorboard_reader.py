@@ -57,7 +57,7 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
     except Exception as error:  # the file may contain anything
         damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     if damage:
-        log.warning("%s cannot be read to its end (%s); later events are missing", path, damage)
+        log.warning("%s could not be read completely (%s); later events are missing", path, damage)
 
 
 def tensor_values(tensor: TensorProto) -> Any:

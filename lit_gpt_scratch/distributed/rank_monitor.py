@@ -33,7 +33,7 @@ UNRESPONSIVE_SECONDS: Final = 8.0
 STORE_SECONDS: Final = 3.0
 """Timeout in seconds of an access to the store, which may take longer if rank 0 is stopped."""
 GRACE_SECONDS: Final = 3.0
-"""Time in seconds after a signal until the monitor ends a process that waits for other ranks."""
+"""Seconds after a signal before the monitor terminates a process that is still waiting for other ranks."""
 STUCK_SECONDS: Final = 60.0
 """Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 

@@ -13,7 +13,7 @@ NORMAL_QUANTILE: Final = 1.959963984540054
 MAX_GROUPS: Final = 100
 """Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
-"""Maximum relative standard error that is attributed to rounding errors; the metric is then considered constant."""
+"""Relative standard error up to which variation is attributed to rounding, and the metric is treated as constant."""
 MIN_ROWS: Final = 30
 """Minimum number of rows for estimating intervals from rows.
 
@@ -48,7 +48,7 @@ class Measurements:
 
     @classmethod
     def from_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measurements":
-        """Create measurements in which each row has exactly one part."""
+        """Create measurements with one value per row; no row is divided into parts."""
         return cls(np.arange(n_rows), n_rows, *args, **kwargs)
 
 

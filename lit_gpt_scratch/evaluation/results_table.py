@@ -72,7 +72,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
         write_atomically(path, json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False))
         _write_scalars(path.parent, name, result, request["step"])
     except OSError as error:  # e.g. the run belongs to another user; the result is still printed
-        log.warning("the results are not saved, because %s cannot be written (%s)", path, error.strerror)
+        log.warning("cannot write %s (%s); the results were not saved", path, error.strerror)
     else:
         log.info("results saved to %s", path)
 

@@ -192,7 +192,7 @@ class NamedSums(Metric):
         self.add_state("sums", torch.zeros(len(names)), dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add the scalars in ``values`` to the sums of the same names."""
+        """Add each scalar in ``values`` to the running sum with the same name."""
         self.sums += torch.stack([values[name] for name in self.names])
 
     def compute(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 LAYER_INDEX: Final = re.compile(r"(?:^|\.)(\d+)\.")
 """Pattern that matches the index of a layer in the name of a weight, in this package and in published models."""
 FIRST_LAYER: Final = re.compile(r"(blocks|value_tables)\.0(?=\.)")
-"""Pattern that matches the part of a name for which each layer has one of its own."""
+"""Pattern that matches the part of a weight's name that identifies the first layer."""
 MAX_TABLE_BYTES: Final = 2**28
 """Maximum size in bytes of position tables that are larger than the model's weights. The tables are not in the file, so
 a wrong context length could require any amount of memory."""

@@ -552,7 +552,7 @@ class GPTModule(L.LightningModule):
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Normalize the progress counters and convert them to the current batch layout, before they are restored.
+        """Repair the saved progress counters, and convert them to the current batch layout before they are restored.
 
         Raises:
             UserError: The model in the checkpoint has a different shape or tokenizer.

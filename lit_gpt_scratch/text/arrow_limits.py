@@ -33,7 +33,7 @@ DICTIONARY_BATCH, RECORD_BATCH = 2, 3
 
 
 def require_moderate_expansion(where: str, stored: int, expanded: int) -> None:
-    """Check that data does not become much larger by decompression.
+    """Check that data does not expand too much when it is decompressed.
 
     Args:
         where: Location of the data, for the error message.
@@ -126,7 +126,7 @@ def limit_arrow_buffers(path: Path, source: Any) -> None:
         source: Memory map of the file, positioned at the start of the stream.
 
     Raises:
-        UserError: A record batch becomes much larger by decompression.
+        UserError: A record batch would expand too much.
     """
     import pyarrow as pa
 

@@ -168,7 +168,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _final_name(path: Path) -> str | None:
-    """Return the start of the final name of an unfinished file or folder; None for all other paths."""
+    """Return the prefix of the name to which a temporary file or folder will be renamed; None for other paths."""
     match = UNFINISHED.fullmatch(path.name)
     return match[1] if match and _checksum(match[1], match[2]) == match[3] else None
 

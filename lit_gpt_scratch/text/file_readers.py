@@ -295,7 +295,7 @@ def _begins_with_list(path: Path) -> bool:
 
 
 def _read_json_values(path: Path, columns: Columns | None) -> LocatedRows:
-    """Read a list of rows, or rows one after another, each of which may span several lines."""
+    """Read rows from a JSON array, or from concatenated JSON values, each of which may span several lines."""
     with _open(path) as file:
         reader = JsonValueReader(file)
         first = True

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lit_gpt_scratch.text.token_shards import Int64Array, ShardedTokenStream, TokenShard
 
 TOKENS_PER_SUM: Final = 1024
-"""Number of tokens between the cumulative sums that are stored when a document is read for the first time."""
+"""Interval in tokens at which cumulative byte counts are cached when a document is first read."""
 TOKENS_PER_READ: Final = 2**20
 """Number of tokens to read at once; a multiple of ``TOKENS_PER_SUM``."""
 REMEMBERED_DOCUMENTS: Final = 8

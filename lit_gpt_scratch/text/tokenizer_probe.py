@@ -18,7 +18,7 @@ million steps of the regular expression library."""
 MAX_UNITS: Final = 400
 """Maximum number of characters and words for which samples are built."""
 MAX_WORD: Final = 32
-"""Length in characters at and above which a word from a pattern is not used in samples."""
+"""Length in characters from which words in the patterns are left out of the samples."""
 MAX_GROWTH: Final = 20
 """Maximum factor by which normalization or decoding may increase the length of a text."""
 CHARACTERS: Final = "\n\t\r" + "".join(map(chr, range(32, 127))) + "éßЖжαאع१क東あ가\u0301\u3000—€🎉"

@@ -110,7 +110,9 @@ def test_signal_ends_a_run_with_a_stopped_rank(small: list[str], tmp_path: Path,
         assert f"while it waited for rank {stopped};" in stderr
         if stopped == 1:
             assert process.wait(20) == 128 + signal.SIGTERM
-            assert ranks[1] not in list_group_processes(process.pid)
+            while ranks[1] in list_group_processes(process.pid):  # killed, but still listed for a moment
+                assert time.monotonic() - sent < 25
+                time.sleep(0.05)
         assert time.monotonic() - sent < 25
 
 

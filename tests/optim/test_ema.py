@@ -151,5 +151,5 @@ def test_16_bit_weights_are_an_error() -> None:
     stuck = torch.ones(1, dtype=torch.bfloat16)
     assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)
     net = nn.Linear(2, 2, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"weights are torch.bfloat16, which is too coarse"):
+    with pytest.raises(UserError, match=r"weights are stored in torch.bfloat16, whose precision is too low"):
         ExponentialMovingAverage(0.999).attach(torch.optim.SGD(net.parameters()), lambda: 0)

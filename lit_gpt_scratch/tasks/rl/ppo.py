@@ -34,7 +34,7 @@ class PPO(OnPolicyModule):
         gamma: Discount factor per token; 1 disables discounting.
         gae_lambda: Lambda of generalized advantage estimation: 0 estimates the return from the critic's value of the
             next token, 1 from the observed rewards only.
-        value_clip: Maximum difference between a clipped value of the critic and the critic's value at the start of the
+        value_clip: Maximum difference between the critic's clipped prediction and its prediction at the start of the
             rollout phase; null disables clipping.
         value_coefficient: Weight of the value loss.
         whitening: Whether to normalize the advantages in a rollout phase to mean 0 and variance 1.
