@@ -59,8 +59,9 @@ class ExponentialMovingAverage:
         low_precision = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4}
         if low_precision:
             raise UserError(
-                f"model.ema_decay is {self.decay}, but the weights are stored in {low_precision.pop()}, whose precision "
-                "is too low for an average; set --trainer.precision bf16-mixed, which stores the weights in float32"
+                f"model.ema_decay is {self.decay}, but the weights are stored in {low_precision.pop()}, whose "
+                "precision is too low for an average; set --trainer.precision bf16-mixed, which stores the weights in "
+                "float32"
             )
         optimizer.register_step_post_hook(lambda *_: self._update(optimizer, steps_done()))
 
