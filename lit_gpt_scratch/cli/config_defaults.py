@@ -97,6 +97,19 @@ def apply_init_from(
     return initial
 
 
+def apply_task_defaults(parser: ArgumentParser, task: str | None) -> None:
+    """Set the parser's defaults of arguments that all tasks have to those of the task.
+
+    Otherwise, the parser would keep the defaults of the default task.
+
+    Args:
+        parser: Parser whose defaults are changed.
+        task: Class name or import path of the task; None for the default task.
+    """
+    kind = import_class(task or "LanguageModel", "lit_gpt_scratch.tasks")
+    _set_default_arguments(parser, "model", **getattr(kind, "argument_defaults", {}))
+
+
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
     """Change the default arguments of the class that ``model`` or ``data`` selects by default.
 

@@ -31,6 +31,7 @@ from lit_gpt_scratch.cli.config_defaults import (
     MAX_STEPS,
     apply_init_from,
     apply_preset,
+    apply_task_defaults,
     describe_presets,
     resolve_built_defaults,
     resolve_defaults,
@@ -206,6 +207,7 @@ class FitCLI(LightningCLI):
         self.trusted = early.trusted
         if self.resumed is None:
             task, preset = early.class_of("model"), early.get("preset")
+            apply_task_defaults(parser, task)
             self.initial_model = apply_init_from(parser, init_from, task, preset, self.trusted)
         self.config = parser.parse_args([*before, *early.flags])
         found = self.config.get("model.init_args.init_from")

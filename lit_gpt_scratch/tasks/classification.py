@@ -43,14 +43,17 @@ class Classification(GPTModule):
         patience: Maximum number of consecutive validation runs without a new lowest validation loss; training then
             stops. None disables early stopping. The argument has no effect if the trainer has an ``EarlyStopping``
             callback.
+        label_smoothing: Weight of the uniform distribution in the training targets (https://arxiv.org/abs/1512.00567),
+            which limits how confident the model becomes on few documents. The metrics do not smooth.
         kwargs: Arguments of ``GPTModule``. The head is never tied to the embedding, regardless of
-            ``gpt.tied_embeddings``.
+            ``gpt.tied_embeddings``. The default of ``ema_decay`` is 0.99, because training on few documents is noisy.
 
     Raises:
         UserError: ``pooling`` is unknown, or a weight is out of range.
     """
 
     default_epochs = 8
+    argument_defaults: ClassVar = {"ema_decay": 0.99}
     optimizer_defaults: ClassVar = {"Muon": {"lr": 1e-3, "adamw_lr": 5e-3}, "AdamW": {"lr": 1e-3}}
     tests_best = True
     metrics: MetricCollection
@@ -65,13 +68,18 @@ class Classification(GPTModule):
         pooling: str = "mean",
         class_weights: Literal["balanced"] | dict[str, float] | None = None,
         patience: int | None = 3,
+        label_smoothing: float = 0.1,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("optimizer", Muon(**self.optimizer_defaults["Muon"]))
+        kwargs.setdefault("ema_decay", self.argument_defaults["ema_decay"])
         super().__init__(**kwargs)
         if patience is not None and patience < 1:
             raise UserError(f"model.patience is {patience}; it must be at least 1, or null to disable early stopping")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise UserError(f"model.label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
         self.patience = patience
+        self.label_smoothing = label_smoothing
         if pooling not in POOLINGS:
             raise UserError(f"model.pooling is {pooling}; it must be one of {', '.join(POOLINGS)}")
         for name, weight in class_weights.items() if isinstance(class_weights, dict) else ():
@@ -142,10 +150,17 @@ class Classification(GPTModule):
 
     @override
     def loss_and_count(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        return self._loss_and_weight(self._class_logits(batch), batch["labels"])
+        return self._loss_and_weight(self._class_logits(batch), batch["labels"], self.label_smoothing)
 
-    def _loss_and_weight(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum")
+    def _loss_and_weight(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(
+            logits,
+            labels,
+            self.weights,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
         return loss, self.weights[labels[labels != IGNORE_INDEX]].sum()
 
     @override

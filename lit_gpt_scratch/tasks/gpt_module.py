@@ -120,6 +120,8 @@ class GPTModule(L.LightningModule):
     default_epochs: ClassVar[int | None] = None
     """Number of epochs of a ``fit`` run for which no limit on steps, epochs or time is set; such a run is validated
     after each epoch. If None, the run has the default number of steps instead."""
+    argument_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of arguments that all tasks have, if they differ from those of ``GPTModule``; ``fit`` applies them."""
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Arguments that replace the defaults of an optimizer class in this training stage, keyed by the name of that
     class."""

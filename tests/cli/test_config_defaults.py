@@ -190,6 +190,8 @@ def test_classification_has_its_own_defaults() -> None:
     assert rates == Classification.optimizer_defaults["Muon"]
     assert (found["trainer.max_epochs"], found["trainer.max_steps"]) == (Classification.default_epochs, -1)
     assert (found["trainer.check_val_every_n_epoch"], found["trainer.val_check_interval"]) == (1, 1.0)
+    assert found["model.init_args.ema_decay"] == Classification.argument_defaults["ema_decay"]
+    assert parsed("--model.ema_decay=null")["model.init_args.ema_decay"] is None
     assert (found["data.init_args.too_long"], found["model.init_args.pooling"]) == ("windows", "mean")
 
     adamw = parsed("--model.optimizer=AdamW", "--trainer.max_steps=50", "--trainer.val_check_interval=10")
@@ -197,6 +199,7 @@ def test_classification_has_its_own_defaults() -> None:
     assert (adamw["trainer.max_epochs"], adamw["trainer.max_steps"]) == (None, 50)
     assert (adamw["trainer.check_val_every_n_epoch"], adamw["trainer.val_check_interval"]) == (None, 10)
 
-    by_hand = Classification().optimizer
-    assert isinstance(by_hand, Muon)
-    assert {name: getattr(by_hand, name) for name in rates} == rates
+    by_hand = Classification()
+    assert isinstance(by_hand.optimizer, Muon)
+    assert {name: getattr(by_hand.optimizer, name) for name in rates} == rates
+    assert by_hand.ema.decay == found["model.init_args.ema_decay"]
