@@ -235,7 +235,7 @@ def test_classification_learns_and_its_metrics_match_a_computation_by_hand(
     names = LabelledText(init_from=str(base)).class_names
     weights = {names[0]: 3.0} if isinstance(weights, dict) else weights
     task, path = tuned(
-        Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=150
+        Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=300
     )
     data: Any = task.trainer.datamodule
     logits, labels = [], []
