@@ -44,6 +44,7 @@ def test_exit_code_and_summary(small: list[str], tmp_path: Path, monkeypatch: py
     assert "stopped early by a callback" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_the_run_as_failed(
     command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
