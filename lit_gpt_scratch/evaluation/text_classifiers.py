@@ -32,10 +32,11 @@ def word_baseline(train: LabelledTexts, validation: LabelledTexts) -> dict[str, 
     ``naive bayes``.
 
     Args:
-        train: Training texts, of which the first ``MAX_TRAINING_TEXTS`` are used.
+        train: Training texts, of which at most ``MAX_TRAINING_TEXTS`` are used.
         validation: Validation texts.
     """
-    train = LabelledTexts(train.texts[:MAX_TRAINING_TEXTS], train.labels[:MAX_TRAINING_TEXTS])
+    every = max(1, -(-len(train.texts) // MAX_TRAINING_TEXTS))  # spread out, because a table may be sorted by label
+    train = LabelledTexts(train.texts[::every], train.labels[::every])
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

@@ -59,3 +59,11 @@ def test_baseline_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_texts_without_words_or_classes(train: LabelledTexts) -> None:
     for name, value in word_baseline(train, LabelledTexts(["a text"], [1])).items():
         assert (name, value) == ("naive bayes", 1.0)
+
+
+def test_many_training_texts_are_sampled_from_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first texts of a table that is sorted by label have one class."""
+    monkeypatch.setattr("lit_gpt_scratch.evaluation.text_classifiers.MAX_TRAINING_TEXTS", 10)
+    train = LabelledTexts(["good film"] * 15 + ["bad film"] * 15, [0] * 15 + [1] * 15)
+    [found] = word_baseline(train, LabelledTexts(["good", "bad"], [0, 1])).values()
+    assert found == 1.0
