@@ -66,7 +66,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
     Args:
         base: The base model that the adapter was trained on.
         adapter: Path of a file written by ``save_adapter``.
-        trusted: Import paths of the code that the file may import, such as a custom attention class.
+        trusted: Import paths that the file may import, such as a custom attention class.
 
     Returns:
         The merged model; ``base`` is unchanged.

@@ -36,7 +36,7 @@ READ_BYTES: Final = 1 << 20
 
 
 _saving: set[Path] = set()
-"""Paths of the checkpoints that are being written in this process."""
+"""Paths of the checkpoints that this process is writing."""
 
 
 def is_saving() -> bool:
@@ -101,7 +101,7 @@ def verify_checksum(path: Path) -> bool:
             file.seek(max(0, size - len(COMMENT_LENGTH) - COMMENT_BYTES))
             if file.read() != COMMENT_LENGTH + CHECKSUM_PREFIX + _compute_checksum(file, size).encode():
                 raise UserError(
-                    f"{path} is not a checkpoint, or is damaged: its checksum does not match; use another file"
+                    f"{path} is not a checkpoint, or is corrupted: its checksum does not match; use another file"
                 )
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}; check the path") from error
@@ -122,7 +122,7 @@ def require_plain_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except Exception as error:  # reading an arbitrary file can raise anything
-        raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
+        raise UserError(f"{path} is not a checkpoint, or is corrupted; use another file") from error
     compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if compressed or sum(record.file_size for record in records) > path.stat().st_size:
         raise UserError(f"{path} is not a checkpoint: its records are compressed or overlap; use another file")

@@ -81,7 +81,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     Each row in a table of diagnoses becomes one point, at the step that the row contains.
 
     Raises:
-        UserError: An event file is damaged.
+        UserError: An event file is corrupted.
     """
     try:
         events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
@@ -93,7 +93,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
         diagnoses = _split_diagnoses([text.decode() for _, texts in curves.pop(DIAGNOSES_TAG, []) for text in texts])
     except Exception as error:  # the files may contain anything
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"the TensorBoard events of {run} are damaged ({type(error).__name__}: {reason})") from error
+        raise UserError(f"the TensorBoard events of {run} are corrupted ({type(error).__name__}: {reason})") from error
     points = {tag: [(step, repr(value)) for step, value in curve] for tag, curve in curves.items()}
     return points | ({DIAGNOSES_TAG: diagnoses} if diagnoses else {})
 
@@ -109,7 +109,7 @@ def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """Count the points at which the logged curves of two runs differ, for each tag.
+    """For each tag, count the points at which the logged curves of two runs differ.
 
     A point that one run logged twice and the other run once counts as a difference, unless the tag matches
     ``REPEATABLE_TAGS``.

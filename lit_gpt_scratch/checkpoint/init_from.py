@@ -51,7 +51,7 @@ class InitialModel:
 
     @cached_property
     def metadata(self) -> CheckpointMetadata:
-        """The checkpoint's metadata: model config, tokenizer and type of head."""
+        """The checkpoint's metadata: model config, tokenizer and head type."""
         return CheckpointMetadata.from_checkpoint(self.checkpoint)
 
     @property
@@ -68,8 +68,8 @@ class InitialModel:
         """Build the network.
 
         Args:
-            trusted: Import paths of the code that the checkpoint may import, such as a custom attention class. Building
-                the network runs this code.
+            trusted: Import paths that the checkpoint may import, such as a custom attention class. Building the network
+                runs the imported code.
 
         Raises:
             UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
@@ -80,7 +80,7 @@ class InitialModel:
 
 @contextmanager
 def explain_untrusted(argument: str) -> Iterator[None]:
-    """Context manager that adds the name of a task's argument to errors that occur while the argument's file is loaded.
+    """Context manager that adds the name of a task argument to errors raised while loading the file that it specifies.
 
     If the file refers to untrusted code, the error also suggests ``--model.gpt.attention``.
     """

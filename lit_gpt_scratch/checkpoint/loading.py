@@ -36,7 +36,7 @@ class LoadedModel(NamedTuple):
         net: The network in evaluation mode, with any adapters merged into its weights.
         tokenizer: The model's tokenizer.
         metadata: Metadata of the checkpoint.
-        step: Number of optimizer steps for which the model was trained; 0 if unknown.
+        step: Number of optimizer steps for which the model was trained, or 0 if unknown.
     """
 
     net: GPT
@@ -59,19 +59,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint, a ``.safetensors`` file or a Hugging Face folder onto the CPU, without running code from it.
 
     Raises:
-        UserError: The file is missing, damaged, or not a checkpoint.
+        UserError: The file is missing, corrupted, or not a checkpoint.
     """
     if (path / hf_checkpoint.CONFIG_FILE).is_file():
         return load_hf_checkpoint(path)
     if path.suffix == SAFETENSORS_SUFFIX:
         return load_safetensors(path, STATE_PREFIX)
     if not verify_checksum(path):
-        log.warning("%s has no checksum, because another program wrote it; damage cannot be detected", path)
+        log.warning("%s has no checksum, because another program wrote it; corruption cannot be detected", path)
     require_plain_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything
-        raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
+        raise UserError(f"{path} is not a checkpoint, or is corrupted; use another file") from error
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
         raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
     _validate_tensors(loaded, path)
@@ -91,12 +91,12 @@ def _validate_tensors(loaded: dict[str, Any], path: Path) -> None:
         UserError: A tensor is not dense.
     """
     pending: list[tuple[str, Any]] = list(loaded.items())
-    seen: set[int] = set()  # a damaged file may have containers that contain themselves
+    seen: set[int] = set()  # a corrupted file may have containers that contain themselves
     while pending:
         name, value = pending.pop()
         if isinstance(value, Tensor):
             if not _is_dense(value):
-                raise UserError(f"{path} is damaged: {name} is not a dense tensor; use another file")
+                raise UserError(f"{path} is corrupted: {name} is not a dense tensor; use another file")
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -104,7 +104,7 @@ def _validate_tensors(loaded: dict[str, Any], path: Path) -> None:
 
 
 def _validate_state_dict(state: Any, path: Path) -> None:
-    """Check that a state dict maps names to tensors, whose total size is at most twice that of the stored data.
+    """Check that a state dict maps names to tensors, and that their size is at most twice that of the stored data.
 
     Raises:
         UserError: The state dict contains other values, or tensors that repeat the stored data.
@@ -112,10 +112,10 @@ def _validate_state_dict(state: Any, path: Path) -> None:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()
     ):
-        raise UserError(f"{path} is damaged: its state_dict does not map names to tensors; use another file")
+        raise UserError(f"{path} is corrupted: its state_dict does not map names to tensors; use another file")
     stored = {storage.data_ptr(): storage.nbytes() for storage in (w.untyped_storage() for w in state.values())}
     if sum(weight.nbytes for weight in state.values()) > 2 * sum(stored.values()):  # tied weights are stored once
-        raise UserError(f"{path} is damaged: many of its tensors share the same data; use another file")
+        raise UserError(f"{path} is corrupted: many of its tensors share the same data; use another file")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -144,8 +144,8 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
     Args:
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
         path: Path of the checkpoint, for error messages.
-        trusted: Import paths of the code that the checkpoint may import, such as a custom attention class. Building the
-            model runs this code.
+        trusted: Import paths that the checkpoint may import, such as a custom attention class. Building the model runs
+            the imported code.
 
     Raises:
         UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
@@ -165,7 +165,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
         expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:
         raise UserError(
-            f"{path} contains a model that cannot be built: {error}; use an undamaged file, and the version "
+            f"{path} contains a model that cannot be built: {error}; use an intact file, and the version "
             "of lit_gpt_scratch that wrote it"
         ) from error
     validate_tensors(weights, expected, str(path))
@@ -200,7 +200,7 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: Trusted = None) 
 
     Args:
         place: Path of a run folder, a checkpoint or a ``.safetensors`` file.
-        tokenizer_json: Content of the policy's ``tokenizer.json``.
+        tokenizer_json: The policy's ``tokenizer.json`` as a string.
         trusted: See ``build_model``.
 
     Raises:

@@ -26,16 +26,16 @@ class CheckpointMetadata:
         gpt: Fields of the ``GPTConfig``.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
-        tokenizer: Content of the ``tokenizer.json``; empty in an adapter file.
-        start_of_text: Id of the token that precedes every document; None if it is the end-of-text token.
-        lora: Fields of the ``LoRA`` settings; None if the state dict contains no adapters.
+        tokenizer: The ``tokenizer.json`` as a string, which is empty in an adapter file.
+        start_of_text: Id of the token that precedes every document, or None if it is the end-of-text token.
+        lora: Fields of the ``LoRA`` settings, or None if the state dict contains no adapters.
         base: SHA-256 digest of the base model weights that the adapters were trained on, without the head if
-            ``new_head`` is True; None if there is no base model.
+            ``new_head`` is True, or None if there is no base model.
         new_head: Whether the head was trained together with the adapters.
-        classes: Class names of a classification head; None for other heads.
-        pooling: Pooling method of a classifier, a key of ``model.output_heads.POOLINGS``; None for other heads.
+        classes: Class names of a classification head, or None for other heads.
+        pooling: Pooling method of a classifier, a key of ``model.output_heads.POOLINGS``, or None for other heads.
         rewards: Whether the head predicts the reward of a conversation.
-        window_size: Maximum number of tokens per window of a classifier; None if a window has ``block_size`` tokens.
+        window_size: Maximum number of tokens per window of a classifier, or None if it is ``block_size``.
         max_windows: Maximum number of windows into which a classifier splits a text.
         published: Fields of the ``PublishedSettings`` if this model was imported from a published model or fine-tuned
             from an imported model; otherwise None.
@@ -70,7 +70,7 @@ class CheckpointMetadata:
 
     @property
     def non_lm_task(self) -> str | None:
-        """Verb phrase that describes the model's task, for error messages; None for a language model."""
+        """Verb phrase that describes the model's task, for error messages, or None for a language model."""
         if self.classes is not None:
             return f"classifies documents as {', '.join(self.classes)}"
         return "predicts rewards" if self.rewards else None
@@ -81,15 +81,15 @@ class CheckpointMetadata:
         sizes = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
         head = {"pooling": self.pooling, "rewards": self.rewards}
-        # Fields that were added to GPTConfig after the checkpoint was written have their defaults.
+        # Fields that were added to GPTConfig after the checkpoint was written have their default values.
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     def build_configs(self, path: Path, trusted: Trusted) -> tuple[GPTConfig, LoRA | None]:
-        """Build the settings of the network and of its adapters; no other code builds these settings from a file.
+        """Build the model config and, if there are adapters, the LoRA settings; no other code builds them from a file.
 
         Args:
             path: Path of the file that contains the metadata, for error messages.
-            trusted: Import paths of the code that the file may import; building the network runs this code.
+            trusted: Import paths that the file may import; building the network runs the imported code.
 
         Raises:
             UserError: The file refers to code that is not trusted, or a setting is out of range.
@@ -105,7 +105,7 @@ class CheckpointMetadata:
         """Read the metadata of a loaded checkpoint and validate its types, without importing any custom class.
 
         Raises:
-            UserError: The metadata is damaged, or was written by another program or by a newer version.
+            UserError: The metadata is corrupted, or was written by another program or by a newer version.
         """
         if METADATA_KEY not in checkpoint:
             raise UserError("the checkpoint was not written by lit_gpt_scratch; use a checkpoint written by fit")
@@ -122,7 +122,7 @@ class CheckpointMetadata:
                 f"the checkpoint was written by a newer version of lit_gpt_scratch ({error}); update lit_gpt_scratch"
             ) from error
         except ValueError as error:
-            raise UserError(f"the checkpoint is damaged ({error}); use a checkpoint written by fit") from error
+            raise UserError(f"the checkpoint is corrupted ({error}); use a checkpoint written by fit") from error
         return metadata
 
     def load_tokenizer(self, path: Path) -> Tokenizer:
@@ -141,7 +141,7 @@ class CheckpointMetadata:
             raise UserError(f"the tokenizer in {path} cannot be used: {error}") from error
         if tokenizer.vocab_size > self.vocab_size:
             raise UserError(
-                f"{path} is damaged: its tokenizer has {tokenizer.vocab_size} tokens, but its vocab_size is "
+                f"{path} is corrupted: its tokenizer has {tokenizer.vocab_size} tokens, but its vocab_size is "
                 f"{self.vocab_size}; use another file"
             )
         return tokenizer

@@ -75,7 +75,7 @@ class ResumeStressTest:
 
         Args:
             kills: Total number of kills.
-            on_kill: Function that is called after each kill.
+            on_kill: Callback that is called after each kill.
 
         Raises:
             UserError: A run fails without being killed.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = ".lock"
 LOCK_SECONDS: Final = 2.0
-"""Maximum time in seconds between the creation of a run folder and its locking by the process that created it."""
+"""Maximum time in seconds that a process takes to lock a run folder after creating it."""
 EVENTS_PREFIX: Final = "events.out.tfevents."
 """Prefix of TensorBoard event file names, which continue with the time in seconds, host, process id and a counter."""
 
@@ -32,7 +32,7 @@ Facts = dict[str, str | int | float | bool | None]
 
 
 class SessionFacts(TypedDict, total=False):
-    """Entry of ``provenance.json``, and the state of ``RunMetadata`` in a checkpoint; both may have more fields."""
+    """Entry of ``provenance.json`` and state of ``RunMetadata`` in a checkpoint; both may have additional fields."""
 
     code: Facts
     versions: Facts
@@ -130,7 +130,7 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"{self.path} is in use by another training process; wait until it ends, or start a new run"
+                f"{self.path} is in use by another training process; wait until it exits, or start a new run"
             ) from error
         except OSError as error:
             raise UserError(
@@ -158,7 +158,7 @@ class RunFolder:
                 time.sleep(0.01)  # its process has created the folder and is about to lock it
             if run.last_saved_at() or run._is_locked():
                 raise UserError(
-                    f"--ckpt_path auto: another process has started {run.path}; wait until it ends, then run the same "
+                    f"--ckpt_path auto: another process has started {run.path}; wait until it exits, then run the same "
                     "command again to resume it"
                 )
 
@@ -185,7 +185,7 @@ class RunFolder:
     def read_sessions(self) -> list[SessionFacts]:
         """Return the environment of each session of the run, as recorded in ``provenance.json``, oldest first.
 
-        If the file is damaged, log a warning and return an empty list: checkpoints contain the same facts.
+        If the file cannot be read, log a warning and return an empty list; checkpoints contain the same information.
         """
         try:
             content = read_json(self.path / "provenance.json", dict[str, Any])
@@ -218,12 +218,12 @@ class RunFolder:
             path.rename(name)
 
     def last_saved_at(self) -> float:
-        """Return the time at which the newest checkpoint was saved, as a Unix timestamp; 0 if there is none."""
+        """Return the time at which the newest checkpoint was saved, as a Unix timestamp, or 0 if there is none."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Return whether any run of an experiment has a checkpoint; damaged checkpoints also count."""
+        """Return whether any run of an experiment has a checkpoint; corrupted checkpoints also count."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod
@@ -237,7 +237,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """Find the checkpoint that the user specified.
 
     Args:
-        given: Path of a checkpoint file or a Hugging Face folder, which is returned as is, or path of a run folder,
+        given: Path of a checkpoint file or a Hugging Face folder, which is returned unchanged, or of a run folder,
             whose last checkpoint is returned. ``last`` or None selects the last checkpoint of the newest run.
         runs: Folder that contains all experiments.
         experiment: Name of the experiment in which to search for the newest run; None searches all experiments.
@@ -274,7 +274,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
 
 
 def _newest_intact_checkpoint(folder: Path) -> Path:
-    """Return a run's newest intact checkpoint, trying ``last.ckpt`` first; log a warning for each damaged checkpoint.
+    """Return a run's newest intact checkpoint, trying ``last.ckpt`` first; log a warning for each corrupted one.
 
     Raises:
         UserError: There is no intact checkpoint.
@@ -289,7 +289,7 @@ def _newest_intact_checkpoint(folder: Path) -> Path:
             log.warning("%s", error)
         else:
             return path
-    reason = "all are damaged" if last or others else "there are no .ckpt files in its checkpoints folder"
+    reason = "all are corrupted" if last or others else "there are no .ckpt files in its checkpoints folder"
     raise UserError(f"{folder} contains no checkpoint that can be read: {reason}; use another run")
 
 

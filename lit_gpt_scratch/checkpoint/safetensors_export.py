@@ -52,7 +52,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
         prefix: Prefix to add to the names of the weights.
 
     Raises:
-        UserError: The file is missing or damaged, or was not written by ``export_safetensors``.
+        UserError: The file is missing or corrupted, or was not written by ``export_safetensors``.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -62,14 +62,16 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}; check the path") from error
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} was not exported by lit_gpt_scratch, or is damaged; export the model again") from error
+        raise UserError(
+            f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
+        ) from error
     if header.get("sha256") != compute_digest(metadata, weights):
-        raise UserError(f"{path} is damaged: its checksum does not match; export the model again")
+        raise UserError(f"{path} is corrupted: its checksum does not match; export the model again")
     state = {prefix + name: weight for name, weight in weights.items()}
     try:
         return {METADATA_KEY: parse_json(metadata, dict[str, Any], len(metadata)), "state_dict": state}
     except ValueError as error:
-        raise UserError(f"the metadata of {path} is damaged ({error}); export the model again") from error
+        raise UserError(f"the metadata of {path} is corrupted ({error}); export the model again") from error
 
 
 def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:

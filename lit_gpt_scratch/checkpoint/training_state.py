@@ -1,4 +1,4 @@
-"""Types of the training state in a checkpoint, and its validation before a run is resumed."""
+"""Types of the training state in a checkpoint, and functions to validate it before a run is resumed."""
 
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
@@ -93,13 +93,13 @@ FitLoopState = TypedDict(
 
 
 class LoopStates(TypedDict):
-    """Progress of the loops of a Trainer."""
+    """Progress of a Trainer's loops."""
 
     fit_loop: FitLoopState
 
 
 class TrainingState(TypedDict):
-    """Content of a Trainer's checkpoint, in addition to the weights."""
+    """Training state that a Trainer checkpoint contains in addition to the weights."""
 
     epoch: int
     global_step: int
@@ -132,7 +132,7 @@ def validate_training_state(checkpoint: dict[str, Any]) -> None:
             if replaced := [name for name in schedule if callable(getattr(LambdaLR, name, None))]:
                 raise ValueError(f"checkpoint.lr_schedulers would overwrite the method {replaced[0]}")
     except ValueError as error:
-        raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error
+        raise UserError(f"the training state is corrupted ({error}); {DAMAGED}") from error
 
 
 def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
@@ -144,7 +144,7 @@ def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
     try:
         return validate(state, hint, f"callbacks.{name}")
     except ValueError as error:
-        raise UserError(f"the training state is damaged ({error}); {DAMAGED}") from error
+        raise UserError(f"the training state is corrupted ({error}); {DAMAGED}") from error
 
 
 def validate_like(saved: Any, fresh: Any, name: str) -> None:
@@ -160,18 +160,18 @@ def validate_like(saved: Any, fresh: Any, name: str) -> None:
     """
     if isinstance(fresh, dict):
         if not isinstance(saved, dict) or not fresh.keys() <= saved.keys():
-            raise UserError(f"the training state is damaged ({name} has missing keys); {DAMAGED}")
+            raise UserError(f"the training state is corrupted ({name} has missing keys); {DAMAGED}")
         for key in fresh:
             validate_like(saved[key], fresh[key], f"{name}.{key}")
     elif isinstance(fresh, bool | int | float) and not isinstance(saved, bool | int | float):
-        raise UserError(f"the training state is damaged ({name} is {describe(saved)}); {DAMAGED}")
+        raise UserError(f"the training state is corrupted ({name} is {describe(saved)}); {DAMAGED}")
 
 
 def _find_counts(loops: Any) -> Iterator[int]:
     """Yield all integers in nested mappings.
 
     Raises:
-        ValueError: A progress count of Lightning is not an integer.
+        ValueError: One of Lightning's progress counts is not an integer.
     """
     for name, value in loops.items():
         if isinstance(value, dict):

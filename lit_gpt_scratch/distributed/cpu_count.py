@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""File with the CPU limit of the Linux cgroup: CPU time per period and length of the period, both in microseconds."""
+"""File with the CPU limit of the Linux cgroup: CPU time per period and period length, both in microseconds."""
 
 
 def read_cgroup_cpu_quota(quota: Path = CGROUP_CPU_MAX) -> int | None:

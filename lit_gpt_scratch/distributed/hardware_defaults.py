@@ -17,7 +17,7 @@ ONEDNN_CACHE_CAPACITY = 64
 
 oneDNN generates a kernel for each shape, and caches 1,024 kernels by default. If each batch is padded to the length of
 its longest row, the shapes vary, and the cached kernels use 1.6 GB of additional memory. A training step uses about 40
-different shapes, and generating a kernel again takes less than 0.5 ms.
+different shapes, and regenerating a kernel takes less than 0.5 ms.
 """
 
 

@@ -77,7 +77,7 @@ ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""Maximum relative differences between the gradients of a layout and of the reference layout in the first step of the
+"""Maximum relative differences between the gradients of a layout and the reference gradients in the first step of the
 float32 runs.
 
 ``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the largest
@@ -195,7 +195,7 @@ class LayoutParity:
 
 
 def _gradient_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Compute relative differences between two gradients, keyed by measure; NaN if any element is NaN."""
+    """Compute relative differences between two gradients, keyed by measure, or NaN if any element is NaN."""
     eps = 1e-30  # avoids division by zero if a gradient is all zeros
     worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=eps) for name, g in expected.items()]
     difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])

@@ -62,8 +62,8 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
     for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
         if number % size:
             raise UserError(
-                f"tensor_parallel is {size}, but model.gpt.{name} is {number}, which is not divisible by it; choose a "
-                f"divisor of {number}, or another {name}"
+                f"tensor_parallel is {size}, but model.gpt.{name} is {number}, which is not divisible by {size}; "
+                f"choose a divisor of {number}, or another {name}"
             )
     if config.position == "alibi":
         raise UserError(
@@ -77,8 +77,8 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         )
     if precision == "16-mixed" or precision.startswith("transformer-engine"):
         raise UserError(
-            f"--trainer.precision {precision} is not supported with tensor parallelism, because this "
-            f"precision cannot scale sharded gradients; choose bf16-mixed or 32-true"
+            f"--trainer.precision {precision} is not supported with tensor parallelism, because it "
+            f"does not support sharded gradients; choose bf16-mixed or 32-true"
         )
     if config.attention is not None:
         raise UserError(
@@ -147,12 +147,12 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
 
 
 def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
-    """Concatenate the heads or hidden channels of all tensor-parallel processes; must be called on each of them.
+    """Concatenate the heads or hidden channels of all tensor-parallel processes, which must all call this function.
 
     Args:
         local: Tensor of any shape with the heads or channels of this process.
         dimension: Dimension of the heads or channels.
-        mesh: See ``parallelize``; None if the network is not sharded.
+        mesh: See ``parallelize``, or None if the network is not sharded.
     """
     if mesh is None or mesh[TENSOR_PARALLEL].size() == 1:
         return local
@@ -162,7 +162,7 @@ def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tens
 
 
 def _declared_styles(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Iterate over the tensor-parallel plans of all modules as (module, name of the child module, style)."""
+    """Iterate over the tensor-parallel plans of all modules as (module, child name, style)."""
     for module in net.modules():
         for pattern, style in getattr(module, "tensor_parallel_plan", {}).items():
             for name, _ in module.named_modules():

@@ -1,7 +1,7 @@
-"""Detection of unresponsive ranks, and termination of a process that waits for them after a stop signal.
+"""Detect unresponsive ranks, and terminate a process that is still waiting for them after a termination signal.
 
-A collective operation waits in C++ code until all ranks take part in it or a timeout of half an hour expires. In the
-meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM.
+A collective operation blocks in C++ code until all ranks join it or its timeout expires, by default after half an hour.
+In the meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM.
 """
 
 import logging
@@ -31,45 +31,45 @@ INTERVAL: Final = 0.5
 UNRESPONSIVE_SECONDS: Final = 8.0
 """Time in seconds without a new heartbeat after which a rank counts as unresponsive."""
 STORE_SECONDS: Final = 3.0
-"""Timeout in seconds of an access to the store, which may take longer if rank 0 is stopped."""
+"""Timeout in seconds for accessing the store. An access may take longer than this if rank 0 is suspended."""
 GRACE_SECONDS: Final = 3.0
 """Seconds after a signal before the monitor terminates a process that is still waiting for other ranks."""
 STUCK_SECONDS: Final = 60.0
 """Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 
 A process is idle if it uses no CPU time and no rank is writing a checkpoint. A rank whose last heartbeat is older
-than this does not count as writing any more.
+than this no longer counts as writing.
 """
 IDLE_SHARE: Final = 0.02
 """Maximum CPU use of a process that counts as idle, as a fraction of one core."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
-"""Time in seconds to wait for other ranks to connect before logging a warning; the key is True for several machines."""
+"""Time in seconds to wait for other ranks before logging a warning, keyed by whether there are several machines."""
 LOST_RANK: Final = (
     r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
 )
-"""Pattern that matches the message of an error caused by a rank that has ended or does not respond."""
+"""Pattern that matches error messages caused by a rank that has exited or does not respond."""
 DONE: Final = b"done"
 SAVING: Final = b"saving"
 """Prefix of the heartbeats of a rank that is writing a checkpoint."""
 
 
 class RankMonitor:
-    """Context manager with threads that report unresponsive ranks, and can end this process after a signal.
+    """Context manager whose threads report unresponsive ranks and can terminate this process after a signal.
 
-    One thread exchanges heartbeats through a store, which rank 0 holds. The other one watches them, since an access to
-    the store may block.
+    One thread exchanges heartbeats through a store on rank 0. The other thread watches the heartbeats, because
+    accessing the store may block.
 
-    After a signal, the monitor ends the process if the process still waits for other ranks to connect, if a rank is
-    unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the process. While
-    this process writes a checkpoint, the monitor does not end it.
+    After a signal, the monitor terminates the process if it is still waiting for other ranks to connect, if a rank is
+    unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the run. The
+    monitor does not terminate the process while it is writing a checkpoint.
 
     Args:
         rank: Rank of this process.
         ranks: Number of ranks; with a single rank, the monitor does nothing.
         nodes: Number of machines.
         timeout: Timeout for collective operations, and for connecting to the other ranks.
-        signals: Signals that end the process.
-        on_abort: Function that is called before the process ends, to end its child processes and to remove files.
+        signals: Signals that terminate the process.
+        on_abort: Cleanup callback that is called before the process exits, e.g. to terminate its child processes.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class RankMonitor:
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
             return f"{self._missing_processes()} did not connect within {self.timeout}"
-        which = f"{_name_ranks(ranks)} ended or does not respond" if ranks else "another rank failed"
+        which = f"{_name_ranks(ranks)} exited or does not respond" if ranks else "another rank failed"
         reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
         return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last"
 
@@ -195,7 +195,7 @@ class RankMonitor:
             self._store.set(f"lit_gpt_scratch/{self.rank}", f"{SAVING.decode() if is_saving() else ''}{self._beats}")
             if self.rank == 0 or self._signum or self._failing:
                 self._read_heartbeats(self._store)
-        except RuntimeError:  # rank 0, which holds the store, has ended or does not respond
+        except RuntimeError:  # rank 0, which holds the store, has exited or does not respond
             self._store = None
         else:
             self._answered_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Signals that stop a run or a sweep after saving its progress."""
+"""Termination signals, which stop a run or a sweep after its progress is saved."""
 
 import signal
 from collections.abc import Callable
@@ -13,7 +13,7 @@ STOP_SIGNALS: Final = [
 
 
 def install_stop_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Handle all stop signals with a function; must be called in the main thread.
+    """Install a handler for all ``STOP_SIGNALS``. Must be called from the main thread.
 
     If SIGHUP is already ignored, it stays ignored, because ``nohup`` ignores it to keep a process running after its
     terminal is closed.

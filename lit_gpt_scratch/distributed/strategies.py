@@ -37,9 +37,9 @@ class ModelParallel(SizedModelParallelStrategy):
     that it can be resumed with any strategy.
 
     Args:
-        tensor_parallel_size: Number of processes that divide the heads and hidden channels of one replica among
-            themselves and read the same data; None uses all processes. FSDP2 shards the weights across the replicas,
-            each of which reads different data.
+        tensor_parallel_size: Number of processes that share one replica, splitting its heads and hidden channels, and
+            that read the same data; None uses all processes. FSDP2 shards the weights across the replicas, each of
+            which reads different data.
     """
 
     def __init__(self, tensor_parallel_size: int | None = 1) -> None:
@@ -100,7 +100,7 @@ class ModelParallel(SizedModelParallelStrategy):
 
 
 def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return an optimizer state dict with renamed parameters; it is empty if this process has no state."""
+    """Return an optimizer state dict with renamed parameters, or an empty dict if this process has no state."""
     if not state:
         return {}
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -126,10 +126,10 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
 
 
 def build_named_strategy(strategy: object) -> object:
-    """Return an instance if ``strategy`` is the name or import path of one of Lightning's strategy classes.
+    """Instantiate one of Lightning's strategy classes if ``strategy`` is its name or import path.
 
-    The parser builds it only if at least one of its arguments is set; otherwise, it takes the name for that of a
-    registered strategy. Other values are returned unchanged.
+    The argument parser instantiates a class only if at least one of its arguments is set, and otherwise treats the name
+    as that of a registered strategy. Other values are returned unchanged.
     """
     name = str(strategy).removeprefix("lightning.pytorch.strategies.")
     if isinstance(strategy, str) and name in strategies.__all__ and name.endswith("Strategy") and name != "Strategy":

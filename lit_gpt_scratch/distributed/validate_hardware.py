@@ -71,9 +71,12 @@ def _resolve_accelerator(requested: str) -> str:
 
 
 def _validate_device_count(accelerator: str, devices: str) -> None:
-    """Check the number of GPUs, because each process requires its own GPU; many processes can share a CPU."""
+    """Check that each process has its own GPU, or that at most ``MAX_CPU_PROCESSES`` processes share the CPU."""
     if accelerator == "cpu" and devices.isdecimal() and int(devices) > MAX_CPU_PROCESSES:
-        raise UserError(f"--trainer.devices {devices[:20]} on a CPU; it must be at most {MAX_CPU_PROCESSES}")
+        raise UserError(
+            f"--trainer.devices {devices[:20]} exceeds the number of processes that can share a CPU "
+            f"(at most {MAX_CPU_PROCESSES}); use fewer devices"
+        )
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
     if available is not None and devices.isdecimal() and int(devices) > available:
         raise UserError(

@@ -39,7 +39,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive")
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive and finite")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
         if self.top_k is not None and self.top_k < 1:

@@ -1,4 +1,4 @@
-"""A ``torch.compile`` backend that reports a failure of the compiler in one line, or runs the graph uncompiled."""
+"""A ``torch.compile`` backend that, if the compiler fails, raises a one-line error or runs the graph uncompiled."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ Compile = Callable[[fx.GraphModule, list[Any]], Any]
 
 
 class CompilerBackend:
-    """Inductor, with a fallback for machines on which the C++ compiler or Triton fails, e.g. because a disk is full.
+    """Inductor backend with a fallback for machines on which the C++ compiler or Triton fails, e.g. due to a full disk.
 
     A graph that cannot be compiled is executed operation by operation, so the results are those of the uncompiled
     model. The failure is reported once, and no further graph is compiled.
@@ -26,7 +26,7 @@ class CompilerBackend:
 
     Args:
         required: Whether to raise an error instead of running graphs uncompiled.
-        compile: Function that compiles a graph for its example inputs; Inductor by default.
+        compile: Callable that compiles a graph for its example inputs; Inductor by default.
     """
 
     def __init__(self, required: bool, compile: Compile | None = None) -> None:
@@ -65,7 +65,7 @@ def _compile_with_inductor(graph: fx.GraphModule, example_inputs: list[Any]) -> 
 
 
 def _describe_failure(error: Exception) -> str:
-    """Return the line of an exception's messages that states the cause, such as the compiler's first error."""
+    """Return the line of an error message that states the cause, such as the compiler's first error."""
     lines = [line.strip() for each in exception_chain(error) for line in str(each).splitlines() if line.strip()]
     for pattern in (r"No space left|Disk quota|Too many open", r"[Ee]rror: |not found", r""):
         for line in lines:

@@ -1,6 +1,6 @@
 """Causal attention in bfloat16 on CPUs, with a faster backward pass than PyTorch's fused kernel.
 
-In bfloat16, PyTorch's fused backward pass uses very small tiles and spends most of its time outside matrix products.
+In bfloat16, PyTorch's fused backward pass uses very small tiles and spends most of its time outside matmuls.
 The backward pass in this module multiplies entire (T, T) matrices, batched over heads, which makes better use of the
 processor's matrix unit. The forward pass uses PyTorch's kernel.
 
@@ -87,7 +87,7 @@ def attention_backward(
     The attention weights are recomputed. Where a term is subtracted from a matrix product, ``baddbmm_`` adds the
     product to the negated term, so that only the difference is rounded to bfloat16. If the product were rounded first,
     a score of 40 could change by 0.1, and thus its attention weight by 10%. The operations are in-place, because at
-    these sizes, an allocation takes as long as a matrix product.
+    these sizes, an allocation takes as long as a matmul.
     """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))

@@ -2,7 +2,7 @@
 
 On x86, PyTorch multiplies float32 matrices with Intel MKL. On AMD Zen 5, MKL is only half as fast as oneDNN, which
 PyTorch uses for bfloat16 (``experiments/benchmarks/linear.py``). PyTorch's own setting for oneDNN,
-``torch.set_float32_matmul_precision("medium")``, also allows bfloat16 products on processors that support them, and is
+``torch.set_float32_matmul_precision("medium")``, also allows bfloat16 matmuls on processors that support them, and is
 slow for small networks.
 """
 
@@ -26,18 +26,18 @@ def onednn_is_faster() -> bool:
 
 
 USE_ONEDNN = onednn_is_faster()
-"""Whether large matrix products are computed with oneDNN."""
+"""Whether oneDNN is used for large matrix multiplications."""
 MIN_MULTIPLICATIONS = 2**22
-"""Minimum number of scalar multiplications in a matrix product for which oneDNN is used.
+"""Minimum number of scalar multiplications in a matmul for which oneDNN is used.
 
-Smaller products do not amortize the higher overhead of oneDNN per call.
+Smaller matmuls do not amortize oneDNN's higher overhead per call.
 """
 PLAIN_TENSORS = Tensor, nn.Parameter
 """Tensor classes for which oneDNN is used; subclasses such as ``DTensor`` are excluded."""
 
 
 class OneDNNLinear(nn.Linear):
-    """``nn.Linear`` that uses oneDNN for large products; see the function ``linear``."""
+    """``nn.Linear`` that uses oneDNN for large matrix multiplications; see the function ``linear``."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A ``torch.compile`` backend that compiles (1, K) @ (K, N) products into fused loops, to decode one sequence on a CPU.
+"""A ``torch.compile`` backend that compiles (1, K) @ (K, N) matmuls into fused loops, to decode one sequence on a CPU.
 
-Reading the matrix dominates the time of such a product, and in small models, calling a library's matrix kernel adds
-noticeable overhead. The product is therefore written as an elementwise product and a sum, which Inductor fuses with the
+Reading the matrix dominates the time of such a matmul, and in small models, calling a library's matrix kernel adds
+noticeable overhead. The matmul is therefore written as an elementwise product and a sum, which Inductor fuses with the
 surrounding operations.
 """
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def single_row_backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    """Compile a graph with Inductor, decomposing single-row matrix products; a backend for ``torch.compile``."""
+    """Compile a graph with Inductor, decomposing single-row matmuls; a backend for ``torch.compile``."""
     from torch._inductor.compile_fx import compile_fx  # takes two seconds to import
     from torch._inductor.decomposition import select_decomp_table
 

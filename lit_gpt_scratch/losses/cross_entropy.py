@@ -33,7 +33,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, T) int64.
 
     Returns:
-        (B, T) in nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
+        (B, T) in nats, at least float32, with 0 where the label is ``IGNORE_INDEX`` (-100).
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))

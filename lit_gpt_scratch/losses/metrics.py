@@ -35,7 +35,7 @@ def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
         support: Number of examples in each class, (n_classes,).
 
     Returns:
-        A scalar; NaN if the area is undefined for all classes.
+        A scalar, or NaN if the area is undefined for all classes.
     """
     return auroc[(support > 0) & (support < support.sum())].mean()
 
@@ -95,12 +95,12 @@ class WeightedMeanLoss(Metric):
             self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
-        """Add the weighted sum of the losses and the sum of their weights in a batch (float scalars)."""
+        """Add a batch's weighted loss sum and the sum of its weights (float scalars)."""
         self.loss_sum += loss_sum
         self.weight_sum += weight_sum
 
     def compute(self) -> Tensor:
-        """Return the weighted mean as a scalar; NaN if the sum of the weights is 0."""
+        """Return the weighted mean as a scalar, or NaN if the sum of the weights is 0."""
         return self.loss_sum / self.weight_sum
 
 
@@ -122,7 +122,7 @@ class ReplyLoss(Metric):
         self.tokens += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``reply_loss`` as a float32 scalar; NaN if there are no tokens."""
+        """Return ``reply_loss`` as a float32 scalar, or NaN if there are no tokens."""
         return {"reply_loss": self.nats / self.tokens}
 
 
@@ -159,7 +159,7 @@ class PreferenceMetrics(Metric):
         self.calibration.update(margins.abs().sigmoid(), (margins > 0).long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics as float32 scalars keyed by name; NaN if there are no pairs."""
+        """Return the metrics as float32 scalars keyed by name, or NaN if there are no pairs."""
         loss, chosen, rejected = self.sums / self.n_pairs
         return {
             "loss": loss,

@@ -39,7 +39,7 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def last_token_mask(mask: Tensor) -> Tensor:
-    """Return a (B, T) bool mask of the last token of each reply; all False in a row without a reply."""
+    """Return a (B, T) bool mask of the last token of each reply; rows without a reply are all False."""
     next_in_reply = torch.zeros_like(mask)
     next_in_reply[:, :-1] = mask[:, 1:]
     return mask & ~next_in_reply
@@ -148,7 +148,7 @@ def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: flo
 def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Compute PPO's clipped value loss, as in OpenAI's implementation (https://github.com/openai/baselines, ppo2).
 
-    The loss is half of the larger of two squared errors: that of the value, and that of the value clipped to a range
+    The loss is half the larger of two squared errors: that of the value, and that of the value clipped to a range
     around the old value.
 
     Args:

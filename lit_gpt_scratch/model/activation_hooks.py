@@ -19,8 +19,8 @@ class BlockActivations(NamedTuple):
     Attributes:
         stream: (B, T, n_embd), the residual stream after the block.
         hidden: (B, T, ffn_dim), the input of the down-projection in the feed-forward network.
-        weights: (B, n_head, T, T), the attention weights in at least float32; None if a custom attention class does not
-            record them.
+        weights: (B, n_head, T, T), the attention weights in at least float32, or None if a custom attention class does
+            not record them.
     """
 
     stream: Tensor
@@ -33,7 +33,7 @@ class CapturedActivations(NamedTuple, Generic[Kept]):
 
     Attributes:
         embeddings: (B, T, n_embd), the residual stream before the first block.
-        layers: Return value of ``keep`` for each block; see ``capture_activations``.
+        layers: Return values of ``keep``, one per block; see ``capture_activations``.
         output: The output of ``GPT.forward``.
     """
 
@@ -55,7 +55,7 @@ def capture_activations(
         net: The network.
         input_ids: (B, T) int64.
         document_ids: See ``GPT.forward``.
-        keep: Function that is called with each block's activations and returns the part to keep. Attention weights grow
+        keep: Callback that receives each block's activations and returns what to keep. Attention weights grow
             quadratically with the sequence length and are freed after the call unless ``keep`` returns them.
     """
     layers: list[Kept] = []
@@ -142,7 +142,7 @@ def attention_stats(
         lengths: (B,) int64, number of tokens in each row, excluding padding; T by default.
 
     Returns:
-        The statistics in float32; NaN if every token attends only to itself.
+        The statistics in float32, or NaN if every token attends only to itself.
     """
     B, _, T, _ = weights.shape
     index = torch.arange(T, device=weights.device)
@@ -182,7 +182,7 @@ DEAD_UNIT_THRESHOLD: Final = 1e-6
 
 
 def dead_units(max_activations: Tensor) -> Tensor:
-    """Return a mask of the dead feed-forward units of a layer, whose activations are close to 0 for all tokens.
+    """Return a mask of a layer's dead feed-forward units, i.e. units whose activations are close to 0 for all tokens.
 
     A ReLU unit that never activates is exactly 0 for all tokens. Units with smooth activations or gates only get close
     to 0 and are therefore compared with ``DEAD_UNIT_THRESHOLD``.

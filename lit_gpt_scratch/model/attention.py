@@ -24,7 +24,7 @@ FLEX_MIN_HEAD_DIM: Final = 16
 """Smallest head dimension that FlexAttention's kernels support."""
 
 ScoreBias = Callable[[Tensor, Tensor], Tensor]
-"""Function that maps head indices and query-key distances (both int64) to biases that are added to the attention
+"""Callable that maps head indices and query-key distances (both int64) to biases that are added to the attention
 scores; see ``PositionEncoding.score_bias``."""
 
 
@@ -61,9 +61,9 @@ def build_attention_layout(
         config: The architecture.
         position: The position encoding.
         input_ids: (B, T) int64.
-        document_ids: (B, T) int64, a different number for each document in a row. The tokens of a document are
+        document_ids: (B, T) int64, with a distinct id for each document in a row. The tokens of a document are
             contiguous.
-        cache: KV cache of the preceding tokens, whose ``begin_forward`` must have been called; None without a cache.
+        cache: KV cache of the preceding tokens, after a call to its ``begin_forward``, or None if no cache is used.
     """
     T, device = input_ids.size(1), input_ids.device
     index = torch.arange(T, device=device)
@@ -151,7 +151,7 @@ def causal_attention(
         v: (B, n_kv_head, S, head_dim).
         dropout: Dropout probability for attention weights; not supported with a ``BlockMask``.
         mask: Attention mask (see ``AttentionLayout``); None means a causal mask.
-        softcap: Soft cap for the scores, which are bounded with ``softcap * tanh(scores / softcap)``; None disables it.
+        softcap: Soft cap that bounds the scores to ``softcap * tanh(scores / softcap)``; None disables it.
         bias: Score bias, used only with a ``BlockMask``; a dense mask already includes it.
         backend: Attention backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
@@ -160,7 +160,7 @@ def causal_attention(
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, mask, softcap, bias)
-    # Inductor turns the matrix products for a single query into loops and fuses them with the mask and the softmax.
+    # Inductor turns the matmuls for a single query into loops and fuses them with the mask and the softmax.
     fuse_single_query = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
     if backend == "manual" or softcap is not None or fuse_single_query:
         return manual_attention(q, k, v, dropout, mask, softcap)[0]
@@ -248,7 +248,7 @@ def _compiled_flex_attention() -> Any:
 def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
     """Return whether FlexAttention supports training a model on a device.
 
-    It requires a GPU with Triton, a head dimension of at least ``FLEX_MIN_HEAD_DIM``, and no dropout.
+    FlexAttention requires a GPU with Triton, a head dimension of at least ``FLEX_MIN_HEAD_DIM``, and no dropout.
     """
     return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
@@ -352,13 +352,13 @@ class Attention(nn.Module):
     def flops_per_token(self, context: int) -> int:
         """Return the number of FLOPs per token in the forward pass, if each token attends to ``context`` tokens.
 
-        This includes the projections and the products with the keys and values. Operations that the causal mask saves
-        are not subtracted.
+        This includes the projections and the matrix multiplications with the keys and values. Operations that the
+        causal mask would save are not subtracted.
         """
         return linear_flops_per_token(self) + 4 * self.n_head * self.head_dim * context
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """Return a list that contains the output projection."""
+        """Return the layers whose outputs are added to the residual stream: the output projection."""
         return [self.output]
 
 

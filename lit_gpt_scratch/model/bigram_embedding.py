@@ -61,7 +61,7 @@ class Smear(nn.Module):
 
         Args:
             x: (B, T, width), the embedding of each token.
-            previous: (B, T, width), the embedding of each token's predecessor; zeros for tokens without a predecessor.
+            previous: (B, T, width), the embedding of each token's predecessor, or zeros for tokens without one.
 
         Returns:
             (B, T, width).

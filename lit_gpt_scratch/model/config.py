@@ -28,7 +28,7 @@ else:
 
 MAY_BE_ZERO = ("dropout",)
 MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16}
-"""Maximum values of settings that determine how many objects are built; all other integers are below ``MAX_SIZE``."""
+"""Maximum values of settings that determine how many objects are built; all other integers are at most ``MAX_SIZE``."""
 MAX_SIZE = 2**31
 
 
@@ -36,7 +36,7 @@ MAX_SIZE = 2**31
 class GPTConfig:
     """Architecture of a GPT. Vocabulary size and context length depend on the data and are not set here.
 
-    The defaults describe a small Qwen3 model: rotary positions, RMSNorm, QK-norm, SwiGLU and no biases.
+    The defaults describe a small Qwen3 model: rotary position embeddings, RMSNorm, QK-norm, SwiGLU and no biases.
 
     Args:
         n_layer: Number of transformer blocks.
@@ -60,12 +60,11 @@ class GPTConfig:
             attention scores bounded (https://arxiv.org/abs/2302.05442).
         position: Position encoding: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2),
             ``sinusoidal`` (https://arxiv.org/abs/1706.03762), ``alibi`` (https://arxiv.org/abs/2108.12409) or ``none``.
-        rotary_base: Base of the rotation frequencies of rotary positions, called ``rope_theta`` in Hugging Face
-            configs.
-        rotary_share: Fraction of the channels of each head that are rotated, starting with the first channel
-            (GPT-NeoX).
-        rotary_scaling: Method for extending rotary positions beyond the original context length: ``linear``, ``ntk``,
-            ``llama3`` or ``yarn`` (see ``model.positions``). By default, positions are not scaled.
+        rotary_base: Base of the rotation frequencies of the rotary position embeddings, called ``rope_theta`` in
+            Hugging Face configs.
+        rotary_share: Fraction of each head's channels that are rotated, starting with the first channel (GPT-NeoX).
+        rotary_scaling: Method for extending rotary position embeddings beyond the original context length: ``linear``,
+            ``ntk``, ``llama3`` or ``yarn`` (see ``model.positions``). By default, the frequencies are not scaled.
         rotary_factor: Ratio of the extended context length to the original context length.
         rotary_trained_context: Original context length in tokens, with which the model was trained before the
             extension; required for ``llama3`` and ``yarn``.
@@ -91,8 +90,8 @@ class GPTConfig:
         tied_embeddings: Whether the token embedding and the output head share the same weight matrix
             (https://arxiv.org/abs/1608.05859).
         vocab_multiple: The number of rows in the token embedding and the output head is rounded up to a multiple of
-            this value, which is faster on some hardware. The additional rows correspond to no token and are never
-            predicted.
+            this value, which is faster on some hardware. The additional rows do not correspond to any token
+            and are never predicted.
         logit_softcap: Soft cap for the output logits, which are bounded to (-cap, cap) with
             ``cap * tanh(logits / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
         value_embeddings: Whether to add a learned vector for each token id to the attention values in every block
@@ -198,7 +197,7 @@ class GPTConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Number of channels per head that are rotated by rotary positions."""
+        """Number of rotated channels per head."""
         return round(self.head_width * self.rotary_share)
 
     @property

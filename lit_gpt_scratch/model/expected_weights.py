@@ -1,4 +1,4 @@
-"""Names and shapes of a model's weights, computed without allocating memory, to check a file before it is used."""
+"""Compute the names and shapes of a model's weights without allocating memory, to check a file before it is used."""
 
 import re
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES, LoRA, add_lora, match_l
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 
 LAYER_INDEX: Final = re.compile(r"(?:^|\.)(\d+)\.")
-"""Pattern that matches the index of a layer in the name of a weight, in this package and in published models."""
+"""Pattern that matches the layer index in a weight's name, in this package and in published models."""
 FIRST_LAYER: Final = re.compile(r"(blocks|value_tables)\.0(?=\.)")
 """Pattern that matches the part of a weight's name that identifies the first layer."""
 MAX_TABLE_BYTES: Final = 2**28
-"""Maximum size in bytes of position tables that are larger than the model's weights. The tables are not in the file, so
-a wrong context length could require any amount of memory."""
+"""Maximum total size in bytes of the position tables, unless the weights in the file are larger. The tables are not in
+the file, so a wrong context length could require any amount of memory."""
 
 
 def expected_weights(
@@ -33,23 +33,23 @@ def expected_weights(
 ) -> dict[str, Tensor]:
     """Return the state dict of a model on the meta device, i.e. names, shapes and dtypes without allocated memory.
 
-    Only one block is built, and its weights are repeated for the others, so that the time required does not depend on
-    the sizes in the config, which may be wrong.
+    Only one block is built, and its weights are repeated for the other blocks, so that the time required does not
+    depend on the sizes in the config, which may be wrong.
 
     Args:
-        found: Weights that a file contains, with any names.
-        config: Config in the same file.
+        found: Weights in the file, under arbitrary names.
+        config: Model config in the same file.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
         output_head: Output head.
-        lora: LoRA settings; None without adapters.
+        lora: LoRA settings, or None if the model has no adapters.
 
     Raises:
-        UserError: The sizes are too large for the weights, or the model cannot be built.
+        UserError: The sizes in the config are too large for the weights, or the model cannot be built.
     """
     layers = {match[1] for name in found if (match := LAYER_INDEX.search(name))}
     if config.n_layer > len(layers):
-        raise UserError(f"n_layer is {config.n_layer}, but there are only weights of {len(layers)} layers")
+        raise UserError(f"n_layer is {config.n_layer}, but there are weights for only {len(layers)} layers")
     try:
         with torch.device("meta"):
             net = GPT(replace(config, n_layer=1), vocab_size, block_size, output_head)
@@ -79,7 +79,7 @@ def expected_weights(
 
 
 def _repeat_name(name: str, n_layer: int) -> list[str]:
-    """Return the names that correspond to a name in the first block in all blocks, or the name if it is elsewhere."""
+    """Return a name's counterparts in all blocks if it belongs to the first block, otherwise only the name itself."""
     if not (first := FIRST_LAYER.match(name)):
         return [name]
     return [f"{first[1]}.{layer}{name[first.end() :]}" for layer in range(n_layer)]

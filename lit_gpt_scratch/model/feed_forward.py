@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         return out
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """Return a list that contains the down-projection."""
+        """Return the layers whose outputs are added to the residual stream: the down-projection."""
         return [self.output]
 
 

@@ -64,7 +64,7 @@ class Block(nn.Module):
             position: The position encoding.
             layout: Positions and attention mask.
             value_embedding: (B, T, n_kv_head * head_dim), added to the attention values unless it is None.
-            layer_cache: KV cache and the index of this block in the cache; None without a cache.
+            layer_cache: KV cache and the index of this block in the cache, or None if no cache is used.
 
         Returns:
             (B, T, n_embd), the new residual stream.
@@ -173,7 +173,7 @@ class GPT(nn.Module):
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
-            document_ids: (B, T) int64, a different number for each document in a row. Each token then attends only to
+            document_ids: (B, T) int64, with a distinct id for each document in a row. Each token then attends only to
                 tokens of its own document. If None, each token attends to all preceding tokens.
 
         Returns:
@@ -193,7 +193,7 @@ class GPT(nn.Module):
             input_ids: (W, T) int64, right-padded.
             lengths: (W,) int64, number of tokens in each row, excluding padding.
             pooling: Name of a pooling function in ``POOLINGS``.
-            window_counts: (B,) int64, number of contiguous rows of each sequence; None if each row is a sequence.
+            window_counts: (B,) int64, number of consecutive rows per sequence, or None if each row is a sequence.
 
         Returns:
             (B, n_classes) class logits with a classification head, or (B,) scalars with a scalar head.
@@ -276,7 +276,7 @@ class GPT(nn.Module):
         return out
 
     def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
-        """Add the bigram embeddings, and apply ``Smear``, if they are enabled.
+        """Add the bigram embeddings and apply ``Smear``, each only if it is enabled.
 
         ``is_first`` is (T,) or (B, T) bool, True at the first token of each document.
         """

@@ -33,7 +33,7 @@ class KVCache:
         self._dtype = dtype
         self._keys: list[Tensor] = []  # one per block, (B, n_kv_head, capacity, head_dim)
         self._values: list[Tensor] = []
-        self._previous: dict[str, Tensor] = {}  # values of the last token of each row, (B, 1, ...)
+        self._previous: dict[str, Tensor] = {}  # id or embedding of each row's last token, (B, 1, ...)
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
         self.lengths = [0] * rows
@@ -94,14 +94,13 @@ class KVCache:
         return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:
-        """Assign to each new token the value of the preceding token: (B, T, ...) -> (B, T, ...).
+        """Shift the ids or embeddings of the new tokens right by one token: (B, T, ...) -> (B, T, ...).
 
-        The first new token is assigned the value of the last token of the previous forward pass, or zeros if there is
-        none.
+        The first position is filled with the last token of the previous forward pass, or with zeros if there is none.
 
         Args:
-            name: Key under which the value of the last token of each row is stored for the next forward pass.
-            x: Values of the new tokens.
+            name: Key under which each row's last id or embedding is stored for the next forward pass.
+            x: Ids or embeddings of the new tokens.
         """
         last = self._previous.get(name)
         shifted = torch.cat((torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]), dim=1)

@@ -25,11 +25,11 @@ from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 MAX_RANK: Final = 2**13
-"""Maximum rank of an adapter, which is the full rank of the matrices in the largest models that can be adapted."""
+"""Maximum rank of an adapter: the full rank of the matrices in the largest models that can be adapted."""
 ADAPTER_SUFFIXES: Final = (".lora_a", ".lora_b")
-"""Last parts of the names of the parameters of an adapter."""
+"""Suffixes of adapter parameter names."""
 PATTERN_SECONDS: Final = 1
-"""Maximum time in seconds for matching a pattern, which may come from a file, against the names of all layers."""
+"""Time limit in seconds for matching a pattern, which may come from a file, against all layer names."""
 MIN_TIMEOUT: Final = 1e-6
 """Timeout in seconds for matching a name once the time limit has been reached; ``regex`` does not accept 0."""
 
@@ -161,7 +161,7 @@ class LoRALinear(nn.Linear):
 
 
 def match_layers(pattern: str, names: list[str]) -> set[str]:
-    """Return the names of layers that contain a match of a pattern.
+    """Return the layer names that contain a match of a pattern.
 
     Raises:
         UserError: Matching takes too long, because the pattern backtracks.

@@ -46,7 +46,7 @@ class ClassificationHead:
 
     Attributes:
         n_classes: Number of classes.
-        class_names: Names of the classes in the order of the logits; empty if unknown.
+        class_names: Class names in the order of the logits, or an empty tuple if unknown.
     """
 
     n_classes: int

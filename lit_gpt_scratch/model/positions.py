@@ -119,7 +119,7 @@ class SinusoidalPositions(PositionEncoding):
 
 
 class RotaryPositions(PositionEncoding):
-    """Rotary position embedding, RoPE (https://arxiv.org/abs/2104.09864), in the half-split layout of Llama and Qwen.
+    """Rotary position embedding (RoPE, https://arxiv.org/abs/2104.09864) in the half-split layout of Llama and Qwen.
 
     Channel ``i`` of the first half is paired with channel ``i`` of the second half; at position ``t`` the pair is
     rotated by the angle ``t * base ** (-2i / head_dim)``. The dot product of a rotated query and a rotated key depends

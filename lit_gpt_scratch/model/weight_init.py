@@ -18,8 +18,8 @@ class ResidualBranch(NamedTuple):
 
     Attributes:
         outputs: Linear layers whose outputs are added to the residual stream.
-        norm: Normalization layer that is applied to these outputs before they are added to the residual stream; None
-            unless ``norm_placement`` is ``sandwich``.
+        norm: Normalization layer that is applied to these outputs before they are added to the residual stream, or None
+            if ``norm_placement`` is not ``sandwich``.
     """
 
     outputs: list[nn.Linear]

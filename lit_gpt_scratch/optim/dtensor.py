@@ -1,4 +1,4 @@
-"""Access to the local shards of ``DTensor`` parameters, gradients and optimizer states.
+"""Access the local shards of ``DTensor`` parameters, gradients and optimizer states.
 
 Elementwise operations are applied to the local shards, which requires no communication and is considerably faster than
 operating on the ``DTensor``.

@@ -49,7 +49,7 @@ class ExponentialMovingAverage:
 
         Args:
             optimizer: Any optimizer.
-            steps_done: Function that returns the number of optimizer steps completed before the current step.
+            steps_done: Callable that returns the number of optimizer steps completed before the current step.
 
         Raises:
             UserError: The weights are stored in 16 bits, which cannot represent the small changes of an average.
@@ -131,8 +131,8 @@ class ExponentialMovingAverage:
         self.active = checkpoint.get(EMA_CHECKPOINT_KEY, False)
         if self.active and self.decay is None:
             raise UserError(
-                "the weights of the checkpoint are averages, but --model.ema_decay is not set; set it to continue "
-                "averaging (with 0, the averages equal the weights)"
+                "the checkpoint contains EMA weights, but --model.ema_decay is not set; set it to continue averaging, "
+                "or to 0 to continue without averaging"
             )
 
 

@@ -24,7 +24,7 @@ def total_grad_norm(gradients: Sequence[Tensor]) -> Tensor:
         gradients: Gradients of any shape and sharding.
 
     Returns:
-        A scalar in the dtype of the gradients; 0 if there are no gradients.
+        A scalar in the dtype of the gradients, or 0 if there are no gradients.
     """
     by_sharding: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:

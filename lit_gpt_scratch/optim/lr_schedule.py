@@ -27,7 +27,7 @@ class Schedule:
         decay_share: Fraction of the optimizer steps, at the end of the run, over which ``wsd``, ``linear`` or
             ``cosine`` decays the learning rate. The default is 0.4 for ``wsd``, and 1 for ``linear`` and ``cosine``,
             which then decay over all steps after warmup.
-        final: Learning rate at the end of the decay of ``wsd``, ``linear`` and ``cosine``, as a fraction of the peak.
+        final: Learning rate at the end of a ``wsd``, ``linear`` or ``cosine`` decay, as a fraction of the peak.
 
     Raises:
         UserError: A value is out of range.

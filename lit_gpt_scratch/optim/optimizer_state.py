@@ -1,4 +1,4 @@
-"""Check the state of an optimizer in a checkpoint before the optimizer loads it."""
+"""Validate the optimizer state in a checkpoint before the optimizer loads it."""
 
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ LIKE_PARAMETER: Final = ("momentum", "exp_avg", "exp_avg_sq", EMA_STATE_KEY)
 
 
 def validate_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Check that a saved state belongs to an optimizer; use it as a ``load_state_dict`` pre-hook.
+    """``load_state_dict`` pre-hook that checks that a saved state matches the optimizer.
 
     Raises:
         UserError: The parameter groups or the shapes of state tensors differ.
@@ -27,11 +27,11 @@ def _find_problem(optimizer: Optimizer, saved: dict[str, Any]) -> str:
     keys = [group.get("params") for group in groups]
     sizes = [len(group) if isinstance(group, list) else -1 for group in keys]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        return "belongs to another model, because its parameter groups differ"
+        return "belongs to a different model: its parameter groups differ"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     flat = [key for group in keys for key in group]
     if not all(isinstance(key, int | str) for key in flat) or not saved["state"].keys() <= set(flat):
-        return "is damaged: it contains states of unknown parameters"
+        return "is corrupted: it contains states of unknown parameters"
     for key, parameter in zip(flat, parameters, strict=True):
         for name, value in saved["state"].get(key, {}).items():
             shapes = {
@@ -40,5 +40,5 @@ def _find_problem(optimizer: Optimizer, saved: dict[str, Any]) -> str:
                 **dict.fromkeys(LIKE_PARAMETER, parameter.shape),
             }
             if name in shapes and not (isinstance(value, Tensor) and value.shape == shapes[name]):
-                return f"is damaged: {name} of parameter {key} does not have the shape {tuple(shapes[name])}"
+                return f"is corrupted: {name} of parameter {key} does not have the shape {tuple(shapes[name])}"
     return ""

@@ -1,4 +1,4 @@
-"""Assignment of parameters to optimizer groups."""
+"""Assign parameters to optimizer groups."""
 
 from dataclasses import dataclass
 

@@ -33,7 +33,7 @@ class DeviceComparison(NamedTuple):
         dtype: Autocast dtype.
         loss: Relative difference between the losses.
         gradient: Norm of the difference between the gradients, relative to the norm of the CPU gradient.
-        failed: Error message if the step failed; empty if it succeeded.
+        failed: Error message if the step failed, otherwise an empty string.
     """
 
     device: str

@@ -142,7 +142,7 @@ def activation_bytes(
     autocast: bool,
     recompute: bool = False,
 ) -> int:
-    """Return the number of bytes of activations that an uncompiled model saves for the backward pass of a micro-batch.
+    """Return the size in bytes of the activations that an uncompiled model saves for a micro-batch's backward pass.
 
     A compiled model saves fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
     data; each storage is counted once.

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, measured and from data sheets, as the reference for model FLOPs utilization."""
+"""Measured and nominal peak FLOP/s of a device, which are the reference for model FLOPs utilization."""
 
 import re
 import time
@@ -67,7 +67,7 @@ def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
-    """Measure the FLOP/s of the fastest of several square matmuls of increasing size.
+    """Measure the peak FLOP/s over square matmuls of increasing size.
 
     Args:
         device: The device.

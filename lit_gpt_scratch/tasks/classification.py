@@ -37,19 +37,19 @@ class Classification(GPTModule):
     Args:
         pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token;
             ``mean`` (the default) averages over all tokens, because informative words can occur anywhere in a text.
-        class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
-            weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
-            all classes have weight 1.
-        patience: Maximum number of consecutive validation runs without a new lowest validation loss; training then
+        class_weights: Class weights for the loss, keyed by class name; classes that are not listed have weight 1.
+            ``balanced`` gives all classes the same total weight, regardless of their frequency. By default, all classes
+            have weight 1.
+        patience: Number of consecutive validation runs without a new lowest validation loss after which training
             stops. None disables early stopping. The argument has no effect if the trainer has an ``EarlyStopping``
             callback.
         label_smoothing: Weight of the uniform distribution in the training targets (https://arxiv.org/abs/1512.00567),
-            which limits how confident the model becomes on few documents. The metrics do not smooth.
+            which limits how confident the model becomes on few documents. Metrics are computed without smoothing.
         kwargs: Arguments of ``GPTModule``. The head is never tied to the embedding, regardless of
             ``gpt.tied_embeddings``. The default of ``ema_decay`` is 0.99, because training on few documents is noisy.
 
     Raises:
-        UserError: ``pooling`` is unknown, or a weight is out of range.
+        UserError: ``pooling`` is unknown, or another argument is out of range.
     """
 
     default_epochs = 8
@@ -97,7 +97,7 @@ class Classification(GPTModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their indices.
+        """Class names, in the order of the class indices.
 
         Raises:
             UserError: The data has no classes.
@@ -122,7 +122,7 @@ class Classification(GPTModule):
         Args:
             input_ids: (W, T) int64, right-padded.
             lengths: (W,) int64, number of tokens in each window.
-            window_counts: (B,) int64, number of windows of each document; None if each document has one window.
+            window_counts: (B,) int64, number of windows per document, or None if each document has one window.
 
         Returns:
             Logits, (B, n_classes) float32.

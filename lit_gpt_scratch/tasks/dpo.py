@@ -21,8 +21,9 @@ class DPO(PairwiseModule):
     """GPT trained to prefer chosen over rejected replies, with a KL penalty relative to the initial model.
 
     The implicit reward of a reply is ``beta * log(policy / reference)``, the reward for which the policy is optimal.
-    The validation and test metrics are those of a reward model, computed from the implicit rewards, and ``reply_loss``:
-    the loss on the chosen replies in nats per token, which shows whether the policy degrades as a language model.
+    The validation and test metrics are those of a reward model, computed from the implicit rewards, plus
+    ``reply_loss``, the loss on the chosen replies in nats per token, which shows whether the policy degrades as a
+    language model.
 
     Args:
         loss: Preference loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.
@@ -36,7 +37,7 @@ class DPO(PairwiseModule):
             must be identical at the start of training.
 
     Raises:
-        UserError: ``loss`` is unknown, or a number is out of range.
+        UserError: ``loss`` is unknown, or another argument is out of range.
     """
 
     allows_dropout = False
@@ -55,7 +56,7 @@ class DPO(PairwiseModule):
         if loss not in PREFERENCE_LOSSES:
             raise UserError(f"model.loss is {loss}; it must be one of {', '.join(PREFERENCE_LOSSES)}")
         if not 0.0 < beta < float("inf"):
-            raise UserError(f"model.beta is {beta}; it must be positive")
+            raise UserError(f"model.beta is {beta}; it must be positive and finite")
         if not 0.0 <= label_smoothing < 0.5:
             raise UserError(f"model.label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5")
         self.loss = loss

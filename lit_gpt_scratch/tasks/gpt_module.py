@@ -79,8 +79,7 @@ class GPTModule(L.LightningModule):
     the same rows in the same order, but with different random numbers.
 
     Args:
-        gpt: Architecture of the network. By default, the architecture of ``init_from`` if it is set, otherwise a small
-            GPT.
+        gpt: Model architecture. By default, the architecture of ``init_from`` if it is set, otherwise a small GPT.
         optimizer: Optimizer and its hyperparameters.
         schedule: Learning-rate schedule.
         init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
@@ -93,10 +92,10 @@ class GPTModule(L.LightningModule):
         ema_decay: Decay of an exponential moving average (EMA) of the weights, such as 0.999. The averages are used for
             validation and sample generation, are saved as the weights in checkpoints, and replace the weights after
             training. By default, averaging is disabled.
-        compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the blocks of the network if the machine
-            supports compilation and its compiler works. ``true`` also compiles other parts of the training step, which
-            increases the startup time, and raises an error if compilation is not supported or fails. ``false`` disables
-            compilation.
+        compile: What to compile with ``torch.compile``: ``blocks`` (the default) compiles the transformer blocks if the
+            machine supports compilation and its compiler works. ``true`` also compiles other parts of the training
+            step, which increases the startup time, and raises an error if compilation is not supported or fails.
+            ``false`` disables compilation.
         activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute all
             other activations. This saves memory at the cost of about a third more compute.
 
@@ -109,11 +108,11 @@ class GPTModule(L.LightningModule):
     metrics: Metric | MetricCollection
     """Validation and test metrics, built by ``build_metrics``."""
     data_info: DataInfo
-    """Properties of the data, from the data module; set before the network is built."""
+    """Properties of the data, provided by the data module; set before the network is built."""
     next_command: ClassVar[str | None] = None
-    """Command to suggest after training; ``{}`` is replaced by the run directory.
+    """Command to suggest after training; ``{}`` is replaced with the run directory.
 
-    If None, the command of the data module is suggested.
+    If None, the data module's command is suggested.
     """
     returns_label_losses: ClassVar[bool] = False
     """Whether ``update_metrics`` returns the loss of each label, which ``LossBreakdown`` requires."""
@@ -121,16 +120,15 @@ class GPTModule(L.LightningModule):
     """Number of epochs of a ``fit`` run for which no limit on steps, epochs or time is set; such a run is validated
     after each epoch. If None, the run has the default number of steps instead."""
     argument_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Defaults of arguments that all tasks have, if they differ from those of ``GPTModule``; ``fit`` applies them."""
+    """Default arguments of this task that ``fit`` applies instead of those of ``GPTModule``, keyed by argument name."""
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Arguments that replace the defaults of an optimizer class in this training stage, keyed by the name of that
-    class."""
+    """Default optimizer arguments that override those of the optimizer class, keyed by the name of that class."""
     tests_best: ClassVar[bool] = False
     """Whether ``fit`` tests the checkpoint with the lowest validation loss instead of the final weights."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training.
 
-    Dropout is not allowed if the loss compares log-probabilities with earlier log-probabilities, because dropout would
+    Dropout is not allowed if the loss compares log-probabilities from separate forward passes, because dropout would
     add noise to their ratio. In that case, the dropout of an initial model is disabled, and enabling dropout
     raises an error.
     """
@@ -157,8 +155,8 @@ class GPTModule(L.LightningModule):
         for part, dropout in {"gpt": gpt and gpt.dropout, "lora": lora and lora.dropout}.items():
             if dropout and not self.allows_dropout:
                 raise UserError(
-                    f"model.{part}.dropout is {dropout}, but {type(self).__name__} compares log-probabilities with "
-                    "earlier log-probabilities and does not support dropout; set it to 0"
+                    f"model.{part}.dropout is {dropout}, but {type(self).__name__} does not support dropout, because "
+                    "it compares log-probabilities from separate forward passes; set it to 0"
                 )
         if gpt is not None:
             resolve_attention_class(gpt.attention)
@@ -167,11 +165,11 @@ class GPTModule(L.LightningModule):
         self.schedule = schedule
         self.init_from = init_from
         self.initial_model: InitialModel | None = None
-        """Model read from ``init_from``; None before it is read and after the network is built. Callers that have
+        """Model read from ``init_from``, or None before it is read and after the network is built. Callers that have
         already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
         self.trusted: frozenset[str] = frozenset([gpt.attention] if gpt and gpt.attention else ())
-        """Import paths of the code that ``init_from`` and other checkpoints may import: by default, only the attention
-        class in ``gpt``; ``fit`` adds the import paths in ``--trust``."""
+        """Import paths that ``init_from`` and other checkpoints may import: by default, only the attention class in
+        ``gpt``; ``fit`` adds the import paths in ``--trust``."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
@@ -185,7 +183,7 @@ class GPTModule(L.LightningModule):
         Rejected steps are counted, but do not change the weights, the averages or the optimizer state.
         """
         self.step_loss: Tensor | None = None
-        """Mean loss of the current optimizer step over all ranks; computed only if it is logged or filtered."""
+        """Mean loss of the current optimizer step over all ranks; computed only for logging and for ``step_filter``."""
         self.head_is_new = False
         """Whether the output head was initialized from scratch, because the initial model has a different head."""
         self._base_hash: str | None = None
@@ -214,8 +212,9 @@ class GPTModule(L.LightningModule):
         """Add a batch to ``metrics``.
 
         Returns:
-            Loss of each label, (B, T), or (B,) if each row has a single label; 0 where there is no label; None if the
-            loss is not a sum over labels. Callbacks receive it in the output of ``validation_step``.
+            The loss of each label, (B, T), or (B,) if each row has a single label. Positions without a label have a
+            loss of 0. None if the loss is not a sum over labels. Callbacks receive the losses in the output of
+            ``validation_step``.
         """
         raise NotImplementedError
 
@@ -234,7 +233,7 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches with one row each; return an empty list if the rows are generated rollouts."""
+        """Split a batch into single-row batches, or return an empty list if the rows are generated rollouts."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
@@ -262,10 +261,10 @@ class GPTModule(L.LightningModule):
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """Architecture of the network.
+        """Model config: the ``gpt`` argument, or else the config of ``init_from``, or else the default config.
 
         Raises:
-            UserError: The architecture is that of ``init_from``, and refers to code that is not trusted.
+            UserError: The config of ``init_from`` refers to code that is not trusted.
         """
         if self._gpt is not None:
             return self._gpt
@@ -554,10 +553,10 @@ class GPTModule(L.LightningModule):
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Repair the saved progress counters, and convert them to the current batch layout before they are restored.
+        """Normalize the saved progress counters and convert them to the current batch layout before they are restored.
 
         Raises:
-            UserError: The model in the checkpoint has a different shape or tokenizer.
+            UserError: The training state is corrupted, or the checkpoint has a different model or tokenizer.
         """
         if "loops" in checkpoint:
             validate_training_state(checkpoint)

@@ -67,7 +67,7 @@ def split_pairs(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: (2 B, ...), the chosen rows followed by the rejected rows.
-        lengths: (2 B,) int64, number of tokens in each row; 0 for padding pairs.
+        lengths: (2 B,) int64, number of tokens in each row, which is 0 for padding pairs.
 
     Returns:
         The chosen and the rejected rows, (n, ...) each.

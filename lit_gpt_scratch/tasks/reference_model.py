@@ -68,7 +68,7 @@ class ReferenceModel(nn.Module):
             labels: (B, T) int64.
 
         Returns:
-            Log-probabilities in nats, (B, T), in at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
+            Log-probabilities in nats, (B, T), in at least float32, with 0 where the label is ``IGNORE_INDEX`` (-100).
         """
         with self.network() as net:
             return token_logprobs(net(input_ids), labels)

@@ -137,7 +137,7 @@ def test_newest_intact_checkpoint_is_found_and_damaged_ones_are_reported(
             assert find_checkpoint(given, tmp_path, "pretrain").name == expected
             assert len(caplog.records) == ["last.ckpt", "step=20.ckpt", "step=10.ckpt"].index(expected)
         (folder / expected).write_bytes((folder / expected).read_bytes()[:-1])
-    with pytest.raises(UserError, match="all are damaged"):
+    with pytest.raises(UserError, match="all are corrupted"):
         find_checkpoint("last", tmp_path, "pretrain")
 
 

@@ -189,7 +189,7 @@ def test_tensors_of_the_training_state_are_dense(saved: dict[str, Any], tmp_path
         ("other", torch.zeros(3).to_sparse()),
     ):
         save_checkpoint(saved | {name: value}, tmp_path / "x.ckpt")
-        with pytest.raises(UserError, match=f"is damaged: {name} is not a dense tensor"):
+        with pytest.raises(UserError, match=f"is corrupted: {name} is not a dense tensor"):
             load_checkpoint(tmp_path / "x.ckpt")
 
 

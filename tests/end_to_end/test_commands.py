@@ -192,10 +192,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(command: 
     last.write_bytes(content)
     rejected = command("fit", "--ckpt_path", last, "--trainer.max_steps=20")
     assert rejected.code == 2
-    assert f"{last} is not a checkpoint, or is damaged" in rejected.err
+    assert f"{last} is not a checkpoint, or is corrupted" in rejected.err
     resumed = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
     assert resumed.code == 0, resumed.err
-    assert f"{last} is not a checkpoint, or is damaged" in resumed.err
+    assert f"{last} is not a checkpoint, or is corrupted" in resumed.err
     assert json.loads((RUN / "summary.json").read_text())["step"] == 20
 
 

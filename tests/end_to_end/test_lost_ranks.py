@@ -130,5 +130,5 @@ def test_stopped_rank_is_named_when_the_timeout_expires(small: list[str], tmp_pa
         assert time.monotonic() - stopped < 60
         assert process.wait(20) == 2
     assert "rank 1 does not respond; waiting up to 0:00:20" in stderr
-    assert "rank 0: rank 1 ended or does not respond (" in stderr
+    assert "rank 0: rank 1 exited or does not respond (" in stderr
     assert "Traceback" not in stderr

@@ -312,7 +312,7 @@ def test_damaged_metadata(chat_model: Path, tmp_path: Path, published: Any) -> N
     checkpoint = load_checkpoint(chat_model)
     checkpoint[METADATA_KEY]["published"] = published
     save_checkpoint(checkpoint, tmp_path / "damaged.ckpt")
-    with pytest.raises(UserError, match=r"the checkpoint is damaged \(metadata\.published"):
+    with pytest.raises(UserError, match=r"the checkpoint is corrupted \(metadata\.published"):
         load_model(tmp_path / "damaged.ckpt")
 
 

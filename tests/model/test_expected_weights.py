@@ -42,7 +42,7 @@ def test_pattern_that_matches_nothing() -> None:
 def test_layers_are_counted_by_their_index(name: str) -> None:
     found = {name.format(number): torch.empty(0) for number in range(100)}
     n_layers = 100 if name.startswith("{}") else 1
-    with pytest.raises(UserError, match=f"weights of {n_layers} layer"):
+    with pytest.raises(UserError, match=f"weights for only {n_layers} layer"):
         expected_weights(found, GPTConfig(n_layer=n_layers + 1), 40, 16)
 
 

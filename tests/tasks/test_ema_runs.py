@@ -106,5 +106,5 @@ def test_averaging_can_start_in_a_resumed_run_but_not_end(run: Callable[..., Any
     later, _, _ = run(ckpt_path=tmp_path / "plain.ckpt", max_steps=6)
     later.save_checkpoint(tmp_path / "averaged.ckpt")
     assert torch.load(tmp_path / "averaged.ckpt", weights_only=True)["averaged"]
-    with pytest.raises(UserError, match="the weights of the checkpoint are averages"):
+    with pytest.raises(UserError, match="the checkpoint contains EMA weights"):
         run(ema_decay=None, ckpt_path=tmp_path / "averaged.ckpt", max_steps=8)

@@ -240,7 +240,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
-        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* does not support dropout; set it to 0"),
+        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO does not support dropout.*; set it to 0"),
     ],
 )
 def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> None:

@@ -22,8 +22,7 @@ class GRPO(OnPolicyModule):
 
     Args:
         group: Number of replies per prompt.
-        scale: Whether to divide the advantages (score minus mean score of the group) by the standard deviation of the
-            scores in the group.
+        scale: Whether to divide the advantages (the score minus the group mean) by the group's standard deviation.
         kwargs: Arguments of ``OnPolicyModule``.
     """
 
@@ -39,12 +38,12 @@ class GRPO(OnPolicyModule):
 
     @override
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the number of replies, over which the loss is averaged, as a scalar; ``labels`` has shape (N, T)."""
+        """Return the number of replies in ``labels`` (N, T) as a scalar; the loss is averaged over replies."""
         return (labels != IGNORE_INDEX).any(1).sum()
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sum of the mean token loss of each reply (equation 3 of the paper), and the number of replies."""
+        """Return the per-reply mean token loss (GRPO paper, Eq. 3) summed over replies, and the number of replies."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)

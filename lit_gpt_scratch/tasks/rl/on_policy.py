@@ -77,7 +77,7 @@ class OnPolicyModule(GPTModule):
         rows_at_once: Number of replies to generate in one batch.
         steps_per_phase: Number of optimizer steps per pass over the replies of a rollout phase.
         passes: Number of training passes over the replies of a rollout phase.
-        clip: Clipping range of the probability ratio around 1.
+        clip: Clipping range; the probability ratio is clipped to ``[1 - clip, 1 + clip]``.
         kl_target: Target for the KL divergence of the policy from the initial policy, summed over the tokens of a
             reply, in nats. If set, the KL coefficient is adapted after each rollout phase to approach the target,
             starting from ``kl_coefficient``. By default, the coefficient is constant.
@@ -86,7 +86,7 @@ class OnPolicyModule(GPTModule):
             identical to the policy that generated the replies.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: An argument is out of range.
     """
 
     allows_dropout = False
@@ -133,7 +133,7 @@ class OnPolicyModule(GPTModule):
         self._generation_stopwatch = Stopwatch()
         """Stopwatch for the time spent generating rollouts."""
         self.rollouts: Rollouts | None = None
-        """Rollouts of the current rollout phase; None before the first phase."""
+        """Rollouts of the current rollout phase, or None before the first phase."""
         self._log_sums: dict[str, Tensor] = {}
 
     # Methods for subclasses to override.
@@ -143,11 +143,11 @@ class OnPolicyModule(GPTModule):
         raise NotImplementedError
 
     def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Return the critic's ``values``, (B, T), for hidden states (B, T, n_embd); empty if there is no critic."""
+        """Return the critic's ``values`` (B, T) for hidden states (B, T, n_embd), or an empty dict without a critic."""
         return {}
 
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the divisor of the summed loss, a scalar: by default the number of reply tokens in ``labels``."""
+        """Return the divisor of the summed loss as a scalar; by default, the number of reply tokens in ``labels``."""
         return (labels != IGNORE_INDEX).sum()
 
     # Setup.
@@ -171,7 +171,7 @@ class OnPolicyModule(GPTModule):
             self._generation_stopwatch = Stopwatch()
 
     def take_generation_seconds(self) -> float:
-        """Return the seconds spent on generating and scoring rollouts since the last call."""
+        """Return the time in seconds spent generating and scoring rollouts since the last call."""
         return self._generation_stopwatch.take()
 
     @property
@@ -386,7 +386,7 @@ def require_at_least(minimum: float, **given: float) -> None:
 
 
 def require_positive(**given: float | None) -> None:
-    """Check that each model flag is None, or positive and finite.
+    """Check that each model flag is either None or both positive and finite.
 
     Raises:
         UserError: A value is 0 or less, or not finite.

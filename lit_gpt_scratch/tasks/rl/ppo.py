@@ -23,7 +23,7 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class PPO(OnPolicyModule):
-    """GPT trained with PPO; its critic is a second head on the same hidden states, which predicts the return.
+    """GPT trained with PPO; a second head on the same hidden states, the critic, predicts the return.
 
     The reward of each token is the negative KL divergence from the initial policy (the ``k1`` estimate), multiplied by
     the KL coefficient; the last token of a reply also receives the reward of the whole reply. One nat of KL divergence

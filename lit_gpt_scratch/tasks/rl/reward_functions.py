@@ -35,11 +35,11 @@ class RewardModelScorer:
 
     Args:
         place: Run folder or checkpoint of the reward model.
-        tokenizer_json: Content of the policy's tokenizer file.
+        tokenizer_json: The policy's ``tokenizer.json`` as a string.
         max_length: Maximum number of tokens in a prompt and its reply.
         batch_size: Number of replies per forward pass.
-        trusted: Import paths of the code that the checkpoint may import, such as a custom attention class, because
-            building the model runs this code.
+        trusted: Import paths that the checkpoint may import, such as a custom attention class. Building the model runs
+            the imported code.
 
     Raises:
         UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
@@ -76,11 +76,11 @@ class RewardModelScorer:
 
 
 class TextFunctionScorer:
-    """Reward function that calls a function of the texts of prompts and replies.
+    """Reward function that calls a Python function with the prompt and reply texts.
 
     Args:
         name: Name of the reward, for error messages.
-        function: Function that maps a list of prompts and a list of replies, one per prompt, to one number per reply.
+        function: Callable that maps a list of prompts and a list of replies, one per prompt, to one number per reply.
     """
 
     def __init__(self, name: str, function: TextRewardFunction) -> None:
@@ -109,7 +109,7 @@ class TextFunctionScorer:
 
 
 def _require_finite(scores: Tensor, name: str, replies: Sequence[str]) -> Tensor:
-    """Return the scores if all are finite; a NaN or infinite reward would turn all weights into NaN."""
+    """Check that all scores are finite and return them; a NaN or infinite reward would turn all weights into NaN."""
     for score, reply in zip(scores.tolist(), replies, strict=True):
         if not abs(score) < float("inf"):
             raise UserError(f"model.reward: {name} returned {score} for the reply {reply[:60]!r}; it must be finite")

@@ -1,4 +1,4 @@
-"""Generation and scoring of rollouts (replies to prompts)."""
+"""Generate and score rollouts, i.e. replies to prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -68,9 +68,9 @@ class Replies:
     Attributes:
         prompts: Token ids of the prompts.
         prompt_texts: Text of each prompt, without the chat template.
-        replies: Token ids of each reply, including the token that ends it unless the reply was truncated.
-        texts: Text of each reply, without the token that ends it.
-        ended: Whether each reply has ended, that is, was not truncated.
+        replies: Token ids of each reply, including the stop token unless the reply was truncated.
+        texts: Text of each reply, without the stop token.
+        ended: Whether each reply ended with a stop token, i.e. was not truncated.
     """
 
     prompts: Sequence[list[int]]
@@ -85,7 +85,7 @@ class Replies:
         return [prompt + reply for prompt, reply in zip(self.prompts, self.replies, strict=True)]
 
     def rows(self, width: int, fill: int) -> dict[str, Tensor]:
-        """Build rows padded to a common width; each token of a reply is the label of the position before it.
+        """Build rows padded to a common width; each reply token is the label of the preceding position.
 
         Args:
             width: Number of columns to pad the rows to.
@@ -152,17 +152,17 @@ def generate_replies(
         max_tokens: Maximum number of tokens per reply.
         temperature: Sampling temperature; 1 samples from the unmodified distribution of the network.
         seeds: Random seed of each reply.
-        stop_ids: Ids of the tokens that end a reply.
+        stop_ids: Ids of the stop tokens, which end a reply.
         batch_size: Number of replies to generate in one batch.
 
     Returns:
-        Token ids of each reply, including the token that ends it unless the reply was truncated.
+        Token ids of each reply, including the stop token unless the reply was truncated.
     """
     sampling = Sampling(temperature=temperature, top_k=None)
     replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
-        # No token ends a row by itself, so that the token that ends it is yielded.
+        # No stop ids are passed, so that ``generate`` also yields the stop token.
         tokens = generate(net, prompts[part], max_tokens, sampling, seeds[part], (), lambda _, token: token in stop_ids)
         for row, token in tokens:
             if token is not None:
@@ -171,7 +171,7 @@ def generate_replies(
 
 
 def reply_seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
-    """Return one random seed per number; each seed depends only on the number and on ``keys``."""
+    """Return one random seed per reply index in ``numbers``; each seed depends only on the index and on ``keys``."""
     return [int(np.random.SeedSequence((*keys, number)).generate_state(1, np.uint64)[0]) for number in numbers]
 
 
@@ -189,7 +189,7 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
 
     Args:
         own: (n, ...), the rows of this rank; only the shape is used.
-        ranks: (W, n, ...), the rows of each of W ranks, in the order of the micro-batches.
+        ranks: (W, n, ...), the rows of all W ranks, in the order of the micro-batches.
         batch_size: Number of rows per micro-batch and rank.
 
     Returns:
