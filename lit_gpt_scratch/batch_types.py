@@ -1,4 +1,4 @@
-"""Types shared by the data modules (``data``) and the LightningModules (``tasks``): batches and data properties."""
+"""Batch types and data properties shared by the data modules (``data``) and the LightningModules (``tasks``)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +33,7 @@ class Batch(TypedDict):
     """() int64, only in training: number of labels in the optimizer step, across all micro-batches and data-parallel
     ranks"""
     text_bytes: NotRequired[Tensor]
-    """(B,) int64, required in validation and testing: number of UTF-8 bytes of text that the labels of each row
-    represent"""
+    """(B,) int64, required in validation and testing: number of UTF-8 bytes that the labels of each row represent"""
 
 
 class LabelledBatch(TypedDict):
@@ -46,11 +45,11 @@ class LabelledBatch(TypedDict):
     input_ids: Tensor
     """(W, T) int64"""
     lengths: Tensor
-    """(W,) int64, number of tokens in each window; 0 for a padding row"""
+    """(W,) int64, number of tokens in each window, or 0 for a padding row"""
     window_counts: NotRequired[Tensor]
-    """(B,) int64, number of windows of each document; the windows of a document are contiguous"""
+    """(B,) int64, number of windows per document; the windows of a document are contiguous"""
     labels: Tensor
-    """(B,) int64, class index of each document; ``IGNORE_INDEX`` for a padding row"""
+    """(B,) int64, class index of each document, or ``IGNORE_INDEX`` for a padding row"""
     step_class_counts: NotRequired[Tensor]
     """(n_classes,) int64, only in training: number of documents per class in the optimizer step"""
 
@@ -66,9 +65,9 @@ class PairBatch(TypedDict):
     input_ids: Tensor
     """(2 B, T) int64"""
     labels: Tensor
-    """(2 B, T) int64, the next token if it belongs to the last reply or ends it, otherwise ``IGNORE_INDEX``"""
+    """(2 B, T) int64, next token if it belongs to the last reply (end-of-text included), else ``IGNORE_INDEX``"""
     lengths: Tensor
-    """(2 B,) int64, number of tokens in each row; 0 for a padding pair"""
+    """(2 B,) int64, number of tokens in each row, or 0 for a padding pair"""
     step_labels: NotRequired[Tensor]
     """() int64, only in training: number of pairs in the optimizer step"""
 
@@ -90,8 +89,8 @@ class RolloutPhase(NamedTuple):
     """Length of a rollout phase, in which replies are generated once and then used for several training passes.
 
     Attributes:
-        steps: Number of optimizer steps per pass over the rollouts of a phase.
-        passes: Number of passes over the rollouts of a phase.
+        steps: Number of optimizer steps per pass over the phase's rollouts.
+        passes: Number of passes over the phase's rollouts.
     """
 
     steps: int
@@ -137,12 +136,12 @@ class PromptSource:
         shuffled: Function that maps positions in the run to indices of training prompts. All prompts occur once before
             any prompt is repeated.
         decode: Function that maps token ids to text.
-        text_reward: Function that looks up a reward function by name; None selects the default of the data module. It
-            returns the name, the reward function, and the reward of truncated replies, which is None if the reward
+        text_reward: Function that looks up a reward function by name, or the data module's default if the name is None.
+            It returns the name, the reward function, and the reward for truncated replies, which is None if the reward
             function also scores truncated replies. The reward function accepts a list of prompts and a list of replies,
             one per prompt, and returns one number per reply as a list, an array or a tensor.
         reply_check: Function that returns a predicate, or None if replies are not checked. The predicate tests whether
-            a reply satisfies the rule of a verifiable reward.
+            a reply earns a verifiable reward.
         phase: Number of optimizer steps per pass and number of passes in a rollout phase. The policy sets this field
             before training, because the data module needs it to order the rollouts.
     """
@@ -169,19 +168,19 @@ class DataInfo:
         name: Class name of the data module, for error messages.
         vocab_size: Number of token ids.
         block_size: Maximum number of tokens per row.
-        tokenizer_json: Content of the tokenizer file, which is stored in checkpoints.
+        tokenizer_json: Tokenizer as a JSON string, which is stored in checkpoints.
         start_of_text: Id of the token before each document.
         end_of_text: Id of the token after each document.
         layout: Distribution of an optimizer step's rows over micro-batches and ranks.
         rank: Data-parallel rank of this process; all processes of a tensor-parallel group have the same rank.
-        class_names: Class names by class index; None if the data has no class labels.
-        class_counts: Number of training examples per class; None if the data has no class labels.
+        class_names: Class names, indexed by class, or None if the data has no class labels.
+        class_counts: Number of training examples per class, or None if the data has no class labels.
         has_pairs: Whether batches are of type ``PairBatch``.
         truncates: Whether rows that are too long are truncated.
-        max_windows: Maximum number of windows of ``block_size`` tokens into which a row that is too long is split.
-        prompts: Source of the prompts for on-policy training; None for other data.
-        stop_ids: Ids of the tokens that end generated text; empty if only ``end_of_text`` does.
-        published: Fields of the ``PublishedSettings`` of the tokenizer, which are stored in checkpoints; None if the
+        max_windows: Maximum number of ``block_size``-token windows into which a row that is too long is split.
+        prompts: Source of the prompts for on-policy training, or None for other data.
+        stop_ids: Token ids at which generation stops, or an empty set if it stops only at ``end_of_text``.
+        published: Fields of the tokenizer's ``PublishedSettings``, which are stored in checkpoints, or None if the
             tokenizer does not belong to a published model.
     """
 

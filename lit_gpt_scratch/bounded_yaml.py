@@ -1,4 +1,4 @@
-"""Read YAML files whose content may be damaged or malicious, with bounded time and memory."""
+"""Read YAML files that may be corrupted or malicious, with bounded time and memory."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -11,23 +11,23 @@ from lit_gpt_scratch.schema import MAX_INT, describe
 MAX_BYTES: Final = 2**18
 """Maximum size of a file in bytes; PyYAML would take several seconds to parse a larger file."""
 MAX_NODES: Final = 100_000
-"""Maximum number of values in a file; the values behind an alias are counted each time the alias is used."""
+"""Maximum number of values in a file; the values that an alias refers to are counted at each use."""
 MAX_INTEGER_CHARACTERS: Final = 400
-"""Maximum number of characters of an integer; the conversion of longer integers to text may fail."""
+"""Maximum number of characters in an integer; converting a longer integer to text may fail."""
 MAX_DEPTH: Final = 50
 """Maximum nesting depth of the values in a file."""
 
 
 def load_yaml(path: Path) -> tuple[Any, str]:
-    """Read a YAML file that contains only mappings with text as keys, lists, text, numbers, true, false and null.
+    """Read a YAML file that contains only mappings, lists, strings, numbers, booleans and nulls.
 
-    Keys that are numbers, booleans or null are converted to their YAML text, such as ``true``.
+    Mapping keys that are numbers, booleans or null are converted to their YAML text, such as ``true``.
 
     Returns:
-        The parsed content, and the text of the file.
+        The parsed value, and the text of the file.
 
     Raises:
-        UserError: The file cannot be read, is too large, is nested too deeply, or contains other values.
+        UserError: The file cannot be read, is too large, is nested too deeply, or contains values of other types.
     """
     try:
         with path.open("rb") as file:
@@ -50,11 +50,11 @@ def load_yaml(path: Path) -> tuple[Any, str]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML with ``yaml.SafeLoader`` after its size has been checked.
+    """Check the size of YAML text, then parse it with ``yaml.SafeLoader``.
 
     Raises:
-        UserError: The text is too large, is nested too deeply, or contains an alias to itself; the message begins with
-            a verb, so that the caller can add the location.
+        UserError: The text is too large, is nested too deeply, or contains a recursive alias. The message begins with a
+            verb, so that the caller can prepend the location.
         yaml.YAMLError: The text is not valid YAML.
         ValueError: A value cannot be represented, for example a date with 13 months.
     """
@@ -63,11 +63,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def require_bounded_yaml(text: str) -> None:
-    """Check the size of YAML text before values are constructed, because merging mappings copies them.
+    """Check the size of YAML text before constructing its values, because YAML merge keys copy mappings.
 
     Raises:
-        UserError: The text is too large, is nested too deeply, contains an alias to itself, or an integer of more than
-            64 bits.
+        UserError: The text is too large, is nested too deeply, or contains a recursive alias or an integer of more than
+            ``MAX_INTEGER_CHARACTERS`` characters.
         yaml.YAMLError: The text is not valid YAML.
     """
     if len(text) > MAX_BYTES:
@@ -85,7 +85,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
 
     Args:
         node: Node of the parsed file; all aliases of a node are the same object.
-        sizes: Results keyed by the ``id`` of the node; None while the node is being counted.
+        sizes: Node counts keyed by the ``id`` of the node, or None while the node is being counted.
         depth: Nesting depth of the node.
 
     Raises:
@@ -112,20 +112,23 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
 
 
 def _to_plain(value: Any) -> Any:
-    """Convert the keys of all mappings to text.
+    """Convert all mapping keys to strings.
 
     Raises:
-        UserError: A value has a type that JSON does not have, such as a date.
+        UserError: A value has a type that JSON does not support, such as a date.
     """
     if isinstance(value, dict):
         plain = {_key_to_text(key): _to_plain(each) for key, each in value.items()}
         if len(plain) < len(value):
-            raise UserError("has a mapping with the same key twice; remove one of the entries")
+            raise UserError("contains a mapping with a duplicate key; remove one of the entries")
         return plain
     if isinstance(value, list):
         return [_to_plain(each) for each in value]
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise UserError(f"contains {value[:40]!r}, with a character that cannot be passed on a command line; remove it")
+        raise UserError(
+            f"contains {value[:40]!r}, which has a character that cannot be passed on a command line; "
+            "remove the character"
+        )
     if isinstance(value, int) and abs(value) > MAX_INT:
         raise UserError(f"contains {describe(value)}; use a smaller one")
     if value is None or isinstance(value, str | bool | int | float):
@@ -138,4 +141,4 @@ def _key_to_text(key: Any) -> str:
         return {None: "null", True: "true", False: "false"}[key]
     if isinstance(key, str | int | float):
         return str(_to_plain(key))
-    raise UserError(f"has the key {str(key)[:40]}, which is a {type(key).__name__}; use text as keys")
+    raise UserError(f"has the key {str(key)[:40]}, which is a {type(key).__name__}; use only strings as keys")

@@ -1,4 +1,4 @@
-"""Exception for user errors, and descriptions of invalid YAML and of environment errors, such as a full disk."""
+"""Define the exception for user errors, and describe invalid YAML and environment errors, such as a full disk."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from typing import Final
 
 
 class UserError(ValueError):
-    """Exception for a mistake in a flag, file or config. The message is one line: what is wrong, where, and what to do.
+    """Raised for a mistake in a flag, file or config. The message is one line: what is wrong, where, and what to do.
 
     Every command prints the message without a traceback and exits with code 2. Any other exception is a bug, and its
     traceback is printed, unless ``describe_environment_error`` attributes it to the environment.
@@ -18,14 +18,14 @@ class UserError(ValueError):
 ENVIRONMENT_ERRORS: Final[dict[int, str]] = {
     errno.ENOSPC: "free disk space, or use another disk",
     errno.EDQUOT: "free disk space, or use another disk",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another disk",
+    errno.EFBIG: "raise the file size limit with ulimit -f, or use another disk",
     errno.EROFS: "use another folder",
     errno.EACCES: "check the permissions, or use another folder",
     errno.EPERM: "check the permissions, or use another folder",
     errno.EIO: "check the disk",
-    errno.ESTALE: "check the network disk",
-    errno.EMFILE: "raise the limit on open files with ulimit -n, or lower --data.num_workers",
-    errno.ENFILE: "raise the limit on open files of the machine, or lower --data.num_workers",
+    errno.ESTALE: "check the network file system",
+    errno.EMFILE: "raise the open file limit with ulimit -n, or lower --data.num_workers",
+    errno.ENFILE: "raise the system-wide open file limit, or lower --data.num_workers",
     errno.ENAMETOOLONG: "use a shorter path",
 }
 """Advice for operating system errors that are not caused by a bug, keyed by error number."""
@@ -35,21 +35,21 @@ MESSAGES: Final[dict[str, int]] = {
     r"File too large": errno.EFBIG,
     r"Too many open files|received \d+ items of ancdata": errno.EMFILE,
 }
-"""Error numbers, keyed by message pattern, for exceptions of libraries and workers that have only a message."""
+"""Error numbers, keyed by message pattern, for exceptions from libraries and workers that have no ``errno``."""
 NEED_FILE: Final = (errno.EACCES, errno.EPERM)
 """Error numbers that indicate an environment error only if the exception names a file."""
 LOST_CONNECTION: Final = re.compile(r"timed out|connection (closed|reset|refused|aborted)", re.IGNORECASE)
-"""Pattern that matches messages about the network in exceptions of libraries other than ``OSError``."""
+"""Pattern that matches the messages of network errors in library exceptions other than ``OSError``."""
 KILLED_WORKER: Final = r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)"
 LIBRARY_ERRORS: Final = (OSError, RuntimeError)
-"""Exceptions that libraries raise if they clean up after a failed operation, such as an incomplete write."""
+"""Exceptions that libraries may raise while cleaning up after a failed operation, such as an incomplete write."""
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception, its cause, the cause of that, and so on.
 
     The exception that was being handled when ``error`` was raised counts as its cause only if ``error`` is one of the
-    ``LIBRARY_ERRORS``. Any other exception, such as a ``KeyError`` in an ``except`` block, is a bug of its own, unless
+    ``LIBRARY_ERRORS``. Any other exception, such as a ``KeyError`` in an ``except`` block, is a separate bug, unless
     it states its cause (``raise ... from``, or ``inner_exception`` of a failed compiler).
     """
     seen: list[BaseException] = []
@@ -83,10 +83,10 @@ def describe_environment_error(error: BaseException) -> str | None:
 
 
 def is_environment_failure(error: BaseException) -> bool:
-    """Return whether the machine, its disks or the network caused an exception, so that a repetition may succeed.
+    """Return whether the machine, its disks or the network caused an exception, so that a retry may succeed.
 
-    In addition to the errors that ``describe_environment_error`` describes, these are any ``OSError``, such as a
-    missing file or a lost connection, ``MemoryError``, and messages about a lost connection.
+    In addition to the errors that ``describe_environment_error`` recognizes, this includes every ``OSError`` (such as a
+    missing file), ``MemoryError``, and exceptions whose message reports a lost connection.
     """
     return describe_environment_error(error) is not None or any(
         isinstance(cause, OSError | MemoryError) or LOST_CONNECTION.search(str(cause))

@@ -63,7 +63,7 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
 
 
 def planned_steps(trainer: Trainer) -> float:
-    """Return the number of optimizer steps in a run, given its limits on steps and epochs; infinite without limits.
+    """Return the number of optimizer steps that the step and epoch limits allow, or infinity without limits.
 
     Unlike ``estimated_stepping_batches``, this number accounts for a ``GradientAccumulationScheduler``.
     """
@@ -138,7 +138,7 @@ def trains_in_this_process(trainer: Trainer) -> bool:
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses, which would wait forever for a terminated rank."""
+    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -154,7 +154,7 @@ def multiprocessing_start_method(strategy: Strategy) -> str | None:
 
 
 def start_as_scripts(strategy: DDPStrategy) -> None:
-    """Replace the launcher of a strategy with that of ``ddp``, which runs the current script in each process."""
+    """Replace a strategy's launcher with the ``ddp`` launcher, which runs the current script in each process."""
     strategy._start_method = "popen"
     strategy._configure_launcher()
 
@@ -163,8 +163,8 @@ def start_as_scripts(strategy: DDPStrategy) -> None:
 def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
     """Restrict the imports of ``LightningCLI``'s parser to the given packages, classes and functions.
 
-    The parser imports the classes and functions in a config, and in other config files to which it refers. Members of
-    an allowed package or class are also allowed. Any other import raises an error that contains ``Importing 'NAME' is
+    The parser imports the classes and functions named in a config and in the files that it refers to. Members of an
+    allowed package or class are also allowed. Any other import raises an error that contains ``Importing 'NAME' is
     not allowed``. The parser's settings are global and can only be extended, so they are restored from a copy.
     """
     before = dict(parsing_settings)
@@ -180,7 +180,7 @@ def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` whose tensor-parallel size is chosen when the number of processes is known."""
+    """A ``ModelParallelStrategy`` whose tensor-parallel size is chosen once the number of processes is known."""
 
     def choose_tensor_parallel_size(self) -> int:
         """Return the number of ranks that share a model replica, which must divide the number of processes."""
@@ -211,7 +211,7 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
 
     @property
     def error(self) -> BaseException | None:
-        """Exception raised by the first failed call, or None; ``teardown`` raises the exception again."""
+        """Exception raised by the first failed call, or None if no call failed; ``teardown`` raises it again."""
         return self._error
 
     def submit(self, method: str, *args: Any) -> "Future[None]":

@@ -1,4 +1,4 @@
-"""Validation of untrusted files: JSON parsing with size limits, and checks of plain data against type hints.
+"""Validate untrusted files: parse JSON with size limits, and check plain data against type hints.
 
 Errors are one-line ``ValueError``s that do not name the file; the caller adds the file and advice for the user.
 """
@@ -15,9 +15,9 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from typing_extensions import is_typeddict
 
 MAX_JSON_BYTES: Final = 2**24
-"""Default maximum size of a JSON file in bytes; the parsed content may take about twenty times as much memory."""
+"""Default maximum size of a JSON file in bytes; the parsed value may take about twenty times as much memory."""
 MAX_DEPTH: Final = 64
-"""Maximum nesting depth of a JSON file, because functions that copy, compare or write values are recursive."""
+"""Maximum nesting depth of a JSON file; it bounds the recursion of functions that copy, compare or write values."""
 MAX_INT: Final = 2**63 - 1
 """Maximum absolute value of an integer; larger values do not fit into a tensor or an array."""
 MAX_SEED: Final = 2**32 - 1
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 
 class UnknownFieldError(ValueError):
-    """Error for a field that this version does not know; a newer version may have written the file."""
+    """Raised for a field that this version does not recognize; the file may have been written by a newer version."""
 
 
 def read_json(path: Path, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
-    """Read a JSON file and validate its content.
+    """Read a JSON file and validate it against a type hint.
 
     Args:
         path: Path of the file.
-        hint: Expected type of the content; see ``validate``.
-        max_bytes: Maximum size of the file.
+        hint: Expected type of the parsed value; see ``validate``.
+        max_bytes: Maximum size of the file in bytes.
 
     Raises:
         OSError: The file cannot be read.
@@ -53,7 +53,7 @@ def read_json(path: Path, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
 
 
 def parse_json(text: str | bytes, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
-    """Parse JSON and validate the content; see ``read_json``."""
+    """Parse JSON text and validate it against a type hint; see ``read_json``."""
     if len(text) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     try:
@@ -68,7 +68,7 @@ def validate(value: Any, hint: type[T], name: str = "the content") -> T:
     """Check plain data against a type hint.
 
     Args:
-        value: Numbers, strings, None, and lists and mappings of these.
+        value: Value made up of numbers, booleans, strings, None, lists and mappings.
         hint: A class, or a union, ``Literal``, ``list``, ``tuple`` or ``dict`` of classes. A mapping matches a
             dataclass if it has exactly the fields of the dataclass, and a ``TypedDict`` if it has all required keys of
             the ``TypedDict``. ``float`` also accepts integers; ``int`` and ``float`` do not accept booleans.
@@ -79,7 +79,7 @@ def validate(value: Any, hint: type[T], name: str = "the content") -> T:
 
     Raises:
         UnknownFieldError: A mapping has a field that its dataclass does not have.
-        ValueError: A value does not match, or a field is missing.
+        ValueError: A value does not match the hint, or a field is missing.
     """
     result: T = _convert(value, hint, name)
     return result
@@ -89,7 +89,7 @@ def validate_fields(values: Any, cls: type, name: str) -> dict[str, Any]:
     """Validate a mapping as the fields of a dataclass, without building an instance; see ``validate``.
 
     Returns:
-        The fields in ``values``; fields that have a default may be missing.
+        The fields in ``values``; fields with a default may be missing.
     """
     if not isinstance(values, Mapping):
         raise _wrong_type(values, dict, name)
@@ -113,10 +113,10 @@ def describe(value: Any) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict, but reject repeated keys, because parsers differ in which value of a repeated key they use."""
+    """Build a dict and reject duplicate keys, because parsers differ in which of the values they keep."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("an object has the same key twice")
+        raise ValueError("an object has a duplicate key")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Output streams that escape control characters, hide passwords, and handle failed writes.
+"""Output streams that escape control characters, redact secrets, and handle failed writes.
 
 Every command prints through these streams, so that text from files and models is always escaped.
 """
@@ -18,8 +18,9 @@ from typing import Any, Final, TextIO
 from lit_gpt_scratch.errors import UserError
 
 CONTROLS: Final = "\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff"
-"""Character ranges of a regular expression: control characters except tab and newline, line separators, bidirectional
-controls, which reorder the text around them (https://trojansource.codes), and surrogates, which cannot be encoded."""
+"""Regular expression character ranges of control characters other than tab and newline, line separators, bidirectional
+controls (which reorder the text around them, see https://trojansource.codes) and surrogates (which cannot be encoded).
+"""
 _UNSAFE: Final = re.compile(f"(?!\r\n)[{CONTROLS}]")
 _UNSAFE_IN_LINE: Final = re.compile(f"[\t\n{CONTROLS}]")
 _UNSAFE_IN_JSON: Final = re.compile(f"[{CONTROLS}]")
@@ -32,32 +33,32 @@ _NAME: Final = (
 """Pattern that matches the last part of a secret's name, as in ``X-Amz-Signature`` or ``trainer.logger.api_key``."""
 _QUOTED: Final = r"\"[^\"]*\"|'[^']*'"
 _URL: Final = re.compile(r"(?<![\w+.-])([\w+.-]+://)(?:[^\s\"'/?#]*|[^\s\"'/?#@:\[]+:(?!\d+/)[^\s\"']{0,200})@")
-"""Pattern that matches the user and password of a URL, which precede the first slash, unless the password has one."""
+"""Pattern that matches the scheme, user and password of a URL; the password may contain slashes."""
 _SETTING: Final = re.compile(rf"(?<![^\W_])({_NAME}=)(?:{_QUOTED}|[^\s&\"']+)", re.IGNORECASE)
 _JSON_FIELD: Final = re.compile(rf"(?<![^\W_])({_NAME}[\"']\s*:\s*)(?:{_QUOTED}|[^\s&;,\"'}}]+)", re.IGNORECASE)
 _FLAG: Final = re.compile(rf"(--(?:[^=]*[._-])?{_NAME})(=.*)?", re.IGNORECASE | re.DOTALL)
 
 VERBATIM: Final = {"is_sample": True}
-"""``extra`` of a log call whose message is a text of the model, in which nothing is a secret."""
+"""``extra`` argument for log calls whose message is generated text, which is not redacted."""
 
 CURSOR_MOVEMENT: Final = re.compile("\r|(?:\x1b\\[A)+")
-"""Characters that ``tqdm`` writes at the start of a text to redraw a progress bar."""
+"""Pattern that matches the control characters that ``tqdm`` writes before a progress bar to redraw it."""
 CLOSED_PIPE_CODE: Final = 128 + getattr(signal, "SIGPIPE", 13)
-"""Exit code, as used by shells, if the reader of standard output has closed its pipe, as in ``generate | head -1``."""
+"""Exit code, as used by shells, if the reader of standard output closes the pipe, e.g. ``generate | head -1``."""
 
 
 def escape_terminal(text: str) -> str:
-    r"""Replace control characters with visible escapes such as ``\x1b``, except tabs and the ends of lines."""
+    r"""Replace control characters other than tabs and newlines with visible escapes such as ``\x1b``."""
     return _UNSAFE.sub(_visible, text)
 
 
 def escape_line(text: str) -> str:
-    r"""Replace control characters with visible escapes such as ``\x1b`` and ``\n``, so that the text is one line."""
+    r"""Replace control characters, tabs and newlines with visible escapes such as ``\n``, to get a single line."""
     return _UNSAFE_IN_LINE.sub(_visible, text)
 
 
 def quote_short(text: str, length: int = 200) -> str:
-    """Return text from a file or a library for an error message: one line of at most ``length`` characters."""
+    """Shorten text from a file or a library to one line of at most ``length`` characters for an error message."""
     line = escape_line(" ".join(text[: 2 * length].split()))
     return line if len(text) <= length and len(line) <= length else f"{line[: length - 3]}..."
 
@@ -72,13 +73,13 @@ def _visible(found: re.Match[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace the user and password in each URL, and the value of each setting with a secret's name, with ``***``."""
+    """Replace URL credentials, and values whose name denotes a secret (e.g. ``token=...``), with ``***``."""
     text = _URL.sub(rf"\1{HIDDEN}@", text)
     return _JSON_FIELD.sub(rf"\1{HIDDEN}", _SETTING.sub(rf"\1{HIDDEN}", text))
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """Apply ``redact`` to command-line arguments, and hide the whole value of a flag that takes a secret."""
+    """Apply ``redact`` to command-line arguments, and hide the entire value of each flag that takes a secret."""
     shown, follows = [], False
     for argument in arguments:
         flag = _FLAG.fullmatch(argument)
@@ -94,10 +95,10 @@ class OutputStream:
     A failed write may be due to a closed terminal, a closed pipe or a full disk.
 
     Args:
-        stream: The stream to write to; None if the process was started without it (``>&-``).
+        stream: The stream to write to, or None if it was closed when the process started (``>&-``).
         is_result: Whether the stream is standard output, which receives the result of a command. If so, a failed write
             raises ``UserError``, or ``SystemExit`` if the stream is a closed pipe. Otherwise, the stream receives
-            messages and progress bars, and a failed write is ignored, because lost messages must not end a run.
+            messages and progress bars, and a failed write is ignored, because lost messages must not stop a run.
     """
 
     def __init__(self, stream: TextIO | None, is_result: bool) -> None:
@@ -148,7 +149,7 @@ class OutputStream:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Log formatter that hides passwords, except in ``VERBATIM`` messages, and escapes line breaks in the arguments.
+    """Log formatter that redacts secrets, except in ``VERBATIM`` messages, and escapes line breaks in the arguments.
 
     Line breaks in arguments could otherwise be used to forge log lines. Line breaks in the message itself are kept, and
     all other control characters are escaped.
@@ -165,7 +166,7 @@ class EscapingFormatter(logging.Formatter):
 
 @contextmanager
 def output_streams() -> Iterator[None]:
-    """Context manager that replaces ``sys.stdout`` and ``sys.stderr`` with an ``OutputStream`` each.
+    """Context manager that wraps ``sys.stdout`` and ``sys.stderr`` in ``OutputStream`` objects.
 
     After an unexpected exception, the streams are not restored, so that control characters in the traceback are also
     escaped.
@@ -187,7 +188,7 @@ def output_streams() -> Iterator[None]:
 
 @contextmanager
 def training_output() -> Iterator[None]:
-    """Context manager for training, in which standard output is not escaped and failed writes to it are ignored.
+    """Context manager for training that disables escaping of standard output and ignores failed writes to it.
 
     Callbacks may print to standard output, and progress bars of libraries move the cursor and print colors. ``fit``
     itself prints only to standard error.
@@ -214,14 +215,14 @@ def write_exact(text: str) -> None:
 
 
 def write_generated(text: str) -> None:
-    """Write generated text to standard output: escaped on a terminal, and exact in a file or a pipe."""
+    """Write generated text to standard output; control characters are escaped only if it is a terminal."""
     write_exact(escape_terminal(text) if sys.stdout.isatty() else text)
 
 
 def _reserve_standard_descriptors() -> None:
-    """Open the null device on each closed standard descriptor, so that no file of the run is opened on it.
+    """Open the null device on each closed standard descriptor, so that no file opened later reuses it.
 
-    Otherwise, the output of a library or a child process would be written into that file.
+    Otherwise, the output of a library or a child process could be written to that file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)

@@ -1,4 +1,4 @@
-"""Trust in custom code: the classes and functions that files are allowed to import.
+"""Restrict which custom classes and functions files may import.
 
 A checkpoint, an adapter, a reward model or the config of a run can refer to a class, such as a custom attention class,
 and importing a class runs the code of its module. Because files may come from other people, only the user decides what
@@ -32,7 +32,7 @@ Trusted = str | Collection[str] | None
 
 
 class UntrustedCodeError(UserError):
-    """Error raised if a file refers to code that the user does not trust; ``name`` is the import path of the code."""
+    """Raised if a file refers to code that the user does not trust; ``name`` is the import path of the code."""
 
     def __init__(self, file: str, name: str) -> None:
         super().__init__(f"{file} would run the custom code {name}; if you trust this code, pass --trust {name}")
@@ -43,7 +43,7 @@ def require_trusted(name: object, trusted: Trusted, file: object) -> None:
     """Check that the user allows a file to import a class or function.
 
     Args:
-        name: Import path that the file contains; None if it contains no import path.
+        name: Import path that the file contains, or None if it contains none.
         trusted: Import paths that the user allows.
         file: Path of the file, for the error message.
 
@@ -56,7 +56,7 @@ def require_trusted(name: object, trusted: Trusted, file: object) -> None:
 
 
 def import_object(path: str) -> Any:
-    """Import a class or function by its import path, which runs the code of its module.
+    """Import a class or function by its import path; this runs the code of its module.
 
     Raises:
         ImportError, AttributeError, ValueError: The path cannot be imported.
@@ -66,7 +66,7 @@ def import_object(path: str) -> Any:
 
 
 def find_import_paths(text: str) -> set[str]:
-    """Return all parts of a text that have the form of an import path, such as ``my_file.MyAttention``."""
+    """Return all substrings of a text that have the form of an import path, such as ``my_file.MyAttention``."""
     return set(IMPORT_PATH.findall(text))
 
 
@@ -76,8 +76,8 @@ def record_written_config(text: str, restricted: bool = False) -> None:
     Only configs that are restricted or refer to code outside ``OWN_PACKAGES`` are recorded.
 
     Args:
-        text: Content of the config.
-        restricted: Whether the config has settings that other users' configs may not have.
+        text: Text of the config file.
+        restricted: Whether the config has settings that require ``--trust`` in configs written by other users.
     """
     if not restricted and all(path.partition(".")[0] in OWN_PACKAGES for path in find_import_paths(text)):
         return

@@ -132,7 +132,7 @@ def test_replacements_are_described_in_few_characters(make: Any) -> None:
         ('{"a":' * DEPTH, "nested more than"),
         (json.dumps(nested(MAX_DEPTH + 1)), "nested more than"),
         (json.dumps(nested(MAX_DEPTH + 1, in_objects=True)), "nested more than"),
-        ('{"a": 1, "a": 2}', "same key twice"),
+        ('{"a": 1, "a": 2}', "duplicate key"),
         ("9" * 10_000, "digit"),
         (b"\xff\xfe\x00", "decode"),
         ("", "Expecting value"),

@@ -34,7 +34,7 @@ class RunDirCallback(Callback):
 
     Attributes:
         folder: The run directory, available on every rank after ``setup``. The ``fit`` command sets it on rank 0; if it
-            is not set, the logger's directory is used. None if there is no logger, or in a ``fast_dev_run``, which
+            is not set, the logger's directory is used. It is None without a logger, or in a ``fast_dev_run``, which
             writes no files.
     """
 
@@ -119,12 +119,12 @@ class PeriodicCallback(Callback):
 
 
 class HostReducer:
-    """All-reduce of integers across all ranks on the host (with Gloo), which does not synchronize the accelerator.
+    """All-reduces integers across all ranks on the host (with Gloo), without synchronizing the accelerator.
 
     An instance must be created on all ranks at the same point, after the process group has been initialized.
 
     Args:
-        timeout: Time to wait for the other ranks.
+        timeout: Maximum time to wait for the other ranks.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -182,9 +182,9 @@ class CheckpointingState(TypedDict):
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     """Callback that saves ``last.ckpt`` for resuming, and the models with the lowest validation loss.
 
-    ``last.ckpt`` is saved between two optimizer steps, once the earlier step has been logged. It is never saved
+    ``last.ckpt`` is saved between two optimizer steps, after the preceding step has been logged. It is never saved
     between the micro-batches of a step, because the accumulated gradients would be lost. It is also saved before and
-    after each validation run. If a run is resumed from a checkpoint saved before a validation run, it starts with that
+    after each validation run. A run that is resumed from a checkpoint saved before a validation run starts with that
     validation run.
 
     Args:
@@ -219,7 +219,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """Validation loss of each checkpoint that is kept as one of the best, keyed by file name, lowest loss first."""
+        """Validation losses of the best checkpoints, keyed by file name, lowest loss first."""
         self.untested = False
         """Whether the resumed run has finished training and only its test run is still due; set when resuming."""
         self._has_test_data = False
@@ -230,7 +230,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise the step and epoch limits by one if they have been reached, but a validation or test run is still due.
+        """Raise the step and epoch limits by one if they have been reached but a validation or test run is still due.
 
         Otherwise, the trainer would return without starting that validation or test run.
         """
@@ -392,16 +392,12 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         return self.folder.checkpoints / next(iter(self.best)) if self.folder and self.best else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record of the best models, and three booleans.
-
-        The booleans state whether a validation run is still due, whether test data exists, and whether a callback ended
-        the run.
-        """
+        """Return the best checkpoints, and whether validation is due, test data exists or a callback ended the run."""
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the record of the best models, and whether a validation run is still due."""
+        """Restore the best checkpoints, and whether a validation run is due."""
         state = validate_callback_state(state_dict, CheckpointingState, self.state_key)
         # Files that are no longer among the best are deleted, so they must be in the checkpoints folder.
         self.best = {name: loss for name, loss in state["best"].items() if re.fullmatch(r"step=\d+\.ckpt", name)}
@@ -414,13 +410,13 @@ class StopBetweenSteps(BetweenSteps, ABC):
     All ranks stop after the same optimizer step.
 
     Args:
-        checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
+        checkpoints: The callback that saves ``last.ckpt``, or None if the run saves no checkpoints.
     """
 
     def __init__(self, checkpoints: Checkpointing | None) -> None:
         self.checkpoints = checkpoints
         self.signum = 0
-        """Number of the received signal; 0 if no signal has been received."""
+        """Number of the received signal, or 0 if none has been received."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Create the reducer with which all ranks agree to stop; must be called on every rank."""

@@ -31,14 +31,14 @@ def default_callbacks(
     Callbacks that do not apply to the task do nothing.
 
     Args:
-        run_files: Callbacks that write the run's flags and provenance to its directory.
+        run_files: Callbacks that write the run's flags and provenance to the run directory.
         inspection: Callback that logs activation statistics. ``GradientStats``, ``LossBreakdown`` and ``Samples`` use
             its settings as well.
         signals: Callback that stops the run when a signal is received.
-        checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
+        checkpointing: Callback that saves checkpoints, or None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
         guard: Mode of ``SpikeGuard``, which handles steps with spikes or non-finite values.
-        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not a custom ``Timer``.
     """
     measuring = [
         SpikeGuard(guard, checkpointing.every_n_steps if checkpointing else None),

@@ -1,4 +1,4 @@
-"""Live diagnostics: evaluate the diagnostic rules on the metrics of a run, and report the problems that they find."""
+"""Live diagnostics: evaluate the diagnostic rules on a run's metrics, and report the problems that they find."""
 
 import json
 import logging

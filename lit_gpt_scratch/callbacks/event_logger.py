@@ -1,4 +1,4 @@
-"""Diagnostic output whose write errors do not end a run: TensorBoard events, plots and reports."""
+"""Write TensorBoard events, plots and reports; write errors are logged and do not stop the run."""
 
 import io
 import logging
@@ -26,7 +26,7 @@ from lit_gpt_scratch.checkpoint.run_folder import EVENTS_PREFIX
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS: Final = 120
-"""Time in seconds since the last write to disk after which a new event causes all pending events to be written."""
+"""A new event flushes all pending events to disk if the last write was at least this many seconds ago."""
 
 _numbers = count()
 _reported: set[str] = set()
@@ -35,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def tolerate_write_errors(name: str) -> Iterator[None]:
-    """Context manager that logs an ``OSError``, or an exception that states one as its cause, once per output.
+    """Context manager that suppresses an ``OSError``, or an exception raised from one, and logs it once per output.
 
     Args:
         name: Name of the output, for the warning.
@@ -50,7 +50,7 @@ def tolerate_write_errors(name: str) -> Iterator[None]:
 
 
 def tolerate_logger_errors(logger: Logger) -> None:
-    """Make the methods of a logger log the first ``OSError`` and ignore further errors, instead of raising them."""
+    """Wrap a logger's methods to suppress every ``OSError``; only the first one is logged."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, partial(_call_tolerantly, logger, name))  # not a closure, because loggers are pickled
 
@@ -73,7 +73,7 @@ class EventFile:
     can be read once the disk has free space again. Events are encoded and written in a background thread.
 
     Args:
-        folder: Folder of the file; created if missing.
+        folder: Folder of the file, created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,14 +129,14 @@ class EventFile:
 
 
 class EventFileWriter(FileWriter):
-    """PyTorch's ``FileWriter``, changed to write to an ``EventFile``."""
+    """``FileWriter`` that writes to an ``EventFile``."""
 
     def __init__(self, folder: str) -> None:
         self.event_writer = EventFile(Path(folder))
 
 
 class EventSummaryWriter(SummaryWriter):
-    """PyTorch's ``SummaryWriter``, changed to write to an ``EventFile``."""
+    """``SummaryWriter`` that writes to an ``EventFile``."""
 
     file_writer: Any
     all_writers: Any
@@ -156,7 +156,7 @@ class EventSummaryWriter(SummaryWriter):
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard logger of a run; write errors do not end the run.
+    """TensorBoard logger whose write errors do not stop the run.
 
     Args:
         folder: The run folder, ``<runs>/<experiment>/version_N``.

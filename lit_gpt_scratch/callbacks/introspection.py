@@ -43,7 +43,7 @@ EMBEDDING_MODULES: Final = ("embedding", "bigrams", "smear", "position", "value_
 
 
 class GradientStats(PeriodicCallback):
-    """Callback that logs the gradient norm of each part and layer of the network, and the update ratio of each part.
+    """Callback that logs the gradient norm per network part and layer, and the update ratio per part.
 
     The update ratio is the norm of a step's weight update divided by the norm of the weights. With a suitable learning
     rate, it is about 0.001. If the ratio of a part is far above or below that of the other parts, its learning rate,
@@ -126,9 +126,9 @@ class LayerStats(NamedTuple):
     """Statistics of one transformer block.
 
     Attributes:
-        attention: Attention statistics per head; None if a custom attention class does not record its weights.
+        attention: Attention statistics per head, or None if a custom attention class does not record its weights.
         max_activations: (ffn_dim,) float32, maximum magnitude of each feed-forward unit.
-        stream_rms: Root mean square of the residual stream after the block, a float32 scalar.
+        stream_rms: () float32, root mean square of the residual stream after the block.
         attention_map: (n_head, t, t), attention weights between the first t tokens; captured only for plots.
         stream: (B, T, n_embd), residual stream after the block; captured only for plots.
         hidden: (B, T, ffn_dim), activations of the feed-forward units; captured only for plots.
@@ -148,7 +148,7 @@ class ActivationStats(PeriodicCallback):
     Statistics are computed with the training weights and logged every ``every_n_steps`` optimizer steps; the metric
     names are listed in ``metric_logging.py``. Plots, tables and histograms are computed with the validated weights,
     which may be a moving average, and logged after each validation run. The network runs uncompiled and in evaluation
-    mode, draws no random numbers, and is left unchanged. It runs on all ranks, so that every strategy is supported;
+    mode, consumes no random numbers, and is left unchanged. It runs on all ranks, so that every strategy is supported;
     only rank 0 draws the plots.
 
     Args:
@@ -250,7 +250,7 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
 
     Args:
         captured: Activations of (B, T) tokens.
-        lengths: (B,), number of tokens per row; None if there is no padding.
+        lengths: (B,), number of tokens per row, or None if there is no padding.
     """
     found: dict[str, Tensor] = {}
     if captured.output.ndim == 3:  # a head that outputs one number per token has no logits
@@ -294,10 +294,10 @@ class ActivationPlots:
     """Plots of a network's activations, logged to TensorBoard.
 
     Args:
-        data: The data module, for which ``setup`` has been called.
+        data: Data module, after ``setup``.
         ids: Ids of the first inspected tokens, which label the rows and columns of the attention maps.
-        targets: Label of each token in ``ids``: the id of the next token, or ``IGNORE_INDEX``. Empty if the network
-            does not predict tokens.
+        targets: Labels of the tokens in ``ids`` (the next token's id or ``IGNORE_INDEX``), or an empty list if the
+            network does not predict tokens.
     """
 
     def __init__(self, data: BaseDataModule, ids: list[int], targets: list[int]) -> None:
@@ -348,7 +348,7 @@ class ActivationPlots:
     def _logit_lens(self, net: GPT, captured: CapturedActivations[LayerStats]) -> str | None:
         """Format a Markdown table of the head's predictions from the residual stream after each layer.
 
-        Correct predictions are marked. Returns None if the head outputs one number per token and therefore no logits.
+        Correct predictions are marked. Returns None if the head has no logits, because it outputs one number per token.
         """
         if isinstance(net.output_head, ScalarHead):
             return None
@@ -369,15 +369,15 @@ class ActivationPlots:
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
         table = format_markdown_table(rows, "<" * len(rows[0]))
         return (
-            "Most probable output after each token (column) if the network ended after the layer of the row; "
-            f"✓ if correct.\n\n{table}"
+            "Most probable output after each token (column) if the network ended after the layer in the row; "
+            f"✓ marks correct predictions.\n\n{table}"
         )
 
     def _target_name(self, id_: int) -> str:
         return "" if id_ == IGNORE_INDEX else markdown_code(printable_token(self.data.tokenizer, id_))
 
     def _output_name(self, net: GPT, number: int) -> str:
-        """Return the name of an output of the head: a token or a class."""
+        """Return the name of a head output: a token or a class."""
         if isinstance(net.output_head, ClassificationHead):
             return net.output_head.class_names[number] if net.output_head.class_names else str(number)
         return printable_token(self.data.tokenizer, number)
@@ -407,7 +407,7 @@ def printable_token(tokenizer: Tokenizer, id_: int) -> str:
 
 
 def add_histogram(board: SummaryWriter, name: str, tensors: Sequence[Tensor], step: int) -> None:
-    """Log a histogram of all finite values with equal-width bins; much faster than ``SummaryWriter.add_histogram``.
+    """Log an equal-width histogram of all finite values; this is faster than ``SummaryWriter.add_histogram``.
 
     Large tensors are subsampled at regular intervals to about ``MAX_HISTOGRAM_VALUES`` values.
     """

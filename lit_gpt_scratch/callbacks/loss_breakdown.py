@@ -1,4 +1,4 @@
-"""Breakdown of the validation loss by position, token frequency and passage, and a plot of the confusion matrix."""
+"""Break down the validation loss by position, token frequency and passage, and plot the confusion matrix."""
 
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from lit_gpt_scratch.text.markdown import markdown_code_block
 PASSAGE_LENGTH: Final = 32
 """Number of labels per passage."""
 N_PASSAGES: Final = 8
-"""Maximum number of passages shown: those with the highest loss."""
+"""Maximum number of highest-loss passages to show."""
 MAX_COUNTED_WINDOWS: Final = 2048
 """Maximum number of training windows in which token frequencies are counted."""
 
@@ -32,11 +32,11 @@ class LossBreakdown(Callback):
     - Loss by token frequency in the training data, as metrics for frequency ranks 1 to 10, 11 to 100, and so on.
     - The passages of ``PASSAGE_LENGTH`` labels with the highest loss, as text.
 
-    All of them are computed from the losses of the individual tokens in a validation run, across all ranks. The metric
+    All of them are computed from the per-token losses of a validation run, across all ranks. The metric
     names are listed in ``metric_logging.py``.
 
     Args:
-        enabled: Whether the callback is enabled.
+        enabled: Whether to break down the loss; if False, the callback does nothing.
         pictures: Whether to plot the loss by position and log the hardest passages, in addition to the metrics.
     """
 

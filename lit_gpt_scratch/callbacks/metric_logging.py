@@ -1,4 +1,4 @@
-"""Logging of metrics, images and text from callbacks, and a list of the metric names.
+"""Log metrics, images and text from callbacks. The metric names are listed below.
 
 Consumers of metrics, such as the diagnostics or custom callbacks, read them by name: during a run from
 ``trainer.logged_metrics``, which holds the same values on every rank and includes the metrics that Lightning itself
@@ -76,7 +76,7 @@ class MetricTap(Logger):
 
     Args:
         engine: Rule engine that receives the metrics.
-        on_metrics: Function that is called after each ``log_metrics``.
+        on_metrics: Function called after each ``log_metrics`` call.
     """
 
     def __init__(self, engine: RuleEngine, on_metrics: Callable[[], None] = lambda: None) -> None:

@@ -1,4 +1,4 @@
-"""Commands to suggest at the end of a run: use the model, train it longer, and show its curves."""
+"""Suggest commands at the end of a run to use the model, train it longer, or show its curves."""
 
 import shlex
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def next_commands(trainer: L.Trainer, folder: RunFolder, diverged: bool, max_tim
         trainer: Trainer of the finished run.
         folder: Run directory.
         diverged: Whether the loss is not finite, or the spike guard has stopped the run.
-        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not a custom ``Timer``.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     path, task = _quote(folder.path), trainer.lightning_module
@@ -51,7 +51,7 @@ def _use_model(trainer: L.Trainer, path: str) -> str:
 
 
 def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str]:
-    """Return flags with which a finished run can continue; each limit that it reached is doubled.
+    """Return the flags that continue a finished run, with each limit that the run reached doubled.
 
     If a callback stopped the run, the only flag is ``--force``. The list is empty if the run reached a time limit that
     is not set by a flag.
@@ -70,7 +70,7 @@ def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str
 
 
 def _time_limit(trainer: L.Trainer) -> float:
-    """Return the time limit of all sessions in seconds."""
+    """Return the time limit across all sessions in seconds."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     timers = (callback for callback in callbacks if isinstance(callback, Timer))
     return max(timer.time_elapsed() + (timer.time_remaining() or 0.0) for timer in timers)

@@ -24,7 +24,7 @@ COLOR_BAR_TICKS: Final = (0.0, 0.05, 0.25, 0.5, 1.0)
 
 
 def blend(share: float) -> tuple[int, int, int]:
-    """Return the color of a value between 0 (white) and 1 (blue); values outside are clipped, and NaN is gray."""
+    """Return the color of a value between 0 (white) and 1 (blue); other values are clipped, and NaN is gray."""
     if share != share:
         return GREY
     share = min(max(share, 0.0), 1.0)
@@ -130,7 +130,7 @@ def _color_square(weights: NDArray[Any], side: int) -> Image.Image:
 
 
 def line_plot(values: NDArray[Any], title: str, x_axis: str, width: int = 640, height: int = 320) -> Pixels:
-    """Draw a line plot of values over their indices, with gaps at non-finite values.
+    """Draw a line plot of values against their indices, with gaps at non-finite values.
 
     Args:
         values: (n,) values to plot.

@@ -1,4 +1,4 @@
-"""Progress bar, and formatting of numbers for the terminal."""
+"""Progress bar and number formatting for the terminal."""
 
 import logging
 import sys
@@ -36,7 +36,7 @@ class RunProgressBar(ProgressBar):
         self._enabled = True
         self._started = 0.0
         self._loss_step: int | None = None
-        """Step of the last logged training loss; None if the task logs it at every step."""
+        """Step of the last logged training loss, or None if the task logs it at every step."""
 
     def disable(self) -> None:
         """Disable all output; Lightning calls this on ranks other than 0."""

@@ -46,14 +46,14 @@ class RunPlan(RunDirCallback):
         only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
             checkpoints or run validation.
         limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
-            of batches; None uses the value of the trainer.
+            of batches, or None to use the trainer's value.
     """
 
     def __init__(self, only: bool = False, limit_val_batches: float | None = None) -> None:
         self.only = only
         self.limit_val_batches = limit_val_batches
         self.lines: list[tuple[str, str]] = []
-        """Name and text of each printed line; empty on ranks other than 0."""
+        """Printed lines as (name, text) pairs; an empty list on ranks other than 0."""
         self._throughput: Throughput | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -189,7 +189,7 @@ class RunPlan(RunDirCallback):
 
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
-    """Yield a description of each parameter group of the optimizer and of the moving average, if there is one."""
+    """Yield a description of each optimizer parameter group and, if there is one, of the moving average."""
     for group in task.configured_groups:  # groups of a custom optimizer may have neither a rule nor a name
         rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
@@ -261,7 +261,7 @@ def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
 
 
 def distinct_train_tokens(trainer: L.Trainer, data: BaseDataModule) -> int:
-    """Return the number of distinct token positions available for training, regardless of the length of the run."""
+    """Return the number of distinct token positions available for training, regardless of the run length."""
     overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]  # the trainer sets it late
     if overfit_batches:  # every epoch has the same batches
         return int(trainer.num_training_batches) * data.tokens_per_batch

@@ -31,7 +31,7 @@ class Samples(Callback):
             beginnings of validation documents; for chat data, the prompts of validation conversations.
         tokens: Maximum number of tokens per sample. If the data module has the attribute ``reply_tokens``, that value
             is used instead.
-        greedy_tokens: Maximum number of tokens per greedy continuation; capped at the maximum per sample.
+        greedy_tokens: Maximum number of tokens per greedy continuation, capped at the sample length.
         sampling: Sampling parameters, such as the temperature.
     """
 
@@ -47,7 +47,7 @@ class Samples(Callback):
         self.greedy_tokens = greedy_tokens
         self.sampling = sampling
         self.latest = ""
-        """Most recent sample for the first prompt; empty before the first validation."""
+        """Most recent sample for the first prompt, or an empty string before the first validation run."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate and log samples with fixed seeds, so that samples from different steps are comparable."""
@@ -99,7 +99,7 @@ class RewardEval(Callback):
     """Callback that generates replies to held-out prompts and logs the fraction of correct replies.
 
     At the end of each validation or test run, it logs ``true_reward``, the fraction of replies that pass the data
-    module's ``reply_check``, and ``reply_tokens``, the mean length of a reply in tokens. A reply that reaches the token
+    module's ``reply_check``, and ``reply_tokens``, the mean reply length in tokens. A reply that reaches the token
     limit without an end-of-text token counts as incorrect. Replies are sampled from the model's unmodified
     distribution, always with the same seeds, so that the metrics change only if the model does.
 
@@ -113,7 +113,7 @@ class RewardEval(Callback):
         self.prompts = prompts
         self.sampling = Sampling(temperature=1.0, top_k=None)
         self.start: float | None = None
-        """True reward of the initial model on the test prompts; without a test split, on the validation prompts."""
+        """True reward of the initial model on the test prompts, or on the validation prompts without a test split."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the true reward of the initial model, unless an earlier session has already measured it."""

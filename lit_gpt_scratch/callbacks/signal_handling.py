@@ -1,4 +1,4 @@
-"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
+"""Save a checkpoint and exit cleanly on SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
 
 import logging
 import signal
@@ -22,9 +22,9 @@ _received: list[int] = []
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal.
+    """Context manager that raises ``SystemExit(128 + signal number)`` on a termination signal.
 
-    The exception lets cleanup code run, whereas the default action of most stop signals ends the process immediately.
+    The exception lets cleanup code run; by default, most termination signals terminate the process immediately.
     """
     before = {}
     _received.clear()
@@ -43,14 +43,14 @@ def _exit(signum: int, frame: FrameType | None = None) -> None:
 
 
 class SignalHandling(StopBetweenSteps):
-    """Callback that, on a signal, finishes the optimizer step, saves ``last.ckpt``, prints how to resume, and exits.
+    """Callback that handles signals: finish the optimizer step, save ``last.ckpt``, print how to resume, and exit.
 
     The exit code is 128 + signal number. A signal to one rank stops all ranks after the same step. Further signals are
     ignored. A run with a single process exits immediately if this session has not finished a step yet, because there is
     no progress to save.
 
     Args:
-        checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
+        checkpoints: The callback that saves ``last.ckpt``, or None if the run saves no checkpoints.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -80,7 +80,7 @@ class SignalHandling(StopBetweenSteps):
             _exit(signum)
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process with code 128 + signal number or, if this code would make Lightning kill rank 0, with 0."""
+        """Exit with code 128 + signal number, or with 0 if any other code would make Lightning kill rank 0."""
         exit_rank(trainer, 128 + self.signum)
 
     def stop(self, trainer: L.Trainer) -> NoReturn:
@@ -95,7 +95,7 @@ class SignalHandling(StopBetweenSteps):
 
 
 def exit_rank(trainer: L.Trainer, code: int) -> NoReturn:
-    """Exit this process with a code; exit with 0 instead if any other code would make Lightning kill rank 0."""
+    """Exit this process with the given code, or with 0 if any other code would make Lightning kill rank 0."""
     if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
         raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
     raise SystemExit(code)

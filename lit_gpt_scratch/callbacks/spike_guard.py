@@ -1,4 +1,4 @@
-"""Spike guard: report or skip steps with loss or gradient spikes or non-finite values, and rewind if they persist."""
+"""Report or skip steps with loss or gradient spikes or non-finite values, and rewind the run if they persist."""
 
 import logging
 import math
@@ -58,7 +58,7 @@ class SpikeGuard(RunDirCallback):
     guard then rewinds the run: it restores the weights and optimizer states of the last good checkpoint, and training
     continues with the next batch. If rewinding does not help either, a new loss level is accepted if it is finite;
     otherwise, the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive skipped steps, and ``fit`` exits with
-    ``GAVE_UP_EXIT_CODE``. In this mode, all ranks make the same decision.
+    ``GAVE_UP_EXIT_CODE``. In ``act`` mode, all ranks make the same decision.
 
     A good checkpoint is one saved after a normal step. In ``act`` mode, good checkpoints are saved as ``good-N.ckpt``
     next to ``last.ckpt``, every ``every_n_steps`` steps and before each validation run. They are not saved at time
@@ -85,7 +85,7 @@ class SpikeGuard(RunDirCallback):
         self.n_skipped = 0
         """Number of skipped steps in the whole run."""
         self.good: int | None = None
-        """Step of the last good checkpoint; None if no good checkpoint exists."""
+        """Step of the last good checkpoint, or None if there is none."""
         self._rewinds = 0
         self._rewind_due = False
         self._outdated: Path | None = None
@@ -98,7 +98,7 @@ class SpikeGuard(RunDirCallback):
         return self.mode == "act" and self.detector.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Register this callback as the step filter of the task, which decides whether the optimizer applies a step."""
+        """Register this callback as the task's step filter, which decides whether the optimizer applies a step."""
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
@@ -190,7 +190,7 @@ class SpikeGuard(RunDirCallback):
     def _report(self, kind: str, step: int, what: str) -> None:
         """Log a report about an outlier; must be called on every rank.
 
-        The source of the outlier can be located only if the values are read at every step.
+        The source of the outlier can be located only if the loss and gradient norm are read at every step.
         """
         lines = [what]
         if self._reads_at_once:
@@ -279,7 +279,7 @@ def guard_gave_up(trainer: L.Trainer) -> bool:
 EXCERPT_LENGTH = 160
 """Maximum number of characters of text quoted from a window in a report."""
 N_HARDEST_ROWS = 3
-"""Maximum number of windows reported per step: those with the highest loss."""
+"""Maximum number of highest-loss windows reported per step."""
 
 
 def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:
@@ -337,7 +337,7 @@ def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: 
         batches: Micro-batches of this rank, keyed by their index in the epoch.
 
     Returns:
-        A Markdown list; an empty string if the batches cannot be split into rows of the data module.
+        A Markdown list, or an empty string if the batches cannot be split into rows of the data module.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     has_rows = all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches.values())

@@ -55,17 +55,17 @@ class BaselineMetrics(Callback):
 
     Args:
         limit_val_batches: Value of ``trainer.limit_val_batches`` in the planned run, a number (int) or fraction (float)
-            of batches; None uses the value of the trainer.
+            of batches, or None to use the trainer's value.
     """
 
     def __init__(self, limit_val_batches: float | None = None) -> None:
         self.limit_val_batches = limit_val_batches
         self.figures: dict[str, float] = {}
-        """Baselines keyed by name, computed at the start of training; empty on ranks other than 0."""
+        """Baselines keyed by name, computed at the start of training; an empty dict on ranks other than 0."""
         self.metric = ""
         """Name of the validation metric with which the baselines are compared."""
         self.what = ""
-        """Description of the metric in words."""
+        """Human-readable description of the metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the baselines, which takes 0.5 s for 0.5 MB of text."""
@@ -103,7 +103,7 @@ def count_validated_rows(trainer: L.Trainer, data: BaseDataModule, limit: float 
     Args:
         trainer: Trainer of the run.
         data: Data module of the run.
-        limit: Maximum number (int) or fraction (float) of validation batches; None uses the limit of the trainer.
+        limit: Maximum number (int) or fraction (float) of validation batches, or None for the trainer's limit.
     """
     limit = trainer.limit_val_batches if limit is None else limit
     rows, rows_per_batch = len(data.validation_dataset), data.batch_size * data.shard["num_replicas"]
@@ -112,11 +112,11 @@ def count_validated_rows(trainer: L.Trainer, data: BaseDataModule, limit: float 
 
 
 def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
-    """Return the bits per byte of each baseline; empty if the data is not continuous text.
+    """Return the bits per byte of each baseline, or an empty dict if the data is not contiguous text.
 
     Args:
         data: Data module of the run.
-        rows: Number of validation rows to measure on; None for all.
+        rows: Number of validation rows to evaluate, or None for all.
     """
     train, validation = data.sample_train_tokens(MAX_TRAINING_TOKENS), data.validation_text(rows)
     if train is None or validation is None:
@@ -133,11 +133,11 @@ def _text_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
 
 
 def _class_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]:
-    """Return the accuracy of each baseline; empty if the data has no classes.
+    """Return the accuracy of each baseline, or an empty dict if the data has no classes.
 
     Args:
         data: Data module of the run.
-        rows: Number of validation rows to measure on; None for all.
+        rows: Number of validation rows to evaluate, or None for all.
     """
     train, validation = data.labelled_texts("train"), data.labelled_texts("validation", rows)
     if train is None or validation is None:
@@ -153,7 +153,7 @@ class RunMetadata(RunDirCallback):
     The code, versions, hardware, seed and data hash are also saved in each checkpoint.
 
     Args:
-        changed: Old and new value of each setting that was changed when the run was resumed, keyed by name.
+        changed: Flags and environment changes since the run started, as (old, new) pairs keyed by name.
     """
 
     state_key = "Provenance"  # key in checkpoints; unchanged since 0.1
@@ -181,7 +181,7 @@ class RunMetadata(RunDirCallback):
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
             raise UserError(
-                f"{data.origin} differs between this machine and that of rank 0; copy it from the machine of rank 0"
+                f"{data.origin} differs between this machine and the machine of rank 0; copy it from there"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -252,7 +252,7 @@ class RunSummary(RunDirCallback):
     end of training.
 
     Args:
-        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not by a custom timer.
+        max_time_is_a_flag: Whether the time limit of the run is set by ``--trainer.max_time``, not a custom ``Timer``.
     """
 
     state_key = "Summary"  # key in checkpoints; unchanged since 0.1
@@ -312,7 +312,7 @@ class RunSummary(RunDirCallback):
         path = self.folder.path / "summary.json"
         try:
             before = read_json(path, dict[str, Any])
-        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is damaged
+        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is corrupted
             before = {}
         self._write({**before, **measured}, self.folder)
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))

@@ -72,9 +72,9 @@ class Throughput(Callback):
         self.timed_tokens = 0
         self.tokens_per_second = 0.0
         self.peaks: dict[str, float] = {}
-        """Total peak FLOP/s of all devices: ``nominal`` (if known) and ``measured``."""
+        """Total peak FLOP/s of all devices, keyed by kind: ``nominal`` (if known) and ``measured``."""
         self.on_first_steps: Callable[[], None] | None = None
-        """Function that is called once, after the first steps have been timed; must be set at the start of training."""
+        """Function called once, after the first steps have been timed; must be set at the start of training."""
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
@@ -159,7 +159,7 @@ class Throughput(Callback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median duration of the first few steps in seconds, excluding the first; None until two steps have ended."""
+        """Median duration of the first few steps in seconds, excluding the first, or None before two steps end."""
         return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,7 +179,7 @@ class Throughput(Callback):
         return self.timed_tokens / self.seconds if self.seconds else None
 
     def utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Return the model FLOPs utilization at the given speed, once for each peak FLOP/s in ``peaks``."""
+        """Return the model FLOPs utilization at the given speed relative to each peak FLOP/s in ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property
@@ -205,7 +205,7 @@ class Throughput(Callback):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the steps since the throughput was last logged to the totals, and restore the user's profiler."""
+        """Add the steps that have not been logged yet to the totals, and restore the user's profiler."""
         trainer.profiler = self._loader_timer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
         self._close_window(self._timer.finish())
         self._memory = self._peak_gigabytes(pl_module.device)
@@ -232,7 +232,7 @@ class Throughput(Callback):
 
 
 def time_shares(seconds: dict[str, float]) -> dict[str, float]:
-    """Return the fraction of the total time that each phase takes; empty if the total is 0."""
+    """Return the fraction of the total time that each phase takes, or an empty dict if the total is 0."""
     total = sum(seconds.values())
     return {phase: part / total for phase, part in seconds.items()} if total else {}
 

@@ -1,4 +1,4 @@
-"""Chat in the terminal, with the chat template of the model."""
+"""Chat in the terminal, using the model's chat template."""
 
 import io
 import logging
@@ -38,8 +38,8 @@ def chat_session(
 ) -> Iterator[str]:
     """Reply to each line, using the conversation so far as context.
 
-    If the conversation leaves no room in the context for a reply of ``max_new_tokens`` tokens, or of a quarter of the
-    context if that is less, the oldest messages and their replies are dropped. A message that does not fit into the
+    For each reply, ``max_new_tokens`` tokens are reserved, but at most a quarter of the context. If the conversation
+    does not fit into the rest, the oldest messages and their replies are dropped. A message that does not fit into the
     context on its own gets no reply. Both cases are logged.
 
     Args:

@@ -1,4 +1,4 @@
-"""Resolve defaults that depend on a preset, a pretrained model, a class or the machine before the config is saved."""
+"""Resolve the defaults that depend on a preset, a pretrained model, a class or the machine."""
 
 import inspect
 from collections.abc import Mapping
@@ -68,8 +68,8 @@ def apply_init_from(
 
     Args:
         parser: Parser whose defaults are changed.
-        place: Value of ``model.init_from``, the path of the pretrained model; None if there is none.
-        task: Class name or import path of the task; None for the default task.
+        place: Value of ``model.init_from``, the path of the pretrained model, or None if there is none.
+        task: Class name or import path of the task, or None for the default task.
         preset: Value of ``--preset``.
         trusted: Import paths of the code that the pretrained model may import.
 
@@ -98,22 +98,22 @@ def apply_init_from(
 
 
 def apply_task_defaults(parser: ArgumentParser, task: str | None) -> None:
-    """Set the parser's defaults of arguments that all tasks have to those of the task.
+    """Set the parser's defaults for the arguments common to all tasks to the defaults of the given task.
 
     Otherwise, the parser would keep the defaults of the default task.
 
     Args:
         parser: Parser whose defaults are changed.
-        task: Class name or import path of the task; None for the default task.
+        task: Class name or import path of the task, or None for the default task.
     """
     kind = import_class(task or "LanguageModel", "lit_gpt_scratch.tasks")
     _set_default_arguments(parser, "model", **getattr(kind, "argument_defaults", {}))
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change the default arguments of the class that ``model`` or ``data`` selects by default.
+    """Change the default arguments of the default ``model`` or ``data`` class.
 
-    If a flag selects a different class, the parser keeps those arguments that the different class also accepts.
+    If a flag selects another class, the parser keeps the arguments that this class also accepts.
     """
     before = parser.get_default(part)
     parser.set_defaults(
@@ -165,7 +165,7 @@ def _accepts_none(kind: type, argument: str) -> bool:
 
 
 def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
-    """Return the arguments of the data module, the optimizer and the schedule, each with the defaults of its class."""
+    """Return (arguments, class defaults) pairs for the data module, the optimizer and the schedule."""
     found = []
     data, optimizer, schedule = map(config.get, ("data", "model.init_args.optimizer", "model.init_args.schedule"))
     init_from = config.get("model.init_args.init_from")
@@ -186,7 +186,7 @@ def _task_class(config: Namespace) -> type[GPTModule]:
 
 
 def unset_defaults(config: Namespace) -> None:
-    """Set arguments that equal the default of their class to ``None``, as if they were missing from the config file."""
+    """Set arguments that equal their class default to ``None``, as if they were missing from the config file."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] == value:
@@ -236,7 +236,7 @@ def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
 
     Args:
         config: Parsed config of the run.
-        saved: Content of the run's ``config.yaml``, before parsing.
+        saved: The run's ``config.yaml`` as nested mappings, before parsing.
     """
     for name, key in (("optimizer", "class_path"), ("schedule", "decay")):
         part, arguments = saved, config.get(f"model.init_args.{name}")
@@ -252,7 +252,7 @@ def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
 
 
 def _replace_string_enums(value: Any) -> Any:
-    """Replace string enum members, which YAML cannot represent, by strings, e.g. the default of ``Timer.interval``."""
+    """Replace string enum members, which YAML cannot represent, with strings, e.g. that of ``Timer.interval``."""
     if isinstance(value, Namespace):
         return Namespace(**{name: _replace_string_enums(each) for name, each in vars(value).items()})  # type: ignore[no-untyped-call]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Config files: shipped experiments, files specified by the user, and the ``config.yaml`` of a run."""
+"""Find, parse and save config files: shipped experiments, user files, and the ``config.yaml`` of a run."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def _rank_numbers_first(member: Any) -> int:
 
 
 def _load_bounded_yaml(text: str) -> Any:
-    """Load a value as the parser does, after its size has been checked; applies to flags and to all files they name.
+    """Check the size of a YAML value, then load it as the parser does; used for flag values and files passed to flags.
 
     Raises:
         UserError: The value is too large or nested too deeply.
@@ -61,7 +61,7 @@ def _load_bounded_yaml(text: str) -> Any:
     try:
         require_bounded_yaml(text)
     except UserError as error:
-        raise UserError(f"the value of a flag, or of a file that a flag names, {error}") from error
+        raise UserError(f"a flag value, or a file passed to a flag, {error}") from error
     return _loaders_dumpers.yaml_load(text)  # type: ignore[no-untyped-call]
 
 
@@ -77,7 +77,7 @@ class FitParser(LightningArgumentParser):
         """Parse the command line.
 
         Raises:
-            UserError: The file passed to a flag does not contain valid settings of this flag. The parser's own error
+            UserError: A file passed to a flag does not contain valid settings for that flag. The parser's own error
                 message would quote the file.
         """
         try:
@@ -86,15 +86,15 @@ class FitParser(LightningArgumentParser):
             concerned = f"--{'.'.join(parser_keys(exception_chain(error)))}"
             for flag, value in _flags_with_files(sys.argv[1:] if args is None else args):
                 if flag == concerned or _is_undecodable(value, error):
-                    raise UserError(f"{flag} {value}: the file does not contain valid settings of {flag}") from error
+                    raise UserError(f"{flag} {value}: the file does not contain valid settings for {flag}") from error
             raise
         return config
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
-        """Parse the content of a config file.
+        """Parse the text of a config file.
 
-        The ``config.yaml`` of a run contains all default values. This method resets arguments that have the default of
-        their class to ``None``, so that a flag that selects another class also selects the defaults of that class.
+        The ``config.yaml`` of a run contains all default values. This method resets arguments that equal their
+        class default to ``None``, so that a flag that selects another class also selects the defaults of that class.
         Arguments that are not changed by a flag are resolved to the same defaults again.
         """
         _require_mapping(content, path)
@@ -143,7 +143,7 @@ def _flags_with_files(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_undecodable(path: str, error: Exception) -> bool:
-    """Return whether an error was raised because the content of this file cannot be decoded."""
+    """Return whether an error was raised because this file cannot be decoded."""
     if not isinstance(error, UnicodeDecodeError):
         return False
     with Path(path).open("rb") as file:
@@ -208,13 +208,13 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 WRITING_FLAGS: Final = ("callbacks", "logger", "profiler", "plugins")
-"""Flags of the Trainer whose classes may write files to any folder, according to their arguments."""
+"""Trainer flags for classes that may write files to any folder, depending on their arguments."""
 
 
 def find_writers(config: Namespace) -> Iterator[tuple[str, str]]:
-    """Yield each setting of the Trainer that may write files outside the run folder, and the name to trust.
+    """Yield a (flag, name) pair for each Trainer flag value that may write files outside the run folder.
 
-    The name is the import path of the class; for ``default_root_dir``, it is the name of the flag.
+    The name is the value to pass to ``--trust``: the import path of the class or, for ``default_root_dir``, the flag.
     """
     for flag in WRITING_FLAGS:
         value = config.get(f"trainer.{flag}")
@@ -256,7 +256,7 @@ def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str
     for flag, name in find_writers(config):
         if name not in trusted:
             raise UserError(
-                f"{path} sets {flag}, which may write files to any folder; if you trust it, pass --trust {name}"
+                f"{path} sets {flag}, which may write files to any folder; if you trust this file, pass --trust {name}"
             )
     require_trusted(config.get("model.init_args.gpt.attention"), trusted, path)
     reward = config.get("model.init_args.reward")

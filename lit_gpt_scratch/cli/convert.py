@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "matches the model: GPT-2, Llama, Mistral or Qwen3.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
-    to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be missing or empty")
+    to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be empty if it exists")
     to_adapter = formats.add_parser(
         "to-adapter",
         help="export the LoRA adapters of a run",

@@ -47,18 +47,20 @@ def main(args: Sequence[str] | None = None) -> None:
         "times, resume it, and compare its last checkpoint and curves bit for bit with those of an uninterrupted run. "
         "With --parity: run the same steps in every layout of processes and micro-batches, and compare losses and "
         "gradients.",
-        epilog=f"All other flags are flags of fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
+        epilog=f"All other flags are passed to fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
         f"with --resume, and {' '.join(PARITY_DEFAULTS)} with --parity.",
     )
     tests = parser.add_mutually_exclusive_group()
-    tests.add_argument("--resume", action="store_true", help="test that resuming is exact")
+    tests.add_argument(
+        "--resume", action="store_true", help="test that a resumed run is identical to an uninterrupted run"
+    )
     tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same results")
     if not {"--resume", "--parity"} & set(args):  # with these flags, a positional word is the value of a flag of fit
         parser.add_argument(
             "run", metavar="RUN", nargs="?", type=Path, help="run folder, or any folder with TensorBoard events"
         )
         parser.add_argument(
-            "--json", action="store_true", help="with RUN: print the diagnoses as JSON, in the format of doctor.json"
+            "--json", action="store_true", help="with RUN: print the diagnoses as JSON, formatted like doctor.json"
         )
     resume, parity = parser.add_argument_group("with --resume"), parser.add_argument_group("with --parity")
     resume.add_argument("--kills", type=int, default=6, help="number of times to kill the run")

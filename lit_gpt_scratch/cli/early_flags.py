@@ -1,4 +1,4 @@
-"""Flags that affect how other flags are parsed; they are read before the parser runs."""
+"""Scan the command line for flags that affect how other flags are parsed, before the parser runs."""
 
 import os
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ class EarlyFlags:
     flags, which override these defaults. Scanning for early flags first means that everything is parsed only once.
 
     Attributes:
-        flags: All flags, in which names of shipped experiments are replaced by file paths, and old class paths by new
-            class paths.
+        flags: All command-line arguments, in which names of shipped experiments are replaced with file paths, and old
+            class paths with current ones.
         help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
         print_config: Whether ``--print_config`` is given without options such as ``comments``.
-        lists: ``--config`` or ``--preset`` if the value of this flag is ``list``, otherwise None.
+        lists: The flag whose value is ``list`` (``--config`` or ``--preset``), or None if there is none.
     """
 
     flags: list[str]
@@ -87,7 +87,7 @@ class EarlyFlags:
     def trusted(self) -> frozenset[str]:
         """Import paths that the user specified in ``--trust``, in other flags or in their own configs.
 
-        Values that are paths of existing files or folders are skipped, because their names may come from somebody else.
+        Values that are paths of existing files or folders are skipped, because other people may have named them.
         """
         values = [flag.partition("=")[2] if flag.startswith("-") else flag for flag in self.flags]
         values += [str(value) for config in self._configs for value in flatten(config).values()]

@@ -27,7 +27,7 @@ TRUST: Final[dict[str, Any]] = {
     "metavar": "CLASS", "action": "append",
     "help": "import path of a custom class that the checkpoint or adapter may import; may be repeated",
 }  # fmt: skip
-"""Keyword arguments with which ``add_argument`` defines ``--trust``."""
+"""Keyword arguments of ``add_argument`` for ``--trust``."""
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
 """Dtypes that inference supports, keyed by Lightning's precision name."""
 MAX_ERROR_LENGTH = 2000
@@ -42,7 +42,7 @@ def run_command(name: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command; print a ``UserError`` as one line on standard error, and exit with code 2.
 
-    An error of the environment, such as a full disk, is reported in the same way.
+    An environment error, such as a full disk, is reported in the same way.
     """
     with output_streams():
         handler = logging.StreamHandler()  # to standard error
@@ -91,13 +91,13 @@ class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser for commands without a trainer, which raises ``UserError`` for invalid arguments."""
+    """Argument parser that raises ``UserError`` for invalid arguments; used by commands that need no trainer."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=DefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ``UserError`` instead of printing the usage before the message."""
+        """Raise ``UserError`` instead of printing the usage and exiting."""
         raise UserError(f"{message} (see --help)")
 
     def add_checkpoint_arguments(self) -> None:
@@ -112,7 +112,7 @@ class CommandParser(argparse.ArgumentParser):
         )
         self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="dtype of the weights")
         self.add_argument(
-            "--adapter", metavar="FILE", type=Path, help="LoRA adapters to apply, exported by convert to-adapter"
+            "--adapter", metavar="FILE", type=Path, help="LoRA adapter file to apply, exported by convert to-adapter"
         )
         self.add_argument("--trust", **TRUST)
 

@@ -1,4 +1,4 @@
-"""Console output: hide messages that users cannot act on, and report user errors as one line that names the flag."""
+"""Hide messages that users cannot act on, and report user errors as one line that names the flag."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 log = logging.getLogger(__name__)
 
 REQUESTED_OUTPUT: Final = frozenset({"callbacks", "profilers", "tuner"})
-"""Subpackages of Lightning whose log messages are requested by a flag, such as the report of a profiler."""
+"""Lightning subpackages whose log messages a flag requests, such as a profiler's report."""
 REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_dev_run")
 """Pattern of messages about a mode that a flag has enabled; they are shown regardless of the module that logs them."""
 
@@ -102,7 +102,7 @@ def _raised_by_a_library(error: BaseException) -> bool:
 
 
 def parser_keys(chain: Iterable[BaseException]) -> list[str]:
-    """Return the parts of a flag's name, one for each nested parser, such as ``model``, ``optimizer`` and ``lr``."""
+    """Return the components of a flag's name, one per nested parser, e.g. ``model``, ``optimizer`` and ``lr``."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
     keys = [match[1] for match in found if match]
     return [key for place, key in enumerate(keys) if key not in keys[:place]]  # a class in a list repeats its key
@@ -116,8 +116,8 @@ def _flag(chain: list[BaseException]) -> str:
 def _reason(chain: list[BaseException]) -> str:
     """Return the message of the innermost error.
 
-    For a flag that accepts a list or a class, the innermost error describes only the list, which the parser tries
-    first. In this case, return the message about the class.
+    For a flag that accepts a list or a class, the innermost error concerns only the list, which the parser tries
+    first. In this case, return the error message for the class.
     """
     reason = str(chain[-1])
     missing = r"Problem with given class_path '(.*)':\n\s*No module named '([\w.]+)'"

@@ -32,7 +32,7 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "--against",
         {
             "metavar": "SOURCE",
-            "help": "training text (as for --data.source) or token store; report how many rows it contains",
+            "help": "training text (as for --data.source) or token store; report how many evaluated rows it contains",
         },
     ),
     "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column that contains the text (default: text)"}),
@@ -53,7 +53,7 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "--max_new_tokens",
         {"type": int, "help": "maximum number of tokens to generate (default: 200)"},
     ),
-    "stop": ("--stop", {"action": "append", "help": "end a generated text before this string; may be repeated"}),
+    "stop": ("--stop", {"action": "append", "help": "stop generating before this string; may be repeated"}),
     "include_path": (
         "--include_path",
         {
@@ -63,7 +63,7 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         },
     ),
 }
-"""Flag and argparse settings of each option, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
+"""Flags and their ``add_argument`` arguments, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_checkpoint_arguments()
     asked = flags.add_mutually_exclusive_group()
     asked.add_argument(
-        "--data.source", dest="source", help="data to evaluate: a text file, a folder, a file with rows, or 'stdlib'"
+        "--data.source", dest="source", help="data to evaluate on: a text file, a folder, a file of rows, or 'stdlib'"
     )
     asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks to run (requires the extra [eval])")
     asked.add_argument("--text", action="append", help="text to classify; may be repeated")
@@ -137,7 +137,7 @@ def _benchmark(given: Namespace) -> None:
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     if "include_path" in given:
         try:
-            trusted = {str(Path(each)) for each in given.trust or ()}  # without a slash at the end
+            trusted = {str(Path(each)) for each in given.trust or ()}  # without a trailing slash
             require_trusted(str(given.include_path), trusted, given.include_path)
         except UntrustedCodeError as error:
             raise UserError(

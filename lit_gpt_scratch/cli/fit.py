@@ -118,7 +118,9 @@ class FitCLI(LightningCLI):
         """Add the flags that do not belong to the trainer, the model or the data."""
         parser.add_argument("--runs", default=RUN_DEFAULTS["runs"], help="Folder that contains all runs.")
         parser.add_argument(
-            "--experiment", default=RUN_DEFAULTS["experiment"], help="Name of the experiment; its runs are numbered."
+            "--experiment",
+            default=RUN_DEFAULTS["experiment"],
+            help="Name of the experiment; runs with the same experiment name are numbered consecutively.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -132,8 +134,8 @@ class FitCLI(LightningCLI):
             "--preset",
             type=str | None,
             default=None,
-            help="Named architecture to start from; flags and config files override its settings: "
-            f"{', '.join(PRESETS)}, or 'list' to print their sizes.",
+            help=f"Named architecture: {', '.join(PRESETS)}, or 'list' to print their sizes. Flags and config files "
+            "override its settings.",
         )
         parser.add_argument(
             "--tensor_parallel",
@@ -160,8 +162,8 @@ class FitCLI(LightningCLI):
             "--trust",
             type=str | list[str] | None,
             default=None,
-            help="Import path of a custom class or function that files from other people may import: the config.yaml "
-            "of a resumed run, the pretrained model or a reward model. Code in other flags and in --config is trusted.",
+            help="Import path of a custom class or function that files from other people (the config.yaml of a resumed "
+            "run, the pretrained model or a reward model) may import. Code in other flags and in --config is trusted.",
         )
         parser.add_argument(
             "--plan",
@@ -265,7 +267,7 @@ class FitCLI(LightningCLI):
             trainer.limit_val_batches = 0
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
             log.info(
-                "each process runs this script, as with --trainer.strategy ddp; start method %s is not supported",
+                "start method %s is not supported; each process runs this script, as with --trainer.strategy ddp",
                 method,
             )
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
@@ -346,7 +348,7 @@ class FitCLI(LightningCLI):
             exit_rank(self.trainer, GAVE_UP_EXIT_CODE)
 
     def _checkpoint_to_test(self) -> Path | None:
-        """Return the checkpoint with the lowest validation loss if the task tests it; None for the final weights."""
+        """Return the checkpoint with the lowest validation loss if the task tests it, or None for the final weights."""
         saving = self.trainer.checkpoint_callback
         tests_best = isinstance(self.model, GPTModule) and self.model.tests_best
         best = saving.best_checkpoint() if tests_best and isinstance(saving, Checkpointing) else None
@@ -356,7 +358,7 @@ class FitCLI(LightningCLI):
         return best
 
     def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
-        """Build the ``RankMonitor``, which calls ``clean_up`` before it ends this process."""
+        """Build the ``RankMonitor``, which calls ``clean_up`` before it terminates this process."""
         trainer = self.trainer
 
         def clean_up() -> None:

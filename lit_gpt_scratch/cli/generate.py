@@ -16,7 +16,7 @@ from lit_gpt_scratch.terminal_output import dump_json, write_generated
 def main(args: Sequence[str] | None = None) -> None:
     """Run the ``generate`` command, which writes only prompts and generated text to standard output.
 
-    In a file or a pipe, the text is exact. On a terminal and with ``--json``, control characters are escaped.
+    Text is written verbatim to a file or a pipe. On a terminal and with ``--json``, control characters are escaped.
     """
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--chat",
         action="store_true",
-        help="reply to each --prompt, or to lines typed in the terminal, with the chat template of the model",
+        help="reply to each --prompt, or to lines typed in the terminal, using the model's chat template",
     )
     flags.add_argument("--system", help="system message for --chat or --rank")
     flags.add_argument(
@@ -38,7 +38,9 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--samples", type=int, default=1, help="number of continuations per prompt")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
-    flags.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
+    flags.add_argument(
+        "--stop", action="append", default=[], help="stop generating before this string; may be repeated"
+    )
     flags.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 selects greedy decoding")
     flags.add_argument("--top_k", type=int, default=50, help="number of most probable tokens to sample from")
     flags.add_argument(
@@ -51,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--repetition_penalty",
         type=float,
         default=1.0,
-        help="penalty, above 1, for tokens that already occur in the prompt or the generated text; 1 disables it",
+        help="penalty (above 1) for tokens that already occur in the prompt or the generated text; 1 disables it",
     )
     flags.add_argument(
         "--seed",

@@ -61,10 +61,11 @@ REWORDED: Final = {
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
     "trainer.val_check_interval": "Number of micro-batches between validation runs, a fraction of an epoch such as "
     "0.25, or a duration (DD:HH:MM:SS).",
-    "trainer.check_val_every_n_epoch": "Run validation every n epochs. Excludes a val_check_interval in steps.",
+    "trainer.check_val_every_n_epoch": "Run validation every n epochs. Cannot be combined with a val_check_interval in "
+    "steps.",
     "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
-"""Help texts that replace those of Lightning's flags and of flags whose value is a class, keyed by flag."""
+"""Help texts that replace those of Lightning flags and of flags that select a class, keyed by flag."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Flag:
     Attributes:
         name: Name without dashes, such as ``model.gpt.n_layer``.
         values: Abbreviated type or choices of the value.
-        default: Default value as text; empty if there is no default.
+        default: Default value as text, or an empty string if there is no default.
         help: Help text, one or more sentences.
     """
 
@@ -121,8 +122,8 @@ class HelpPage:
         Args:
             parser: Parser of the command.
             topic: Argument of ``--help``: empty for the first page, ``all`` for all flags, or a word.
-            model: Value of ``--model``, the class whose flags are shown; None for the default class.
-            data: Value of ``--data``, the class whose flags are shown; None for the default class.
+            model: Value of ``--model``, the class whose flags are shown, or None for the default class.
+            data: Value of ``--data``, the class whose flags are shown, or None for the default class.
 
         Raises:
             UserError: No flag mentions the topic.
@@ -166,7 +167,7 @@ class HelpPage:
         yield f"  {command} --help WORD       flags that mention WORD, as in --help dropout"
         if not self.without:
             yield f"  {command} --model DPO --data Preferences --help       flags of another task"
-        yield f"  {command} --print_config    all values, as a config file"
+        yield f"  {command} --print_config    all flag values, as a config file"
 
     def _all(self, sections: dict[str, list[Flag]]) -> Iterator[str]:
         for heading, flags in sections.items():

@@ -1,4 +1,4 @@
-"""Class paths from earlier versions of this package, so that old config files still load."""
+"""Replace class paths from earlier versions of this package, so that old config files still load."""
 
 import re
 from typing import Final

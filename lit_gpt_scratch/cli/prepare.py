@@ -28,7 +28,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum number of bytes of held-out text on which tokenizers are compared; of a larger text, a sample is used."""
+"""Maximum size in bytes of the held-out text on which tokenizers are compared; a larger text is sampled."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [
@@ -47,8 +47,7 @@ class PrepareCLI(FitCLI):
         usage="python -m lit_gpt_scratch.prepare [--config FILE ...] [--flag value ...]",
         description="Clean and tokenize text before a run, and report every step. fit reuses the tokens if it is "
         "started with\nthe same flags and configs. Alternatively, train several types of tokenizers and compare them "
-        "on held-out text.\nFlags of the model and the trainer are accepted but ignored, so that configs for fit can "
-        "be used.",
+        "on held-out text.\nModel and trainer flags are accepted but ignored, so that configs for fit can be used.",
         first=HELP,
         without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "guard", "force",
                  "plan", "checkpoint", "inspect", "seed_everything"),
@@ -94,7 +93,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; repeat the command to resume; finished shards are not repeated")
+        log.warning("stopped; repeat the command to resume with the unfinished shards")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -107,7 +106,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
                 audit = read_json(report_file, StoredAudit)
                 print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
             except ValueError as error:
-                log.warning("%s is damaged and is not shown (%s)", report_file, error)
+                log.warning("%s is corrupted and is not shown (%s)", report_file, error)
         for remark in read_remarks(store.folder):
             print(f"remark      {remark}")
         for side, stream in (("training", store.train), ("validation", store.validation)):

@@ -70,7 +70,7 @@ class ResumedRun:
         checkpoint: Path of the checkpoint file.
         changed: Changes since earlier sessions of the run, as (old value, new value) pairs keyed by dotted name.
         origin: Code, library versions, hardware, seed and data fingerprint that are stored in the checkpoint.
-        layout: Distribution of a step's samples over micro-batches and ranks; None if it is not in the checkpoint.
+        layout: Distribution of a step's samples over micro-batches and ranks, or None if it is not in the checkpoint.
     """
 
     checkpoint: Path
@@ -83,7 +83,7 @@ class ResumedRun:
         """Find the run specified by ``--ckpt_path``; return None if it is ``auto`` and no run has a checkpoint yet.
 
         Raises:
-            UserError: The checkpoint does not exist, or all checkpoints are damaged.
+            UserError: The checkpoint does not exist, or all checkpoints are corrupted.
         """
         if given == "auto" and not RunFolder.has_checkpoint(runs, experiment):
             return None
@@ -175,7 +175,7 @@ class ResumedRun:
             return False
         try:
             measured = read_json(self.folder.path / "summary.json", dict[str, Any])
-        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is damaged
+        except (OSError, ValueError):  # the run was stopped before it wrote a summary, or the file is corrupted
             measured = {}
         return not any(name.startswith("test/") for name in measured)
 
@@ -270,7 +270,7 @@ def _states(checkpoint: dict[str, Any], callback: str, hint: type[T]) -> list[T]
 
 
 def _seconds(trainer: Trainer) -> float:
-    """Return the time limit in seconds across all sessions; a very large number if there is no limit."""
+    """Return the time limit in seconds across all sessions, or a very large number if there is no limit."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     limits = (
         callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)

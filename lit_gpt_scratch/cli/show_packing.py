@@ -20,9 +20,9 @@ PLAIN, DIM, INVERSE, STRUCK = 0, 2, 7, 9
 CELLS: Final = 24
 """Maximum number of cells in each row and column of a drawn attention mask."""
 LEGEND: Final = (
-    "Each document has its own color; end-of-text tokens are inverted; text without labels is struck through, or in "
-    "« » if there are no colors. The attention mask is below each window: each row of cells is a span of query tokens, "
-    "and █ marks the keys that these queries attend to."
+    "Each document has its own color; end-of-text tokens are inverted; text without labels is struck through, or "
+    "enclosed in « » without colors. The attention mask is below each window: each row of cells is a span of query "
+    "tokens, and █ marks the keys that these queries attend to."
 )
 
 
@@ -52,7 +52,7 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
         n_documents, n_labels = len(set(documents[~padded].tolist())), int((window["labels"] != IGNORE_INDEX).sum())
         yield (
             f"window {index:,} of {len(data.train_dataset):,}: {n_documents} document{'s' * (n_documents != 1)}, "
-            f"{n_labels} labels, {int(padded.sum())} positions of padding"
+            f"{n_labels} labels, {int(padded.sum())} padding positions"
         )
         yield "".join(_render_text(data, window, documents, padded.tolist(), colors))
         yield "\n".join(_render_mask(seen, documents, colors))

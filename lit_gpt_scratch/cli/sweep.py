@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
     """Run the ``sweep`` command.
 
     Args:
-        args: Command-line arguments; None uses ``sys.argv``.
+        args: Command-line arguments, or None to use ``sys.argv``.
         module: Module that the runs execute instead of ``fit``, for testing sweeps; its flags are not checked.
     """
     arguments = _build_parser().parse_args(args)

@@ -1,4 +1,4 @@
-"""Check the Trainer's flags before anything is built, and find the flags that caused an error of the Trainer."""
+"""Check the Trainer's flags before anything is built, and find the flags that caused a Trainer error."""
 
 import math
 import re
@@ -26,16 +26,16 @@ MINIMUM: Final = {
 }  # fmt: skip
 """Lowest valid value of each numeric flag."""
 MAXIMUM: Final = {"num_nodes": 2**16}
-"""Highest valid value of integer flags for which it is not ``MAX_INT``."""
+"""Highest valid value of integer flags whose maximum is not ``MAX_INT``."""
 MINUS_ONE: Final = {"max_epochs": "no limit", "max_steps": "no limit", "num_sanity_val_steps": "all batches"}
 """Meaning of the value -1 for flags that accept it, keyed by flag."""
 BATCHES: Final = (
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
     "val_check_interval",
 )  # fmt: skip
-"""Flags whose value is a whole number of batches, or a fraction of the batches of an epoch."""
+"""Flags whose value is a whole number of batches, or a fraction of an epoch's batches."""
 DURATION: Final = re.compile(r"\d+:\d\d:\d\d:\d\d")
-"""Format of ``max_time``, and of a ``val_check_interval`` that is a duration: days, hours, minutes and seconds."""
+"""Pattern that matches a duration (``DD:HH:MM:SS``) in ``max_time`` or ``val_check_interval``."""
 UNSUPPORTED_CALLBACKS: Final[dict[type[Callback], str]] = {
     BackboneFinetuning: "requires a model with a separate backbone; use --model.train_layers",
     BaseFinetuning: "is a base class; use --model.train_layers, or the import path of your own subclass",
@@ -45,12 +45,12 @@ UNSUPPORTED_CALLBACKS: Final[dict[type[Callback], str]] = {
     LearningRateFinder: "would train on data that the run then skips; compare learning rates with the command sweep",
     ModelPruning: "looks for parameters before fit has built the model; prune the trained model",
 }
-"""Callbacks of Lightning that cannot work in ``fit``, each with the reason and an alternative."""
+"""Reason and alternative for each Lightning callback that does not work in ``fit``."""
 COMPONENTS: Final = {
     "callbacks": "callbacks", "loggers": "logger", "profilers": "profiler", "accelerators": "accelerator",
     "strategies": "strategy", "precision": "precision", "plugins": "plugins",
 }  # fmt: skip
-"""Flag that selects a class of Lightning, keyed by the subpackage that contains the class."""
+"""Flags that select a Lightning class, keyed by the subpackage that contains the class."""
 HARDWARE: Final = ("accelerator", "devices", "strategy", "precision")
 """Flags that are listed in the error message if Lightning's message mentions no flag."""
 
@@ -58,7 +58,7 @@ HARDWARE: Final = ("accelerator", "devices", "strategy", "precision")
 def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
     """Check the values of the Trainer's flags, one at a time.
 
-    Lightning would accept some invalid values, and reject others later, with messages that name arguments, not flags.
+    Lightning would accept some invalid values, and reject others later with messages that do not name the flags.
 
     Args:
         trainer: The Trainer's flags, with defaults resolved.
@@ -103,7 +103,7 @@ def _validate_duration(name: str, value: Any) -> None:
     problem = f"--trainer.{name} is {value}"
     if isinstance(value, str):
         if not DURATION.fullmatch(value.strip()):
-            raise UserError(f"{problem}; a duration has the format DD:HH:MM:SS, such as 00:12:00:00")
+            raise UserError(f"{problem}; use the format DD:HH:MM:SS, such as 00:12:00:00")
         days, hours, minutes, seconds = map(int, value.split(":"))
         value = {"days": days, "hours": hours, "minutes": minutes, "seconds": seconds}
     if not isinstance(value, dict):
@@ -112,7 +112,7 @@ def _validate_duration(name: str, value: Any) -> None:
         duration = timedelta(**value)
     except TypeError:
         units = "weeks, days, hours, minutes and seconds"
-        raise UserError(f"{problem}; the units of a duration are {units}") from None
+        raise UserError(f"{problem}; use numbers with the units {units}") from None
     except (ValueError, OverflowError):  # ValueError: nan
         raise UserError(f"{problem}; it must be at most {timedelta.max.days} days") from None
     if duration <= timedelta():
@@ -132,7 +132,7 @@ def validate_callbacks(callbacks: list[Callback]) -> None:
 
 
 def explain_trainer_error(error: Exception, trainer: Mapping[str, Any], defaults: Mapping[str, Any]) -> UserError:
-    """Return an error that names the flags that caused an exception of ``Trainer(...)``.
+    """Convert an exception raised by ``Trainer(...)`` to an error that names the flags that caused it.
 
     Args:
         error: The exception.
@@ -152,7 +152,7 @@ def explain_trainer_error(error: Exception, trainer: Mapping[str, Any], defaults
 
 
 def find_component(error: BaseException) -> tuple[str, str] | None:
-    """Return the flag that selects the Lightning class in which an error was raised, and the name of this class."""
+    """Return the (flag, class name) pair of the Lightning component that raised an error, or None if there is none."""
     trace, found = error.__traceback__, None
     while trace is not None:
         names = trace.tb_frame.f_globals.get("__name__", "").split(".")
@@ -168,7 +168,7 @@ _ARGUMENT: Final = re.compile(rf"`+(?:Trainer\()?({_ARGUMENTS})(?:\s*=\s*([^`()]
 
 
 def name_flags(message: str) -> str:
-    """Replace the Trainer's arguments in a message of Lightning, such as ```max_steps=1```, with flags."""
+    """Replace Trainer arguments in a Lightning message, such as ```max_steps=1```, with flags."""
 
     def flag(match: re.Match[str]) -> str:
         return f"--trainer.{match[1]}" + (f" {match[2]}" if match[2] else "")

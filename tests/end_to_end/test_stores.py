@@ -62,7 +62,7 @@ def test_prepare_shows_windows(command: Command, small: list[str], monkeypatch: 
     flags = [*(flag for flag in small if "data" in flag), "--data.packing=one_document", "--data.document_mask=true"]
     plain = command("prepare", *flags, "--show=3")
     assert plain.code == 0, plain.err
-    assert plain.out.count("positions of padding") == 3
+    assert plain.out.count("padding positions") == 3
     assert "| * one_document" in plain.out
     assert "█" in plain.out
     assert "\x1b" not in plain.out

@@ -121,7 +121,7 @@ MERGE_BOMB = "a0: &a0 {k0: 1}\n" + "".join(
         ("vary: {a: [!!binary aGk=]}\n", "which YAML reads as a bytes"),
         ("vary: {? [1] : 2}\n", "is not valid YAML: line 1: found unhashable key"),
         ('vary: {a: ["x\\0"]}\n', "cannot be passed on a command line"),
-        ("vary: {a: {1: {x: 1}, '1': {x: 2}}}\n", "has a mapping with the same key twice"),
+        ("vary: {a: {1: {x: 1}, '1': {x: 2}}}\n", "contains a mapping with a duplicate key"),
         ("vary: {a: [1]}\nbase: [[x]]\n", "base is [['x']]; it must be a path"),
         ("vary: {a: [1]}\nbase: ['']\n", "it must be a path"),
         ("vary: {a: [1]}\nbase: sweep.yaml/x\n", "base: c"),

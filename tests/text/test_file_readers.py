@@ -163,7 +163,7 @@ def test_json_errors_name_the_line(tmp_path: Path, text: str, message: str) -> N
 )
 def test_repeated_keys_are_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"not valid JSON.*: an object has the same key twice"):
+    with pytest.raises(UserError, match=r"not valid JSON.*: an object has a duplicate key"):
         read(tmp_path / name, {"text_column": "text"})
 
 

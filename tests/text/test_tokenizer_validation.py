@@ -153,7 +153,7 @@ def test_token_ids_far_beyond_the_vocabulary_are_refused(trained: dict[str, Toke
 def test_repeated_keys_cannot_hide_a_component(trained: dict[str, Tokenizer]) -> None:
     """Python keeps the last of two equal keys, while ``tokenizers`` keeps a component that a later null follows."""
     hidden = json.dumps({"pre_tokenizer": split("(a+)+$")})[1:-1]
-    with pytest.raises(UserError, match="same key twice"):
+    with pytest.raises(UserError, match="duplicate key"):
         Tokenizer.from_json(f"{{{hidden}, {changed(trained['bpe'], pre_tokenizer=None)[1:]}")
 
 
