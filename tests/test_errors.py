@@ -25,7 +25,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded; free disk space"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "Permission denied (/a); check the permissions"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
-        (RuntimeError("received 0 items of ancdata"), "Too many open files; raise the limit"),
+        (RuntimeError("received 0 items of ancdata"), "Too many open files; raise the open file limit"),
         (OSError("Caught OSError in DataLoader worker process 0.\n[Errno 24] Too many open files"), "ulimit -n"),
         (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "No space left on device;"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/']"), "No space left on device;"),

@@ -180,9 +180,7 @@ class RunMetadata(RunDirCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
-            raise UserError(
-                f"{data.origin} differs between this machine and the machine of rank 0; copy it from there"
-            )
+            raise UserError(f"{data.origin} differs between this machine and the machine of rank 0; copy it from there")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add this session to ``provenance.json``, after all checks have passed."""
