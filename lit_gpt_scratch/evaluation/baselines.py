@@ -1,4 +1,4 @@
-"""Baselines in bits per byte without a neural network: xz compression, and uniform, unigram and bigram models."""
+"""Compute bits-per-byte baselines without a neural network: xz compression, and uniform, unigram and bigram models."""
 
 import lzma
 from typing import Any
@@ -20,7 +20,7 @@ def measure_xz_bits_per_byte(tokens_text: str, n_bytes: int) -> float:
 
     Args:
         tokens_text: Text decoded from the tokens; it differs from the original text if the tokenizer is lossy.
-        n_bytes: Length of the original text in UTF-8 bytes.
+        n_bytes: Size of the original text in UTF-8 bytes.
     """
     return 8 * len(lzma.compress(tokens_text.encode(), preset=9)) / n_bytes
 
@@ -73,7 +73,7 @@ def compute_token_baselines(train: TokenIds, validation: TokenIds, vocab_size: i
         train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` ids are enough.
         validation: Validation token ids, (m,). All tokens except the first are predicted.
         vocab_size: Size of the vocabulary.
-        n_bytes: Length of the validation text in UTF-8 bytes.
+        n_bytes: Size of the validation text in UTF-8 bytes.
 
     Returns:
         Bits per byte of each model, with the keys ``uniform``, ``unigram`` and ``bigram``.

@@ -14,7 +14,7 @@ def read_rows(source: str) -> Iterator[TableRow]:
         UserError: The source is missing or contains no rows, or a row cannot be read.
     """
     rows = DocumentSource(source)
-    rows.fingerprint()  # raises at once if the source is missing
+    rows.fingerprint()  # raises an error immediately if the source is missing
     return rows.rows()
 
 
@@ -28,7 +28,7 @@ def get_text(row: TableRow, *columns: str) -> str:
     if found is None:
         there = ", ".join(row.fields) or "none"
         raise UserError(
-            f"{row.where} has no text in column {' or '.join(map(repr, columns))} (its columns are {there}); "
+            f"{row.where} has no text in column {' or '.join(map(repr, columns))} (the row has columns {there}); "
             "add the column or remove the row"
         )
     value = row.fields[found]

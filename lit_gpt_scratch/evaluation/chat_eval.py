@@ -46,7 +46,7 @@ class ChatExample:
 
     @property
     def text(self) -> str:
-        """Conversation as plain text, used to search for it in the training data."""
+        """Conversation as plain text, used to search the training data for contamination."""
         return "\n\n".join((*(message.content for message in self.messages), self.reference))
 
 
@@ -57,7 +57,7 @@ class ChatReply(NamedTuple):
         text: The reply without the token that ends it; other special tokens are included as text.
         ended: Whether the model ended the reply before the token limit.
         n_tokens: Number of tokens, including the token that ends the reply.
-        turn_markers: Texts that begin or end a turn in the model's chat template.
+        turn_markers: Strings that begin or end a turn in the model's chat template.
     """
 
     text: str
@@ -87,7 +87,7 @@ def evaluate_chat(
         ``generation_eval.evaluate_generation``.
 
     Raises:
-        UserError: A conversation is longer than the context, not counting its last reply.
+        UserError: The messages before the last reply are longer than the context.
     """
     template = load_chat_template(tokenizer)
     prompts = [template.render_prompt(example.messages) for example in examples]
@@ -111,7 +111,7 @@ def generate_replies(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
 ) -> list[ChatReply]:
-    """Generate one reply per prompt. The replies are deterministic, since all random seeds are fixed.
+    """Generate one reply per prompt; the replies are deterministic, because all random seeds are fixed.
 
     Args:
         model: The chat model, in evaluation mode.

@@ -52,12 +52,13 @@ class ClassificationExample:
         if label_column not in row.fields:
             columns = ", ".join(row.fields)
             raise UserError(
-                f"{row.where} has no label column '{label_column}'; its columns are {columns}; set --data.label_column"
+                f"{row.where} has no label column '{label_column}'; set --data.label_column to an existing column "
+                f"({columns})"
             )
         try:
             label = get_label(row.fields, label_column)
         except UserError as error:
-            raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
+            raise UserError(f"{row.where}: {error}; the row has columns {', '.join(row.fields)}") from error
         if label not in classes:
             raise UserError(
                 f"{row.where}: the label {label!r} is not one of the model's classes ({', '.join(classes)}); "
@@ -77,7 +78,7 @@ def classify(
         tokenizer: The model's tokenizer.
         texts: N strings. Each is preceded by the start-of-text token, like a document.
         pooling: Method for pooling the hidden states before the head; see ``model.output_heads.POOLINGS``.
-        windows: Windows into which texts are split; None uses one window with the context length of the model.
+        windows: Windows into which texts are split; None uses one window of the model's context length.
 
     Returns:
         Probabilities, (N, n_classes).
@@ -125,7 +126,7 @@ def evaluate_classification(
     Returns:
         ``accuracy``; ``f1``, the mean F1 score over the classes that occur or are predicted; ``auroc``, the mean area
         under the ROC curve over the classes that have both positive and negative examples, or NaN if there is no such
-        class; and ``confusion``, the number of texts for each true and predicted class.
+        class; and ``confusion``, the number of texts for each pair of true and predicted class.
     """
     texts = [example.text for example in examples]
     probabilities = torch.tensor(classify(model, tokenizer, texts, pooling, windows))  # (N, n)

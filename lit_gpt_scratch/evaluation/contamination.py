@@ -23,9 +23,9 @@ def iterate_training_documents(source: str, text_column: str = "text") -> Iterat
     """Iterate over the training documents in a source.
 
     Args:
-        source: Source of documents, or token store written by ``prepare --data.store``. The validation documents of a
-            token store are skipped.
-        text_column: Name of the column with the text; ignored for a token store.
+        source: Document source, or token store written by ``prepare --data.store``. The validation documents of a token
+            store are skipped.
+        text_column: Name of the column that contains the text; ignored for a token store.
 
     Raises:
         UserError: The source is missing or cannot be read.

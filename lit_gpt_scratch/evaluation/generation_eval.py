@@ -49,7 +49,7 @@ class GenerationExample:
 
     @property
     def text(self) -> str:
-        """Prompt and reference as plain text, used to search for them in the training data."""
+        """Prompt and reference as plain text, used to search the training data for contamination."""
         return self.prompt + self.reference
 
 
@@ -70,11 +70,11 @@ def evaluate_generation(
         stop: Strings that end a continuation, in addition to the end-of-text token.
 
     Returns:
-        ``exact_match``, the fraction of continuations equal to the reference, ignoring surrounding white space;
+        ``exact_match``, the fraction of continuations equal to the reference, ignoring surrounding whitespace;
         ``distinct_1`` and ``distinct_2``, the fraction of distinct words and word pairs across all continuations (Li et
-        al. 2016, https://arxiv.org/abs/1510.03055), which is lower for more or longer continuations; and
+        al. 2016, https://arxiv.org/abs/1510.03055), which decreases with the number and length of continuations; and
         ``repetition_4``, the mean fraction of 4-grams that already occurred in the same continuation (seq-rep-4 in
-        Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by white space.
+        Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by whitespace.
 
     Raises:
         UserError: A prompt is longer than the context.
@@ -97,7 +97,7 @@ def compare_with_references(
     Args:
         written: N generated texts.
         references: N reference texts.
-        **more: Additional properties of the generated texts, keyed by name, each (N,) bool.
+        **more: Additional boolean properties of the generated texts, each (N,), keyed by name.
 
     Returns:
         The metrics of ``evaluate_generation``, and the fraction of generated texts with each property in ``more``.

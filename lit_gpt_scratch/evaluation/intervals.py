@@ -1,4 +1,4 @@
-"""95% confidence intervals for evaluation metrics: Wilson for proportions, and jackknife for all other metrics."""
+"""Compute 95% confidence intervals for metrics: Wilson intervals for proportions, jackknife for all other metrics."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,16 +26,16 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements on the rows of a benchmark, or on parts of them, and functions that compute metrics from them.
+    """Measurements on benchmark rows, or on parts of rows, with functions that compute metrics from the measurements.
 
     Attributes:
         row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
             parts, one per window.
         n_rows: Number of rows.
-        metrics: Function that takes the indices of parts, (m,) intp, and computes the metrics over these parts.
+        metrics: Function that computes the metrics over a subset of parts, given the part indices, (m,) intp.
         shares: Names of metrics that are proportions of rows, such as accuracy.
-        extra: Function that takes the indices of parts, (m,) intp, and computes values without a confidence interval,
-            such as counts and the chance level.
+        extra: Function that computes statistics without a confidence interval, such as counts and the chance level,
+            over a subset of parts, given the part indices, (m,) intp.
         limits: Lower and upper bounds of bounded metrics, keyed by name.
     """
 
@@ -48,7 +48,7 @@ class Measurements:
 
     @classmethod
     def from_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measurements":
-        """Create measurements with one value per row; no row is divided into parts."""
+        """Create measurements in which each row has one part."""
         return cls(np.arange(n_rows), n_rows, *args, **kwargs)
 
 
@@ -59,10 +59,10 @@ class ScoreSummary:
     Attributes:
         rows: Number of rows.
         metrics: Metrics keyed by name.
-        intervals: Lower and upper bounds of each metric's 95% confidence interval, or None if the interval is unknown.
-            The interval of a metric other than a proportion is unknown if there is only one sampling unit (see
-            ``summarize``), or if leaving out units does not change the metric, e.g. because all have the same value.
-        extra: Values without a confidence interval, keyed by name.
+        intervals: 95% confidence interval (lower, upper) of each metric, or None if it cannot be estimated. For metrics
+            other than proportions, it cannot be estimated from a single sampling unit (see ``summarize``), or if the
+            jackknife standard error is zero (up to rounding) or NaN.
+        extra: Statistics without a confidence interval, keyed by name.
         from_parts: Whether the intervals are estimated from parts of rows, because there are too few rows.
     """
 
@@ -158,9 +158,9 @@ def jackknife_standard_errors(
     bootstrap, it does not duplicate rows, which would increase the measured repetition of generated texts.
 
     Args:
-        metrics: Function that takes the indices of parts, (k,) intp, and computes the metrics over these parts.
+        metrics: Function that computes the metrics over a subset of parts, given the part indices, (k,) intp.
         indices: Indices of the parts to include, (m,).
-        unit: Index of each part's sampling unit, (n,). Parts of the same unit are left out together.
+        unit: Index of the sampling unit that each part belongs to, (n,). All parts of a unit are left out together.
 
     Returns:
         Standard errors keyed by metric, or None if there are fewer than two sampling units.

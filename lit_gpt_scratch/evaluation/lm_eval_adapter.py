@@ -59,8 +59,8 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         """Compute the log-likelihood in nats of each continuation, and whether it equals the greedy continuation.
 
         Contexts that are too long are truncated from the left. A continuation that is longer than the model's context,
-        which ``lm-eval`` itself does not support, is scored in windows (see ``split_continuation``), so that each of
-        its tokens counts; a warning is logged once per task.
+        which ``lm-eval`` itself does not support, is scored in windows (see ``split_continuation``), so that all of its
+        tokens are scored; a warning is logged once per task.
         """
         sequences, owner = [], []
         for number, request in enumerate(requests):

@@ -50,7 +50,7 @@ def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -
     """Encode a context, which begins a document, and the continuation to score.
 
     The context and continuation are encoded as a single string. If the context alone has n tokens, all tokens after
-    the first n are scored. As in ``lm-eval``, trailing white space is moved from the context to the continuation.
+    the first n are scored. As in ``lm-eval``, trailing whitespace is moved from the context to the continuation.
 
     Raises:
         UserError: The continuation adds no tokens.

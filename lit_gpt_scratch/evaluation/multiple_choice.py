@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 EXAMPLE_SEPARATOR: Final = "\n\n"
 """Separator between few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Maximum relative difference of log-likelihoods that count as tied, since they are computed in float32."""
+"""Maximum relative difference at which log-likelihoods, which are computed in float32, count as tied."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class MultipleChoiceQuestion:
 
     @property
     def text(self) -> str:
-        """Context followed by the correct choice, for few-shot examples and for the search in the training data."""
+        """Context followed by the correct choice, used for few-shot examples and for the contamination search."""
         return self.context + self.choices[self.answer]
 
     def gives_away(self, other: "MultipleChoiceQuestion") -> bool:
         """Return whether this question, used as a few-shot example, would reveal the answer to another question.
 
         This is the case if both questions have the same context, and the same choices or the same answer. Case and
-        white space are ignored.
+        whitespace are ignored.
         """
         if _normalize(self.context) != _normalize(other.context):
             return False
@@ -93,7 +93,7 @@ def evaluate_multiple_choice(
 ) -> Measurements:
     """Select the choice with the highest log-likelihood, summed over its tokens, and compare it with the answer.
 
-    The sum favors short choices, so in three more metrics it is divided by the number of tokens, characters or bytes.
+    The sum favors short choices, so three additional metrics divide it by the number of tokens, characters or bytes.
     The leading space is not counted as a character or byte, so the last two metrics equal ``acc_norm`` and
     ``acc_bytes`` in ``lm-eval``. The credit for a tie is divided equally among the tied choices, so that a uniform
     model scores at chance level.

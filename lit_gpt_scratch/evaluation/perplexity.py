@@ -15,7 +15,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Maximum number of windows that are collected, sorted by length and then divided into batches."""
+"""Maximum number of windows to collect before they are sorted by length and divided into batches."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -60,7 +60,7 @@ def evaluate_perplexity(
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``; and the counts ``tokens`` and
-        ``bytes``. The bytes of a document are distributed over its tokens, see ``text.text_bytes``.
+        ``bytes``. The bytes of a document are distributed over its tokens; see ``text.text_bytes``.
 
     Raises:
         UserError: The window is longer than the context, or the stride is longer than the window.

@@ -36,9 +36,9 @@ class EvalRequest:
     Attributes:
         source: Source of the rows or documents.
         limit: Maximum number of rows or documents; None for no limit.
-        against: Source of the training data, which is searched for contamination; None skips the search.
-        text_column: Name of the column with the text of documents and labeled rows.
-        label_column: Name of the column with the class label.
+        against: Source of the training data to search for contamination; None skips the search.
+        text_column: Name of the column that contains the text, for both unlabeled documents and labeled rows.
+        label_column: Name of the column that contains the class label.
         window: See ``perplexity.evaluate_perplexity``.
         stride: See ``perplexity.evaluate_perplexity``.
         few_shot: See ``multiple_choice.evaluate_multiple_choice``.
@@ -71,7 +71,7 @@ class EvalTask:
     Attributes:
         description: Description of the metrics and columns, for the help text of ``evaluate``.
         read: Function that reads rows or documents.
-        text: Function that returns a row as plain text, used to search for the row in the training data.
+        text: Function that returns a row as plain text, used to search the training data for contamination.
         measure: Function that runs the model on the rows.
         flags: Fields of ``EvalRequest`` that the task uses in addition to ``source``, ``limit`` and ``against``.
         needs_classifier: Whether the task requires a classifier instead of a language model.
@@ -120,7 +120,7 @@ EVAL_TASKS: Final = {
         ("max_new_tokens", "stop"),
     ),
     "replies": EvalTask(
-        "replies in the chat template; columns: messages, or instruction, input, output",
+        "greedy replies to conversations; columns: messages, or instruction, input, output",
         lambda request: map(ChatExample.from_row, benchmark_rows.read_rows(request.source)),
         lambda example: str(example.text),
         lambda model, tokenizer, rows, request: chat_eval.evaluate_chat(model, tokenizer, rows, request.max_new_tokens),
@@ -157,7 +157,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-serializable dict, with ``contamination`` if the training data was searched."""
+        """Convert to a JSON-serializable dict, including ``contamination`` if the training data was searched."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows
@@ -197,7 +197,7 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
 
 
 def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterable[str]:
-    """Read training data as plain text, from rows in the format of the task or from documents.
+    """Read training data as plain text, either from task-formatted rows or from documents.
 
     Raises:
         UserError: The source is missing, or contains neither rows nor documents.
@@ -208,7 +208,7 @@ def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterab
     try:
         for _ in task.read(same):
             break
-    except UserError:  # not in the format of this task
+    except UserError:  # the rows are not task-formatted
         return iterate_training_documents(source)
     return map(task.text, task.read(same))
 

@@ -25,7 +25,7 @@ stop following a run that is still training.
 def format_results(result: Mapping[str, Any]) -> str:
     """Format the output of ``EvalResult.to_dict`` as a table with 95% confidence intervals.
 
-    If the metrics of the uncontaminated ("clean") rows are known, the table also contains them.
+    If metrics of the uncontaminated ("clean") rows are available, the table also includes them.
     """
     contamination = result.get("contamination")
     clean = contamination and contamination["clean"]
@@ -61,7 +61,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
 
     Args:
         folder: Run folder.
-        name: Name of the result, composed of the names of the task and the source.
+        name: Name of the result, composed of the task and source names.
         request: JSON-serializable evaluation options, including the ``step`` of the checkpoint.
         result: Metrics keyed by name; only finite numbers are logged to TensorBoard.
     """

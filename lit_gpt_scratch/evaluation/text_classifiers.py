@@ -26,10 +26,11 @@ class LabelledTexts(NamedTuple):
 
 
 def word_baseline(train: LabelledTexts, validation: LabelledTexts) -> dict[str, float]:
-    """Return the validation accuracy of a classifier based on word counts, keyed by the name of the classifier.
+    """Return the validation accuracy of a classifier based on word counts, keyed by the classifier's name.
 
     The classifier is a logistic regression on TF-IDF features (``tf-idf``) if scikit-learn is installed, and otherwise
-    ``naive bayes``.
+    ``naive bayes``. The result is empty if logistic regression cannot be trained, because the training texts have only
+    one class or no words.
 
     Args:
         train: Training texts, of which at most ``MAX_TRAINING_TEXTS`` are used.
@@ -56,7 +57,7 @@ def naive_bayes(train: LabelledTexts, texts: Sequence[str]) -> list[int]:
         P(class | text) ~ P(class) * product over words of (count(word, class) + 1) / (count(class) + V)
 
     Args:
-        train: Training texts. ``V`` is the number of different words in them; other words are ignored.
+        train: Training texts. ``V`` is the number of distinct words in them; other words are ignored.
         texts: N texts to classify.
 
     Returns:

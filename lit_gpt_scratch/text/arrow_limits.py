@@ -1,7 +1,8 @@
-"""Limits on the memory that Parquet and Arrow files may require, checked before values are decompressed or converted.
+"""Limit the memory required to read Parquet and Arrow files, before values are decompressed or converted.
 
-A small file can represent a large text: compressed buffers, and values that are stored once and repeated by reference
-(dictionaries, shared prefixes, views, lists of constants). Sizes are therefore measured before they are expanded.
+A small file can expand to a large amount of text, because buffers are compressed and values may be stored once and
+repeated by reference (dictionaries, shared prefixes, views, lists of constants). Sizes are therefore checked before
+values are expanded.
 """
 
 import struct
@@ -19,17 +20,17 @@ BATCH_ROWS: Final = 256
 REFERENCE_ROWS: Final = 8192
 """Number of rows to read at a time if strings are read as references to a dictionary."""
 BATCH_BYTES: Final = 2**26
-"""Maximum bytes to convert at a time, and to read at a time from a column whose values may be repeated."""
+"""Maximum number of bytes to convert at a time, and to read at a time from a column that may repeat values."""
 MAX_EXPANSION: Final = 64
-"""Maximum factor by which decompression may increase the size of data beyond ``ALWAYS_EXPANDED`` bytes."""
+"""Maximum ratio of decompressed to compressed size, for data that expands to more than ``ALWAYS_EXPANDED`` bytes."""
 ALWAYS_EXPANDED: Final = 2**27
-"""Number of bytes to which data of any size may be decompressed."""
+"""Decompressed size in bytes that is allowed regardless of the compressed size."""
 MAX_REPEATED: Final = 2**30
-"""Maximum size in bytes of the strings in lists in a row group, if all of them were the longest string."""
+"""Maximum size in bytes of a list column in a row group, assuming that every string is as long as the longest one."""
 VALUE_BYTES: Final = 8
-"""Size in bytes attributed to a number, a missing value or a string, in addition to the characters of the string."""
+"""Size in bytes assumed for each value, excluding the characters of strings and the elements of lists."""
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
-"""Types of messages with data in the Arrow format."""
+"""Arrow message types that contain data."""
 
 
 def require_moderate_expansion(where: str, stored: int, expanded: int) -> None:
@@ -41,7 +42,7 @@ def require_moderate_expansion(where: str, stored: int, expanded: int) -> None:
         expanded: Size of the decompressed data in bytes.
 
     Raises:
-        UserError: The data becomes too large.
+        UserError: The decompressed data is too large.
     """
     if expanded > max(ALWAYS_EXPANDED, MAX_EXPANSION * stored):
         raise UserError(
@@ -51,7 +52,7 @@ def require_moderate_expansion(where: str, stored: int, expanded: int) -> None:
 
 
 def plan_parquet_batches(file: Any, names: set[str], path: Path) -> tuple[int, list[str]]:
-    """Return how to read the columns of a Parquet file such that repeated values do not fill the memory.
+    """Plan how to read the columns of a Parquet file, so that repeated values do not exhaust the memory.
 
     Args:
         file: ``pyarrow.parquet.ParquetFile``.
@@ -59,7 +60,7 @@ def plan_parquet_batches(file: Any, names: set[str], path: Path) -> tuple[int, l
         path: Path of the file.
 
     Returns:
-        The number of rows per batch, and the columns inside lists that must be read as references to a dictionary.
+        The number of rows per batch, and the schema paths of the list columns to read as references to a dictionary.
 
     Raises:
         UserError: A row group requires too much memory, or its values are too large on average.
@@ -92,15 +93,15 @@ def plan_parquet_batches(file: Any, names: set[str], path: Path) -> tuple[int, l
 
 
 def _longest_repeated_value(column: Any, path: Path) -> int:
-    """Return an upper bound on the size of a value that a column chunk stores once and repeats; 0 if there is none."""
-    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may begin with all of the previous value
+    """Return an upper bound on the size of any value that a column chunk stores once and repeats, or 0 if none is."""
+    if "DELTA_BYTE_ARRAY" in column.encodings:  # the previous value may be a prefix of a value
         return int(column.total_uncompressed_size)
     if column.dictionary_page_offset is None:
         return 0
     with path.open("rb") as file:
         file.seek(column.dictionary_page_offset)
         header = file.read(16)
-    # Thrift compact protocol: type, uncompressed size and compressed size of the page, each as a varint after a byte.
+    # Thrift compact protocol: page type, uncompressed size and compressed size, each a field header byte and a varint.
     sizes, position = [], 0
     for _ in range(3):
         value = shift = 0
@@ -136,7 +137,7 @@ def limit_arrow_buffers(path: Path, source: Any) -> None:
 
 
 def _decompressed_sizes(metadata: bytes, body: Any) -> Iterator[int]:
-    """Yield the size of each compressed buffer of a message after decompression, from its FlatBuffers metadata."""
+    """Yield the declared decompressed size of each buffer in a compressed message, using its FlatBuffers metadata."""
     message = _Table(metadata, _read_uint(metadata, 0))
     kind = message.field(1)
     if not kind or metadata[kind] not in (DICTIONARY_BATCH, RECORD_BATCH):
@@ -155,7 +156,7 @@ def _decompressed_sizes(metadata: bytes, body: Any) -> Iterator[int]:
 
 
 class _Table:
-    """Table in FlatBuffers metadata, which ``pyarrow`` has verified."""
+    """Table in FlatBuffers metadata; ``pyarrow`` must have verified the metadata."""
 
     def __init__(self, data: bytes, position: int) -> None:
         self.data, self.position = data, position
@@ -183,10 +184,10 @@ def split_batch(batch: Any, names: set[str], path: Path, rows_before: int) -> It
     """Yield slices of a record batch that have at most ``BATCH_ROWS`` rows and, if possible, ``BATCH_BYTES`` bytes.
 
     Args:
-        batch: Record batch, which may refer to the same value several times.
-        names: Names of the columns that are converted.
+        batch: Record batch, in which several rows may refer to the same value.
+        names: Names of the columns to convert.
         path: Path of the file.
-        rows_before: Number of rows of the file before the batch.
+        rows_before: Number of rows in the file that precede the batch.
 
     Raises:
         UserError: A row is too large, or a column has an unsupported type.
@@ -209,15 +210,15 @@ def split_batch(batch: Any, names: set[str], path: Path, rows_before: int) -> It
 
 
 def value_sizes(array: Any) -> Any:
-    """Return the approximate size in bytes of each value of an Arrow array after its conversion to Python values.
+    """Return the approximate size in bytes of each value in an Arrow array after conversion to Python.
 
-    Values in dictionaries, lists and views are counted each time that the array refers to them.
+    Values in dictionaries, lists and views are counted each time the array refers to them.
 
     Returns:
-        A floating-point number if all values have the same size; otherwise, an array of them, (n,).
+        A float if all values have the same size; otherwise, an array of floats, (n,).
 
     Raises:
-        UserError: The type of the array, such as a union, is not supported.
+        UserError: The array type is not supported, e.g. a union.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -255,4 +256,4 @@ def value_sizes(array: Any) -> Any:
         return VALUE_BYTES + before[ends] - before[starts]
     if pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_decimal(kind):
         return float(VALUE_BYTES)
-    raise UserError(f"a column has the type {str(kind)[:60]}, which is not supported")
+    raise UserError(f"a column has the unsupported type {str(kind)[:60]}; convert the column or remove it")

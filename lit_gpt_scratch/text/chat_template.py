@@ -1,8 +1,8 @@
 """Chat templates that convert messages to token ids, identically for fine-tuning and generation.
 
-A model that was published with a chat template keeps it (``ImportedChatTemplate``), also in fine-tuning. All other
-models have the template of this package (``ChatTemplate``): a conversation starts with the start-of-text token, and
-each turn consists of a role marker, the content and an end marker. The end marker of an assistant message is the
+A model published with a chat template keeps it, including for fine-tuning (``ImportedChatTemplate``). All other
+models use the template of this package (``ChatTemplate``): a conversation starts with the start-of-text token, and
+each turn consists of a role marker, the message text and an end marker. The end marker of an assistant message is the
 end-of-text token, which is included in the loss so that the model learns to stop; the end marker of all other turns is
 a newline::
 
@@ -11,7 +11,7 @@ a newline::
     <|assistant|>Bye.<|endoftext|>
 
 The role marker is the token ``<|role|>`` if the tokenizer has this token, and the line ``### Role:`` otherwise, so that
-any pretrained model can be fine-tuned without new tokens. Markers and contents are encoded separately, so a turn
+any pretrained model can be fine-tuned without new tokens. Markers and messages are encoded separately, so a turn
 boundary is always a token boundary, and a prompt has exactly the same ids as the same messages in training.
 """
 
@@ -35,7 +35,7 @@ TURN_END: Final = "\n"
 TURN_MARKERS: Final = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
 """Role markers of all roles in both forms: ``<|role|>`` and ``### Role:``."""
 MARK: Final = "\ue000"
-"""Private-use character. In messages, the name of a special token is replaced by a number between two such
+"""Private-use character. In messages, a special token string is replaced with its index, enclosed in two of these
 characters."""
 
 
@@ -52,7 +52,7 @@ class RenderedConversation(NamedTuple):
 
     Attributes:
         ids: Token ids, (n,).
-        loss_mask: Loss mask, (n,): True for the tokens of assistant messages, including the tokens that end them.
+        loss_mask: Loss mask, (n,): True for tokens of assistant messages, including the token that ends each message.
     """
 
     ids: list[int]
@@ -60,14 +60,14 @@ class RenderedConversation(NamedTuple):
 
 
 class ChatTemplate:
-    """Chat template of this package, which any tokenizer can encode.
+    """Default chat template, which works with any tokenizer.
 
     Args:
         tokenizer: Tokenizer that encodes the messages.
     """
 
     turn_markers: Sequence[str] = TURN_MARKERS
-    """Texts that begin or end a turn; a well-formed reply contains none of them."""
+    """Strings that begin or end a turn; a well-formed reply contains none of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -86,7 +86,7 @@ class ChatTemplate:
         return RenderedConversation(ids, loss_mask)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenize messages as a prompt, which ends with the assistant marker."""
+        """Tokenize messages as a prompt that ends with the assistant marker."""
         return self.render(messages).ids + self._markers[ASSISTANT]
 
     def _role_marker(self, role: Role) -> list[int]:
@@ -95,16 +95,16 @@ class ChatTemplate:
 
 
 class ImportedChatTemplate(ChatTemplate):
-    """Chat template of a published model, which produces the same token ids as ``transformers``.
+    """Chat template of a published model; produces the same token ids as ``transformers``.
 
-    As in the template of this package, messages cannot contain special tokens: the names of these tokens in messages
-    are replaced by marks before rendering, and encoded as ordinary text afterwards. The template cannot read the
-    current time, so that a run can be resumed on another day.
+    As with ``ChatTemplate``, messages cannot contain special tokens: special token strings in messages are replaced
+    with marks before rendering, and encoded as ordinary text afterwards. The template cannot read the current time, so
+    resuming a run on another day does not change the token ids.
 
     Args:
         tokenizer: Tokenizer of the published model.
         template: Jinja template.
-        tokens: Special tokens that the template can insert, keyed by name.
+        tokens: Special token strings that the template can insert, keyed by name, such as ``bos_token``.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, tokens: Mapping[str, str]) -> None:
@@ -112,7 +112,7 @@ class ImportedChatTemplate(ChatTemplate):
         self._process = TemplateProcess(template)
         self._variables = {**tokens, "tools": None, "documents": None}
         self.turn_markers = tuple(tokenizer.special_tokens)
-        # The mark itself is marked, too, so that no message can contain a mark. Longer names are found first.
+        # The mark itself is also replaced, so that no message can contain a mark. Longer strings are matched first.
         self._marked = sorted({MARK, *self.turn_markers}, key=lambda name: (-len(name), name))
         self._names = re.compile("|".join(map(re.escape, self._marked)))
         self._marks = re.compile(f"{MARK}({'|'.join(map(str, range(len(self._marked))))}){MARK}")
@@ -142,8 +142,8 @@ class ImportedChatTemplate(ChatTemplate):
             if end is None:
                 raise UserError(
                     f"the chat template of the model does not end message {n + 1} with a token that ends generation; "
-                    "add this token to eos_token_id in generation_config.json of the model's Hugging Face folder, and "
-                    "import the model again"
+                    "add the last token of the message to eos_token_id in generation_config.json of the model's "
+                    "Hugging Face folder, and import the model again"
                 )
             first = end + 1
             loss_mask[reply[0] : first] = [True] * (first - reply[0])
@@ -151,7 +151,7 @@ class ImportedChatTemplate(ChatTemplate):
         return RenderedConversation(ids[:length], loss_mask[:length])
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenize messages as a prompt, which ends with the text that begins a reply.
+        """Tokenize messages as a prompt that ends with the text that begins a reply.
 
         Raises:
             UserError: The template is invalid.
@@ -159,7 +159,7 @@ class ImportedChatTemplate(ChatTemplate):
         return self._encode(self._render([(messages, True)])[0])[0]
 
     def _render(self, requests: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Render messages as text with marks; each flag is the value of ``add_generation_prompt`` in the template."""
+        """Render pairs of messages and ``add_generation_prompt`` flags as text with marks."""
         contexts = [
             {
                 **self._variables,
@@ -171,7 +171,7 @@ class ImportedChatTemplate(ChatTemplate):
         return self._process.render(contexts)
 
     def _mark(self, text: str) -> str:
-        """Replace the name of each special token in a message by its index, enclosed in ``MARK`` characters."""
+        """Replace each special token string in a message with its index, enclosed in ``MARK`` characters."""
         marked = self._names.sub(lambda found: f"{MARK}{self._marked.index(found[0])}{MARK}", text)
         if self._tokenizer.normalizes_special_tokens:
             ids = set(self._tokenizer.encode_with_special_tokens(marked)[0]) - {self._tokenizer.unknown_id}
@@ -182,7 +182,7 @@ class ImportedChatTemplate(ChatTemplate):
         return marked
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of a text with marks, and the range of characters that each token represents."""
+        """Return the token ids of a text with marks, and the character range that each token represents."""
         ids: list[int] = []
         ranges: list[tuple[int, int]] = []
         at = 0
@@ -201,7 +201,7 @@ class ImportedChatTemplate(ChatTemplate):
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the chat template of a tokenizer's published model or, if there is none, that of this package."""
+    """Return the chat template of the tokenizer's published model, or a ``ChatTemplate`` if there is none."""
     published = tokenizer.published
     if published is None or published.chat_template is None:
         return ChatTemplate(tokenizer)
@@ -212,12 +212,13 @@ def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
     """Parse a training record into messages; the format is inferred from the column names.
 
     Args:
-        fields: Values by column name: either ``messages``, a list of ``{"role": …, "content": …}``, or, as in Alpaca
-            (Taori et al. 2023), ``instruction``, ``output`` and optionally ``input``.
+        fields: Column values keyed by column name. Contains either ``messages`` (a list of
+            ``{"role": …, "content": …}``) or, as in Alpaca (Taori et al. 2023), ``instruction``, ``output`` and
+            optionally ``input``.
 
     Raises:
-        UserError: The record has neither of these formats, or is not a valid conversation. The caller adds the file and
-            row to the message.
+        UserError: The record is in neither format, or is not a valid conversation. The caller adds the file and row to
+            the message.
     """
     if fields.get("messages") is not None:
         messages = _parse_messages(fields["messages"], "messages")
@@ -236,8 +237,8 @@ def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
     """Parse the prompt of a record into messages, for generating or comparing replies.
 
     Args:
-        fields: Values by column name: either ``prompt``, a string or a list of messages, or, as in Alpaca,
-            ``instruction`` and optionally ``input``.
+        fields: Column values keyed by column name. Contains either ``prompt`` (a string or a list of messages) or, as
+            in Alpaca, ``instruction`` and optionally ``input``.
 
     Raises:
         UserError: The prompt is missing, or its last message is not a user message. The caller adds the file and row to

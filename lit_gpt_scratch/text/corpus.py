@@ -57,8 +57,8 @@ class CleanedCorpus:
 
     Attributes:
         folder: Folder of the corpus.
-        fingerprint: SHA-256 digest that covers the id, content and split of every document.
-        n_bytes: Number of UTF-8 bytes of text in both splits.
+        fingerprint: SHA-256 digest of the id, text and split of every document.
+        n_bytes: Total text size of both splits in UTF-8 bytes.
         audit: Cleaning report; see ``CleaningReport.to_dict``.
     """
 
@@ -80,7 +80,7 @@ class CleanedCorpus:
             fingerprint = validate(metadata.get("fingerprint"), str, "fingerprint")
             return cls(folder, fingerprint, validate(metadata.get("n_bytes"), int, "n_bytes"), audit)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
+            raise UserError(f"{folder} is not a usable corpus ({error}); delete the folder and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
         """Yield the text of each document in a split.
@@ -139,7 +139,7 @@ class CorpusSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings that determine the corpus, excluding source contents; stored with the corpus and its tokens."""
+        """Settings that, together with the source data, determine the corpus; stored with the corpus and its tokens."""
         return {
             "format": CORPUS_FORMAT,
             # The class was named Source in version 0.1; token stores that contain this string must still match.

@@ -24,7 +24,7 @@ def first_words(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text and its id: the file name and, for tables and large text files, the number of the row or part."""
+    """Document text with an id: the file name and, for tables and large text files, the row or chunk number."""
 
     id: str
     text: str
@@ -44,9 +44,9 @@ class TableRow:
     """One row of a table.
 
     Attributes:
-        id: Name of the file and number of the row, starting at 1.
+        id: File name and row number, starting at 1.
         where: Location of the row for error messages: the file and the line or row number.
-        fields: Values by column name.
+        fields: Column values keyed by column name.
     """
 
     id: str

@@ -39,7 +39,7 @@ BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex"
 
 
 def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
-    """Build a ``tiktoken`` encoding that provably returns the same ids as ``backend``; None if the proof fails."""
+    """Build a ``tiktoken`` encoding that provably returns the same ids as ``backend``, or return None if impossible."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
@@ -74,7 +74,7 @@ def encode_batch(
         backend: Tokenizer to encode with.
         encoding: Result of ``build_tiktoken_encoding``; if None, only ``backend`` is used.
         texts: Strings to encode.
-        threads: Number of threads for ``encoding``; if None, the default of ``ThreadPoolExecutor``.
+        threads: Number of threads for ``encoding``; None uses the default of ``ThreadPoolExecutor``.
     """
     if encoding is None:
         for encoded in backend.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -105,7 +105,8 @@ def _may_have_long_words(text: str) -> bool:
 def _byte_by_character() -> dict[str, int]:
     """Return a mapping from each character of GPT-2's byte-level alphabet to the byte that it represents.
 
-    A printable byte is represented by the character with the same code, any other byte by a character from U+0100 on.
+    A printable byte is represented by the character with the same code point, any other byte by a character at or above
+    U+0100.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

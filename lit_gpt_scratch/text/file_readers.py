@@ -2,8 +2,8 @@
 
 Parquet and Arrow files are read with ``pyarrow``, all other files row by row with Python's ``json`` and ``csv``.
 Readers that parse many rows at once (``datasets``, ``pandas``) infer the types of columns from the first rows, drop
-text if a row has more or fewer fields than the first row, and crash on deeply nested JSON. The size of a row is limited
-while the file is decompressed, so a small archive cannot fill the memory.
+text if a row has more or fewer fields than the first row, and crash on deeply nested JSON. The row size is limited
+during decompression, so a small archive cannot exhaust the memory.
 """
 
 import bz2
@@ -45,12 +45,12 @@ ARROW_MAGIC: Final = b"ARROW1\0\0"
 JSON_CHUNK: Final = 2**16
 """Minimum number of characters to read at a time from a JSON file that is not in JSON Lines format."""
 MAX_DEPTH: Final = 100
-"""Maximum number of levels of nested lists and objects in a column."""
+"""Maximum nesting depth of lists and objects in a column."""
 MAX_NAMES: Final = 20
 """Maximum number of column names in an error message."""
 MAX_NAME_CHARACTERS: Final = 60
 MAX_REASON_CHARACTERS: Final = 200
-"""Maximum number of characters of a library's error message that are quoted in an error message."""
+"""Maximum number of characters to quote from a library's error message."""
 CSV_REASONS: Final = {
     "new-line character": "it contains a carriage return (\\r) outside quotes; convert the line endings to \\n",
     "unexpected end of data": "a quoted field has no closing quote",
@@ -58,13 +58,13 @@ CSV_REASONS: Final = {
     "field larger": f"a field is longer than {MAX_DOCUMENT_BYTES >> 20} MB",
     "NUL": "it contains a NUL byte",
 }
-"""Descriptions of errors in CSV files, keyed by a part of the message of ``csv``."""
+"""Descriptions of errors in CSV files, keyed by a substring of the error message of ``csv``."""
 
 Columns = Mapping[str, str]
 """Names of the columns to read, keyed by the argument that sets each name."""
 Fields = dict[str, Any]
 LocatedRows = Iterator[tuple[str, Fields]]
-"""Iterator over rows, each a pair of its location and its values by column name."""
+"""Iterator over pairs of a row's location and its values, keyed by column name."""
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
@@ -151,7 +151,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def _shorten_name(name: str) -> str:
-    """Return the name of a column for an error message: shortened, and without unpaired surrogates."""
+    """Shorten a column name and escape its unpaired surrogates, for an error message."""
     return shorten(name, MAX_NAME_CHARACTERS).encode(errors="backslashreplace").decode()
 
 
@@ -188,14 +188,14 @@ def _read_arrow(path: Path, columns: Columns | None) -> LocatedRows:
             file.seek(start)
             for batch in pa.ipc.open_stream(file):
                 require_columns(columns, batch.schema.names, str(path))
-                batch.validate(full=True)  # invalid offsets would end the process
+                batch.validate(full=True)  # invalid offsets would crash the process
                 yield batch
 
     yield from _read_batches(read(), path, columns)
 
 
 def _read_batches(batches: Iterator[Any], path: Path, columns: Columns | None) -> LocatedRows:
-    """Yield the rows of Arrow record batches; class labels of ``datasets`` are converted to ``ClassIndex``."""
+    """Yield the rows of Arrow record batches, converting the class labels of ``datasets`` to ``ClassIndex``."""
     number = 0
     try:
         for whole in batches:
@@ -221,7 +221,7 @@ def _read_batches(batches: Iterator[Any], path: Path, columns: Columns | None) -
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the names of the classes in each column with class labels, which ``datasets`` stores in the metadata."""
+    """Return the class names of each ``ClassLabel`` column, as stored by ``datasets`` in the schema metadata."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         classes = {name: feature["names"] for name, feature in features.items() if feature["_type"] == "ClassLabel"}
@@ -242,7 +242,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of each line, without a byte order mark at the start of the file."""
+    """Yield the number and text of each line, omitting a byte order mark at the start of the file."""
     number = 0
     try:
         with _open(path) as file:
@@ -330,7 +330,7 @@ class JsonValueReader:
         self.line = 1
 
     def read_rows(self) -> Iterator[tuple[str, Any]]:
-        """Yield the location and value of each element of a list, or of each value if the text is not a list.
+        """Yield the location and value of each element if the text is a JSON array, otherwise of each top-level value.
 
         Raises:
             ValueError: The text is not valid JSON, or a value is too long.
@@ -351,13 +351,13 @@ class JsonValueReader:
             raise ValueError("text follows the list")
 
     def _skip(self, character: str) -> bool:
-        """Skip whitespace, and the next character if it is ``character``."""
+        """Skip whitespace and, if it comes next, ``character``; return whether ``character`` was found."""
         found = self._next_character() == character
         self._position += found
         return found
 
     def _next_character(self) -> str:
-        """Skip whitespace, and return the next character or, at the end, an empty string."""
+        """Skip whitespace, and return the next character, or an empty string at the end of the file."""
         while True:
             whitespace = self._whitespace.match(self._buffer, self._position)
             self._advance(whitespace.end() if whitespace else self._position)
@@ -388,7 +388,11 @@ class JsonValueReader:
         self._position = position
 
     def _fill(self) -> bool:
-        """Read at least as much text as the buffer still contains, so that parsing a long value takes linear time."""
+        """Read at least as much text as is left in the buffer, so that parsing a long value takes linear time.
+
+        Returns:
+            False at the end of the file, otherwise True.
+        """
         left = self._buffer[self._position :]
         more = self._text.read(max(JSON_CHUNK, len(left)))
         self._buffer, self._position = left + more, 0
@@ -408,8 +412,8 @@ def _select_fields(row: Any, columns: Columns | None, where: str, required_in: s
         row: A parsed JSON value.
         columns: Columns to select; None selects all.
         where: Location of the row, for error messages.
-        required_in: Location for the error message if a column is missing. None for rows after the first, which may
-            omit columns that have no value.
+        required_in: Location for the error message if a column is missing. If None, columns may be missing; only the
+            first row must have all columns.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where} must be a JSON object, but its type is {type(row).__name__}")
@@ -419,7 +423,10 @@ def _select_fields(row: Any, columns: Columns | None, where: str, required_in: s
     fields = {name: row.get(name) for name in names}
     for name, value in fields.items():
         if _is_deeper(value, MAX_DEPTH):
-            raise UserError(f"{where}: '{_shorten_name(name)}' has more than {MAX_DEPTH} levels of lists and objects")
+            raise UserError(
+                f"{where}: '{_shorten_name(name)}' has more than {MAX_DEPTH} levels of nested lists and objects; "
+                "flatten it"
+            )
         try:
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
         except UnicodeEncodeError as error:
@@ -430,7 +437,7 @@ def _select_fields(row: Any, columns: Columns | None, where: str, required_in: s
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Return whether a JSON value has more than ``levels`` levels of lists and objects."""
+    """Return whether a JSON value has more than ``levels`` levels of nested lists and objects."""
     if not isinstance(value, list | dict):
         return False
     items = value.values() if isinstance(value, dict) else value

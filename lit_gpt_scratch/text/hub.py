@@ -60,7 +60,7 @@ def dataset_revision(name: str, config: str | None) -> str:
 
 
 def _resolve_revision(name: str) -> str | None:
-    """Return the commit hash of a dataset; None if ``HF_HUB_OFFLINE`` is set and the name includes no revision.
+    """Return the commit hash of a dataset, or None if ``HF_HUB_OFFLINE`` is set and the name includes no revision.
 
     The commit hash is requested before the dataset is loaded, because ``datasets`` retries for half a minute if there
     is no network connection.

@@ -1,4 +1,4 @@
-"""Markdown formatting: escaped text, code and tables.
+"""Format text, code and tables as Markdown.
 
 Text from documents, files, models and users may contain Markdown or HTML, which must be displayed, not interpreted. In
 HTML reports, ``jinja2`` escapes it.
@@ -24,7 +24,7 @@ class Markdown(str):
 
 
 def escape_markdown(text: str) -> Markdown:
-    """Return Markdown that displays a text in a paragraph, heading, list or table; return ``Markdown`` unchanged."""
+    """Escape text for display in a Markdown paragraph, heading, list or table; return ``Markdown`` unchanged."""
     if isinstance(text, Markdown):
         return text
     text = _ENTITIES.sub(lambda found: f"&#{ord(found[0])};", escape_line(text).strip())
@@ -33,9 +33,9 @@ def escape_markdown(text: str) -> Markdown:
 
 
 def markdown_code(text: str) -> Markdown:
-    """Return Markdown that displays a text as inline code or, if the text contains ``|``, without the code style.
+    """Format text as inline code, or as escaped text if it contains ``|``.
 
-    Whether a ``|`` in inline code ends a table cell differs between Markdown parsers.
+    Markdown parsers differ in whether a ``|`` in inline code ends a table cell.
     """
     text = escape_line(text).strip()
     if "|" in text or not text:
@@ -46,7 +46,7 @@ def markdown_code(text: str) -> Markdown:
 
 
 def markdown_code_block(text: str, language: str = "") -> Markdown:
-    """Return Markdown that displays the text as a code block, optionally highlighted as a programming language."""
+    """Format text as a Markdown code block, optionally with syntax highlighting for a language."""
     fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
     return Markdown(f"{fence}{language}\n{escape_terminal(text)}\n{fence}")
 
@@ -55,7 +55,7 @@ def format_markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
     """Format rows as an aligned Markdown table; the first row is the header.
 
     Args:
-        rows: Cells of each row: text, which is escaped, or ``Markdown``.
+        rows: Cells of each row; strings are escaped unless they are ``Markdown``.
         alignment: One character per column: ``<`` for left alignment or ``>`` for right alignment.
     """
     rows = [[escape_markdown(cell) for cell in row] for row in rows]

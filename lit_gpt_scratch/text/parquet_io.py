@@ -1,4 +1,4 @@
-"""Streaming reader and writer for documents in Parquet files, which keep only a few megabytes in memory."""
+"""Stream documents to and from Parquet files, keeping only a few megabytes in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path

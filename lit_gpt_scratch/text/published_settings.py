@@ -1,4 +1,4 @@
-"""Settings of a published model that its ``tokenizer.json`` does not contain: stop tokens and the chat template."""
+"""Settings of a published model that are not in its ``tokenizer.json``: stop tokens and the chat template."""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +8,14 @@ FlatValue = Scalar | list[Scalar] | None
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """Special tokens, generation config and chat template of a model in the format of ``transformers``.
+    """Special tokens, generation config and chat template of a model in ``transformers`` format.
 
     Attributes:
         bos_token_id: ``bos_token_id`` in ``config.json``.
-        eos_token_id: ``eos_token_id`` in ``config.json``: an id, or a list of ids.
-        generation_config: Content of ``generation_config.json``, without nested values; None if there is no such file.
-        tokens: Special tokens in ``tokenizer_config.json``, keyed by name, such as ``bos_token``. The chat template can
-            insert them.
+        eos_token_id: ``eos_token_id`` in ``config.json``, either an id or a list of ids.
+        generation_config: Fields of ``generation_config.json`` except nested objects; None if there is no such file.
+        tokens: Special token strings in ``tokenizer_config.json``, keyed by name, such as ``bos_token``. The chat
+            template can insert them.
         chat_template: Jinja template that renders messages as text; None if the model has none.
     """
 

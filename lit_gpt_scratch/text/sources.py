@@ -39,17 +39,17 @@ STDLIB_GENERATED = ("_sysconfigdata", "config-")
 MAX_WHOLE_FILE_BYTES: Final = 2**22
 """Maximum size in bytes of a text file that is read as one document; larger files are read as several documents."""
 CHUNK_BYTES: Final = 2**18
-"""Size in bytes of the parts into which a large file is split; each part is extended to the end of its last line."""
+"""Size in bytes of the chunks into which a large file is split; each chunk is extended to the end of its last line."""
 
 
 UnreadablePolicy = Literal["error", "skip"]
-"""What to do with files and folders that cannot be read."""
+"""How to handle files and folders that cannot be read."""
 OnUnreadable = Callable[[Path, "UnreadableError"], None]
-"""Function that is called with the path of a file or folder that cannot be read; it raises the error or records it."""
+"""Callback for files and folders that cannot be read; receives the path and the error, which it raises or records."""
 
 
 class UnreadableError(UserError):
-    """Error raised if a file or folder cannot be read; ``reason`` is the reason without the path."""
+    """Raised if a file or folder cannot be read; ``reason`` excludes the path."""
 
     def __init__(self, path: Path | str, reason: str, advice: str = "") -> None:
         super().__init__(f"cannot read {path}: {reason}{advice}")
@@ -65,8 +65,8 @@ class DocumentSource:
     """Source of documents, which are read sequentially in a stable order.
 
     Args:
-        name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a Hub dataset as ``owner/name`` or
-            ``owner/name@revision``. The suffix determines how a file is read: ``.jsonl``, ``.ndjson``, ``.json``,
+        name: ``stdlib``, a file, a folder, a pattern with ``*`` or ``**``, or a Hub dataset (``owner/name`` or
+            ``owner/name@revision``). The suffix determines how a file is read: ``.jsonl``, ``.ndjson``, ``.json``,
             ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a
             single document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a
             folder, hidden files and files that are not text are skipped, and ``.json``, ``.csv`` and ``.tsv`` files are
@@ -75,8 +75,8 @@ class DocumentSource:
         config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
         streaming: Whether to stream a Hub dataset instead of downloading it.
-        unreadable: What to do with files, folders and broken links inside the source that cannot be read: raise an
-            ``error``, or ``skip`` them, in which case ``read`` yields a ``RejectedDocument`` for each.
+        unreadable: How to handle files, folders and broken links inside the source that cannot be read: ``error``
+            raises an error; ``skip`` skips them, and ``read`` yields a ``RejectedDocument`` for each.
     """
 
     name: str
@@ -118,7 +118,7 @@ class DocumentSource:
         yield from skipped
 
     def _recorder(self, skipped: list[RejectedDocument]) -> OnUnreadable:
-        """Return the function that handles unreadable folders: it adds them to ``skipped``, or raises the error."""
+        """Return the callback for unreadable folders, which adds them to ``skipped`` or raises the error."""
 
         def record(path: Path, error: UnreadableError) -> None:
             skipped.append(RejectedDocument(_document_name(path), f"unreadable: {error.reason}"))
@@ -147,13 +147,13 @@ class DocumentSource:
             yield from read_rows(path, name, columns)
 
     def fingerprint(self, local: bool = False) -> str:
-        """Return a string that changes when the source changes; the contents of files are not read.
+        """Return a string that changes when the source changes, without reading any files.
 
         The string is a hash of the names, sizes and modification times of all files, or the revision of a Hub dataset.
 
         Args:
             local: Whether to include absolute paths, inodes and change times. They distinguish copies of a file, and
-                reveal that a file was replaced by another file with the same size and modification time.
+                reveal that a file was replaced with another file of the same size and modification time.
         """
         if self.on_hub:
             return hub.dataset_revision(self.name, self.config)
@@ -180,7 +180,7 @@ class DocumentSource:
     def _path(self) -> Path:
         try:
             return Path(self.name).expanduser()
-        except RuntimeError:  # ~name, without a user of this name
+        except RuntimeError:  # ~name, but there is no user with this name
             return Path(self.name)
 
     @property
@@ -198,7 +198,7 @@ class DocumentSource:
         """Yield the name and path of each file in the source.
 
         Args:
-            on_unreadable: Function that handles folders inside the source that cannot be read.
+            on_unreadable: Callback for folders inside the source that cannot be read.
 
         Raises:
             UserError: The source does not exist or can be read only once, or a folder in it cannot be read.
@@ -284,10 +284,10 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
 
 
 def _file_mode(path: Path) -> int | None:
-    """Return the type and permissions of a file or folder, following links; None if it does not exist.
+    """Return the type and permissions of a file or folder, following links, or None if it does not exist.
 
     Raises:
-        UserError: The file or folder cannot be examined.
+        UserError: The file or folder cannot be accessed.
     """
     try:
         return path.stat().st_mode
@@ -301,7 +301,7 @@ def _require_readable(path: Path) -> None:
     """Check that a file can be opened.
 
     Raises:
-        UnreadableError: It cannot be opened.
+        UnreadableError: The file cannot be opened.
     """
     try:
         path.open("rb").close()
@@ -341,7 +341,7 @@ def _walk(
 def _walk_folders(
     root: Path, skip_folder: Callable[[str], bool], on_unreadable: OnUnreadable
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Yield a folder and all folders below it, each with the sorted names of its files, following links.
+    """Yield a folder and, recursively, its subfolders, each with its sorted file names, following links.
 
     Each folder is visited once, even if links form a loop. Folders that can be reached without links are visited first,
     in sorted order, so that their paths contain no links.
@@ -379,7 +379,7 @@ def _walk_folders(
 def _expand_pattern(pattern: Path, on_unreadable: OnUnreadable = _raise_unreadable) -> Iterator[Path]:
     """Yield the files and folders that match a pattern with ``*``, ``?``, ``[...]`` and ``**``.
 
-    Unlike ``glob.glob``, this function visits loops of links only once, and raises an error if a folder cannot be read.
+    Unlike ``glob.glob``, this function visits each folder in a link loop once, and reports folders that cannot be read.
 
     Raises:
         UserError: A folder cannot be read.
@@ -416,7 +416,7 @@ def _expand_parts(folder: Path, parts: Sequence[str], on_unreadable: OnUnreadabl
 
 
 class NotTextError(UserError):
-    """Error raised if a file is not text; ``n_bytes`` is the size of the file."""
+    """Raised if a file is not text; ``n_bytes`` is the file size."""
 
     def __init__(self, message: str, n_bytes: int) -> None:
         super().__init__(message)
@@ -424,7 +424,7 @@ class NotTextError(UserError):
 
 
 def _read_text_file(name: str, path: Path) -> Iterator[Document]:
-    """Yield the documents of a text file: one, or several if the file is large; newlines are not converted."""
+    """Yield a text file as one document, or as several if the file is large; newlines are not converted."""
     with open_decompressed(path) as file:
         content = file.read(MAX_WHOLE_FILE_BYTES + 1)
         if len(content) <= MAX_WHOLE_FILE_BYTES:

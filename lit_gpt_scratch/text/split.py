@@ -1,4 +1,4 @@
-"""Train/validation split that keeps near-duplicates together, and mixing of sources by weight."""
+"""Mix sources by weight, and split documents into training and validation, keeping near-duplicates together."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
 """Number of signatures buffered in memory before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum number of candidates with which a document is compared per band; boilerplate may produce thousands."""
+"""Maximum number of candidates compared with a document per band; boilerplate may produce thousands of candidates."""
 SHARE_TOLERANCE: Final = 1.3
-"""Maximum ratio, in either direction, of the actual to the requested size of the validation text; clusters are moved
-between the splits if the ratio is exceeded."""
+"""Maximum factor by which the validation text may be larger or smaller than requested; if the factor is exceeded,
+clusters are moved between the splits."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TrainValidationSplit:
 
     Attributes:
         validation: True for validation documents, (n,) bool.
-        tail: Fraction of each document, taken from its end, that is used for validation if all documents belong to a
-            single cluster; None if whole documents are assigned to the splits.
+        tail: Fraction of each document, at its end, that is held out if all documents belong to a single cluster; None
+            if whole documents are assigned to the splits.
         remarks: Sentences for the cleaning report about clusters that are too large, or that may be incomplete.
     """
 
@@ -116,10 +116,10 @@ def _place_clusters(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the position of each cluster, uniform between 0 and 1, and the cluster indices sorted by position.
 
-    The smallest of k independent, uniform hashes is less than x with probability 1 - (1 - x)^k. This probability is the
-    position of the cluster, so that it is uniform for any k, and equal to the hash for a single document. Comparing the
-    smallest hash itself with the share would hold out almost all large clusters. Exact duplicates, whose hashes are
-    equal, count once.
+    The smallest of k independent, uniform hashes is less than x with probability 1 - (1 - x)^k. This probability is
+    used as the position, which is therefore uniform for any k, and equals the hash if the cluster is a single document.
+    Comparing the smallest hash itself with the share would hold out almost all large clusters. Exact duplicates, whose
+    hashes are equal, count once.
     """
     by_cluster = np.lexsort((keys, cluster))
     keys, cluster = keys[by_cluster], cluster[by_cluster]
@@ -169,7 +169,7 @@ class DuplicateClusters:
         return first
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the signature files."""
         self._signatures.close()
         self._bands.close()
 
@@ -246,7 +246,7 @@ class DocumentIndex:
         return len(self._split_keys)
 
     def close(self) -> None:
-        """Close the files on disk."""
+        """Close the signature files."""
         self._clusters.close()
 
     def add(self, item: PipelineItem) -> None:
@@ -263,7 +263,7 @@ class DocumentIndex:
 
         All documents of the source with the fewest bytes relative to its weight are selected. From every other source,
         documents are selected in order of their content hashes until their total size is as close as possible to the
-        size that corresponds to the weight of the source.
+        size implied by the source's weight.
 
         Raises:
             UserError: A source has no documents, or its weight is too low to include any of its documents.

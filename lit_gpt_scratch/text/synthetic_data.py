@@ -40,7 +40,7 @@ def labelled_sentences() -> Iterator[TableRow]:
 
 
 def conversations() -> Iterator[TableRow]:
-    """Yield 576 conversations about words; one in six has two pairs of a user message and a reply, the rest one."""
+    """Yield 576 conversations about words. One in six has two user messages, each with a reply; the others have one."""
     records: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]

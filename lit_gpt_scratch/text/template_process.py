@@ -1,4 +1,4 @@
-"""Render a chat template in another process, with limits on time, memory and the length of the text."""
+"""Render a chat template in a separate process, with limits on time, memory and output length."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from lit_gpt_scratch.schema import parse_json
 
 WORKER: Final = Path(__file__).with_name("template_worker.py")
 RENDER_SECONDS: Final = 2
-"""Maximum CPU time of a request in seconds."""
+"""Maximum CPU time per request in seconds."""
 RENDER_MEMORY: Final = 2**29
 """Maximum address space of the process in bytes."""
 RENDER_TIMEOUT: Final = 60
-"""Maximum elapsed time of a request in seconds; on a busy machine, it is longer than the CPU time."""
+"""Maximum elapsed time per request in seconds; on a busy machine, elapsed time exceeds CPU time."""
 MAX_TEMPLATE: Final = 2**18
-"""Maximum number of characters of a template; published ones have up to 20,000."""
+"""Maximum number of characters in a template; published templates have up to 20,000."""
 MAX_ANSWER: Final = 2**27
-"""Maximum size of an answer in bytes, enough for a text of maximum length in which JSON escapes each character."""
+"""Maximum size of an answer in bytes; sufficient even if JSON escapes every character of a text of maximum length."""
 REMEDY: Final = (
     "edit chat_template.jinja in the model's Hugging Face folder, or delete it to use the template of this package, "
     "and import the model again"
@@ -31,7 +31,7 @@ REMEDY: Final = (
 
 
 class TemplateProcess:
-    """Process that renders a chat template; it starts at the first request and ends when this object is deleted.
+    """Process that renders a chat template; started by the first request and killed when this object is deleted.
 
     Args:
         template: Jinja template.
@@ -46,7 +46,7 @@ class TemplateProcess:
         return {"template": self.template, "_process": None}
 
     def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
-        """Render the template in several contexts, each an object with the variables of the template.
+        """Render the template once per context; each context maps the template's variables to their values.
 
         Raises:
             UserError: The template is invalid, rejects the messages, or exceeds a limit.
@@ -75,7 +75,7 @@ class TemplateProcess:
             process.stdin.write(json.dumps(value).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline(MAX_ANSWER)
-        except OSError:  # the process has ended
+        except OSError:  # the process has exited
             line = b""
         finally:
             timer.cancel()

@@ -1,10 +1,10 @@
 """Script that renders an untrusted chat template: ``python template_worker.py SECONDS BYTES``.
 
-A chat template is a program that somebody else wrote. It runs in the sandbox of ``jinja2``, where it has access to the
-messages only, and in this process, whose time and memory are limited for each request. The script reads one JSON value
-per line: first the template, then requests, each a list of contexts (objects with the variables of the template). For
-each line, it writes a JSON object with ``texts``, the rendered text of each context, with ``rejected``, the reason why
-the template rejects the messages, or with ``error``, the reason why rendering failed.
+A chat template is untrusted code. It runs in the ``jinja2`` sandbox, where it can access only the variables that it is
+given, and in this process, whose time and memory are limited per request. The script reads one JSON value per line:
+first the template, then requests, each a list of contexts (objects with the template's variables). For each line, it
+writes a JSON object with one of three keys: ``texts`` (the rendered text of each context), ``rejected`` (why the
+template rejects the messages) or ``error`` (why rendering failed).
 """
 
 import json
@@ -20,22 +20,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_TEXT: Final = 2**24
-"""Maximum number of characters of all rendered texts of a request."""
+"""Maximum total number of characters rendered per request."""
 MAX_REASON: Final = 200
-"""Maximum number of characters of an error message."""
+"""Maximum number of characters in an error message."""
 
 
 class RejectedMessagesError(jinja2.TemplateError):
-    """Error that a template raises with ``raise_exception``."""
+    """Raised when a template calls ``raise_exception``, by which it rejects the messages."""
 
 
 class GenerationBlock(Extension):
-    """Extension for ``{% generation %}``, which marks replies in some templates and does not change the text."""
+    """Extension for ``{% generation %}`` blocks, which mark replies in some templates and do not change the text."""
 
     tags = {"generation"}  # noqa: RUF012 - declared by the base class
 
     def parse(self, parser: Parser) -> Node | list[Node]:
-        """Return the content of the block."""
+        """Return the nodes inside the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -51,8 +51,8 @@ class PublicNamespace(Namespace):
 
 
 def main() -> None:
-    """Answer requests until standard input ends. The arguments are the limits on CPU time and address space."""
-    sys.path[0] = str(Path(__file__).parents[2])  # not the folder of this file, whose modules may hide others
+    """Answer requests until the end of standard input; the script's arguments limit CPU time and address space."""
+    sys.path[0] = str(Path(__file__).parents[2])  # not the folder of this file, whose modules may shadow others
     from lit_gpt_scratch.text.tokenizer_probe import limit_resources
 
     template: jinja2.Template | None = None
@@ -64,14 +64,14 @@ def main() -> None:
                 template = compile_template(json.loads(line))
             else:
                 answer["texts"] = render(template, json.loads(line))
-        except BaseException as error:  # whatever a template raises
+        except BaseException as error:  # a template can raise any exception
             reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
             answer = {"rejected" if isinstance(error, RejectedMessagesError) else "error": reason}
         print(json.dumps(answer), flush=True)
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """Compile a template with the syntax and functions that ``transformers`` provides, except for the current time."""
+    """Compile a template with the syntax and functions that ``transformers`` provides, except the current time."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
@@ -84,7 +84,7 @@ def render(template: jinja2.Template, contexts: list[dict[str, Any]]) -> list[st
     """Render a template in each context.
 
     Raises:
-        ValueError: The texts are too long.
+        ValueError: The rendered texts are too long.
     """
     texts: list[str] = []
     length = 0

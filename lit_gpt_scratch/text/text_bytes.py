@@ -1,11 +1,11 @@
-"""Number of bytes of text that each token represents, even if the tokenizer does not preserve all text.
+"""Count the text bytes that each token represents, even if the tokenizer does not preserve all text.
 
-The bits per byte of a text are the negative log-likelihood of its tokens in nats, divided by ln 2 and by the number of
-UTF-8 bytes of the original text. If only some tokens of a document are scored, the bytes of the document are
-distributed over its tokens in proportion to the number of bytes to which each token decodes. If the tokenizer preserves
-the text, each token is assigned exactly the bytes to which it decodes. Otherwise, for example if the tokenizer prepends
-a space, lowercases the text or has unknown tokens, the numbers are scaled and rounded so that they still sum to the
-number of bytes of the document.
+The bits per byte of a text are its tokens' negative log-likelihood in nats, divided by ln 2 and by the size of the
+original text in UTF-8 bytes. If only some tokens of a document are scored, the document's bytes are distributed over
+its tokens in proportion to the number of bytes to which each token decodes. If the tokenizer preserves the text, each
+token is assigned exactly the bytes to which it decodes. Otherwise, for example if the tokenizer prepends a space,
+lowercases the text or has unknown tokens, the byte counts are scaled and rounded so that they still sum to the size of
+the document.
 """
 
 from typing import Final
@@ -23,13 +23,13 @@ REMEMBERED_DOCUMENTS: Final = 8
 
 
 def share_bytes(token_bytes: Int64Array, n_tokens: Int64Array, n_bytes: int) -> Int64Array:
-    """Return the number of bytes of text before each of several positions in a document.
+    """Return the number of text bytes that precede each of several positions in a document.
 
     Args:
         token_bytes: Number of bytes to which the tokens before each position decode, (n,), ascending; the last position
             is the end of the document.
         n_tokens: Number of tokens before each position, (n,), ascending; used only if all ``token_bytes`` are 0.
-        n_bytes: Number of UTF-8 bytes of the document.
+        n_bytes: Size of the document in UTF-8 bytes.
     """
     weights = token_bytes if token_bytes[-1] else n_tokens
     shares: Int64Array = weights if weights[-1] == n_bytes else weights * n_bytes // max(weights[-1], 1)
@@ -37,11 +37,11 @@ def share_bytes(token_bytes: Int64Array, n_tokens: Int64Array, n_bytes: int) -> 
 
 
 class LabelByteCounter:
-    """Counter of the bytes of text that the labels in a span of a token stream represent.
+    """Counter of the text bytes that the labels in a token stream span represent.
 
     Args:
         stream: Token stream.
-        token_bytes: Number of bytes to which each token decodes, by token id; 0 for end-of-text.
+        token_bytes: Number of bytes to which each token decodes, indexed by token id; 0 for end-of-text.
     """
 
     def __init__(self, stream: ShardedTokenStream, token_bytes: NDArray[np.int64]) -> None:
@@ -50,7 +50,7 @@ class LabelByteCounter:
         self._sums: dict[tuple[str, str, int], Int64Array] = {}
 
     def count(self, start: int, length: int) -> int:
-        """Return the number of bytes of text that the labels in a span represent; see ``read_with_labels``."""
+        """Return the number of text bytes that the labels in a span represent; see ``read_with_labels``."""
         start, stop = start + 1, min(start + 1 + length, self._stream.n_tokens)
         total = 0
         while start < stop:
@@ -63,7 +63,7 @@ class LabelByteCounter:
         return total
 
     def _before(self, shard: TokenShard, document: int, position: int) -> int:
-        """Return the number of bytes of a document's text that its tokens before a shard position represent."""
+        """Return the number of text bytes that a document's tokens before a shard position represent."""
         begin, n_bytes = map(int, shard.documents[document])
         last = document + 1 == len(shard.documents)
         end = shard.n_tokens if last else int(shard.documents[document + 1, 0])
@@ -77,7 +77,7 @@ class LabelByteCounter:
         return int(share_bytes(weights, np.array([position - begin - 1, end - begin - 1]), n_bytes)[0])
 
     def _cumulative_sums(self, shard: TokenShard, document: int, begin: int, end: int) -> Int64Array:
-        """Return the sum of token bytes before every ``TOKENS_PER_SUM``-th token of a document, and over all tokens."""
+        """Return the cumulative token bytes before every ``TOKENS_PER_SUM``-th token of a document, and the total."""
         key = shard.folder, shard.name, document
         if key not in self._sums:
             sums = [np.zeros(1, np.int64)]

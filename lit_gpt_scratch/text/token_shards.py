@@ -1,4 +1,4 @@
-"""Shards of token ids on disk, and token streams across several shards.
+"""Store token ids in shards on disk, and read token streams that span several shards.
 
 A shard consists of two files that ``numpy.load`` can read. ``train-00000.tokens.npy``, (n_tokens,) uint16 or uint32,
 contains token ids, with an end-of-text token before each document. ``train-00000.documents.npy``, (n_documents, 2)
@@ -68,7 +68,7 @@ class TokenShard(PicklableMemmaps):
         folder: Folder that contains the files.
         name: Prefix of the file names.
         n_tokens: Number of tokens, including end-of-text tokens.
-        n_bytes: Number of UTF-8 bytes of text in the documents.
+        n_bytes: Total text size of the documents in UTF-8 bytes.
         n_documents: Number of documents.
         largest: Largest token id.
         sizes: Size of each file in bytes.
@@ -90,7 +90,7 @@ class TokenShard(PicklableMemmaps):
 
         Args:
             folder: Folder that contains the files.
-            metadata: The shard's ``metadata``, as parsed.
+            metadata: Parsed JSON value of the shard's ``metadata``.
             name: Name of the metadata in the JSON file, for error messages.
 
         Raises:
@@ -114,7 +114,7 @@ class TokenShard(PicklableMemmaps):
         for part, array in zip(SHARD_PARTS, (tokens, documents), strict=True):
             path = shard.path(part)
             with atomic_file(path) as file:
-                # Not np.save(): its tofile() raises an error without a number if the disk is full, or none at all.
+                # np.save() is not used: if the disk is full, its tofile() raises no error, or one without an errno.
                 np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
                 file.write(np.ascontiguousarray(array).data)
             shard.sizes[part], shard.sha256[part] = path.stat().st_size, sha256_file(path)
@@ -164,18 +164,21 @@ class TokenShard(PicklableMemmaps):
         try:
             found = np.asarray(np.lib.format.open_memmap(self.path(part), mode="r"))
         except Exception as error:  # numpy parses the header as a Python literal, which can raise anything
-            problem = f"is not an array ({' '.join(str(error).split())[:100]})"
+            problem = f"is not a NumPy array ({' '.join(str(error).split())[:100]})"
         else:
             if found.shape == shape and found.dtype in dtypes and found.flags.c_contiguous:
                 return found
-            problem = f"contains {found.dtype} {found.shape}, but the shape in {MANIFEST_FILE} is {shape}"
+            problem = (
+                f"contains a {found.dtype} array of shape {found.shape}, but {MANIFEST_FILE} requires an unsigned "
+                f"integer array of shape {shape}"
+            )
         raise UserError(f"{self.path(part)} {problem}; {REBUILD_HINT}")
 
     def validate_content(self) -> None:
-        """Check the contents of both files against the attributes; this reads the files completely.
+        """Check that both files match the attributes; reads the files completely.
 
         Raises:
-            UserError: The positions of the documents, the number of bytes or the largest token id is wrong.
+            UserError: The document positions, the number of bytes or the largest token id is wrong.
         """
         starts, sizes = self.documents[:, 0], self.documents[:, 1]
         # Compare starts directly and sum Python integers: differences and sums of unsigned integers wrap around.
@@ -188,7 +191,7 @@ class TokenShard(PicklableMemmaps):
 
 @dataclass(frozen=True)
 class ShardedTokenStream:
-    """Token stream that is the concatenation of several shards."""
+    """Token stream that concatenates several shards."""
 
     shards: tuple[TokenShard, ...]
 
@@ -204,7 +207,7 @@ class ShardedTokenStream:
 
     @property
     def n_bytes(self) -> int:
-        """Number of UTF-8 bytes of text in the documents."""
+        """Total text size of the documents in UTF-8 bytes."""
         return sum(shard.n_bytes for shard in self.shards)
 
     @property
@@ -213,7 +216,7 @@ class ShardedTokenStream:
         return sum(shard.n_documents for shard in self.shards)
 
     def find_shard(self, position: int) -> tuple[TokenShard, int]:
-        """Return the shard that contains a stream position, and the stream position of the first token in the shard."""
+        """Return the shard that contains a stream position, and the stream position of the shard's first token."""
         index = bisect_right(self.ends, position)
         return self.shards[index], self.ends[index] - self.shards[index].n_tokens
 
@@ -255,7 +258,7 @@ class ShardedTokenStream:
     def read(self, start: int, stop: int) -> TokenIds:
         """Return the tokens in ``[start, stop)``, or up to the end of the stream if it is shorter.
 
-        Tokens are copied only if they are in several shards.
+        Tokens are copied only if they span several shards.
         """
         stop = min(stop, self.n_tokens)
         found: list[TokenIds] = []

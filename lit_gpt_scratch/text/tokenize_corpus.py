@@ -1,4 +1,4 @@
-"""Parallel tokenization of a corpus into shards, each of which is written atomically."""
+"""Tokenize a corpus in parallel, and write each shard atomically."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ SHARD_BYTES: Final = 2**26
 """Approximate bytes of text per shard; shards are larger if a split would otherwise have over ``MAX_SHARDS`` shards."""
 MAX_SHARDS: Final = 1024
 BATCH_CHARACTERS: Final = 2**22
-"""Minimum number of characters that are encoded at a time."""
+"""Minimum number of characters to encode at a time."""
 FAST_ENCODER_MIN_BYTES: Final = 2**25
 """Minimum corpus size, in bytes, for using the fast encoder, whose setup takes about a second."""
 
@@ -41,7 +41,7 @@ class ShardJob:
         folder: Folder for the shard, which must already contain the tokenizer.
         name: Name of the shard.
         fast: Whether to use the fast encoder if it supports the tokenizer.
-        threads: Number of threads for the fast encoder; if None, the default of ``ThreadPoolExecutor``.
+        threads: Number of threads for the fast encoder; None uses the default of ``ThreadPoolExecutor``.
     """
 
     texts: Path
@@ -109,7 +109,7 @@ def _make_jobs(corpus: CleanedCorpus, split: SplitName, folder: Path, threads: i
 def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) -> TokenShard:
     """Return the existing shard if it is complete and its checksums match; otherwise write it."""
     if job.marker.exists():
-        with suppress(OSError, ValueError):  # a file is missing, empty or damaged
+        with suppress(OSError, ValueError):  # a file is missing, empty or corrupted
             shard = TokenShard.from_metadata(job.folder, read_json(job.marker, dict[str, Any]), job.marker.name)
             if shard.name == job.name and all(
                 sha256_file(shard.path(part)) == shard.sha256[part] for part in SHARD_PARTS
@@ -136,7 +136,7 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer, which is cached because the setup of its fast encoder takes about a second."""
+    """Load and cache a tokenizer, because setting up its fast encoder takes about a second."""
     return Tokenizer.load(path)
 
 

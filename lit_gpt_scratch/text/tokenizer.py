@@ -27,15 +27,15 @@ from lit_gpt_scratch.text.tokenizer_training import BYTES, END_OF_TEXT, train_to
 from lit_gpt_scratch.text.tokenizer_validation import validate_tokenizer_json
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
-"""Names of the end-of-text token in various tokenizer families, in order of preference."""
+"""End-of-text token strings of various tokenizer families, in order of preference."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXTS: Final = (" A  b\r\n\tÇé…ﬁ 東京 🎉", "e\u0301 , b's \n")
-"""Test strings. If the tokenizer normalizes text, adds or removes white space, or has no byte fallback, encoding and
-decoding change at least one of them."""
+"""Test strings. Encoding and decoding change at least one of them if the tokenizer normalizes text, adds or removes
+whitespace, or has no byte fallback."""
 MAX_ID_RATIO: Final = 16
-"""Maximum ratio of the largest token id to the number of tokens; it limits the length of lists with an entry per id."""
+"""Maximum ratio of the largest token id to the number of tokens; limits the length of lists indexed by token id."""
 
 
 class Tokenizer:
@@ -44,13 +44,13 @@ class Tokenizer:
     The class is a thin wrapper around ``tokenizers.Tokenizer``, so other tools can read the saved file.
 
     Args:
-        backend: Tokenizer to wrap; it must have an end-of-text token whose name is in ``END_OF_TEXT_NAMES``, unless
-            ``published`` specifies one.
+        backend: Tokenizer to wrap; it must contain a token in ``END_OF_TEXT_NAMES``, unless ``published`` specifies an
+            end-of-text token.
         start_of_text: Id of the start-of-text token; if None, the end-of-text token is used.
         published: Settings of the published model that the tokenizer belongs to.
 
     Raises:
-        UserError: There is no end-of-text token, or the encoding of a text may contain a special token.
+        UserError: There is no end-of-text token, or ordinary text may be encoded as a special token.
 
     Attributes:
         end_of_text: Id of the end-of-text token, which separates documents.
@@ -78,7 +78,7 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._original_json: str | None = None
-        """Content of the tokenizer file if the backend differs from it, otherwise None."""
+        """Original text of the tokenizer file if the backend was modified, otherwise None."""
         self._split_special_tokens()
         self.end_of_text: int = found[0]
         self.start_of_text = self.end_of_text if start_of_text is None else start_of_text
@@ -96,8 +96,8 @@ class Tokenizer:
         """Load a tokenizer, and verify its SHA-256 checksum if a checksum file is next to it.
 
         Args:
-            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or one of the pairs
-                of files in ``GPT2_FILES``.
+            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or one of the file
+                pairs in ``GPT2_FILES``.
             published: Settings of the published model that the tokenizer belongs to.
 
         Raises:
@@ -126,18 +126,18 @@ class Tokenizer:
     def from_json(
         cls, text: str, start_of_text: int | None = None, published: PublishedSettings | None = None
     ) -> "Tokenizer":
-        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include the other arguments.
+        """Build a tokenizer from the text of a ``tokenizer.json``, which does not include the other arguments.
 
         Raises:
-            UserError: The content is not a tokenizer, or could hang or crash this process.
+            UserError: The text is not a valid tokenizer, or could hang or crash this process.
         """
         validate_tokenizer_json(text)
-        with _library_errors("the content is not a valid tokenizer"):
+        with _library_errors("invalid tokenizer"):
             backend = Backend.from_str(text)
         return cls(backend, start_of_text, published)
 
     def to_json(self) -> str:
-        """Return the tokenizer in the JSON format of a ``tokenizer.json``."""
+        """Return the tokenizer as the text of a ``tokenizer.json``."""
         text: str = self._original_json or self._backend.to_str(pretty=False)
         return text
 
@@ -153,13 +153,13 @@ class Tokenizer:
         return ids
 
     def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenize a text, such as a rendered template, and encode the names of special tokens as these tokens.
+        """Tokenize text, such as a rendered template, and encode special token strings as special tokens.
 
         Args:
-            text: String to tokenize, which must contain all required special tokens, because none are added.
+            text: String to tokenize; it must contain all required special tokens, because none are added.
 
         Returns:
-            Token ids, (n,), and the range of characters (start, stop) that each token represents, (n,).
+            Token ids, (n,), and the character range ``(start, stop)`` that each token represents, (n,).
         """
         with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
             encoding = self._parsing_backend.encode(text, add_special_tokens=False)
@@ -167,7 +167,7 @@ class Tokenizer:
 
     @cached_property
     def _parsing_backend(self) -> Backend:
-        """Copy of the backend that encodes the names of special tokens as these tokens, unlike ``encode``."""
+        """Copy of the backend that, unlike ``encode``, encodes special token strings as special tokens."""
         backend = Backend.from_str(self.to_json())
         backend.encode_special_tokens = False
         backend.no_padding()
@@ -178,13 +178,13 @@ class Tokenizer:
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
-        """Yield the token ids of each string, (n,) uint32, which are identical to those from ``encode``.
+        """Yield the token ids of each string, (n,) uint32; they are identical to those returned by ``encode``.
 
         Args:
             texts: Strings to encode.
-            fast: Whether to use an encoder that is several times faster, provided that it provably returns the same
-                ids; the check takes about a second.
-            threads: Number of threads of the fast encoder; if None, the default of ``ThreadPoolExecutor``.
+            fast: Whether to use an encoder that is several times faster, if it provably returns the same ids; the check
+                takes about a second.
+            threads: Number of threads for the fast encoder; None uses the default of ``ThreadPoolExecutor``.
         """
         encoding = self._fast_encoding if fast else None
         with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
@@ -221,7 +221,7 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """Description of a test string that encoding and decoding change; empty if all test strings are preserved."""
+        """Description of a test string that encoding and decoding change, or an empty string if there is none."""
         for text in ROUND_TRIP_TEXTS:
             if (decoded := self.decode(self.encode(text))) != text:
                 return f"encoding and decoding change text: {text!r} becomes {decoded!r}"
@@ -235,20 +235,20 @@ class Tokenizer:
 
     @cached_property
     def normalizes_special_tokens(self) -> bool:
-        """Whether text is normalized before special tokens are looked up, and may thus turn into their names."""
+        """Whether text is normalized before special tokens are matched, and may thus turn into a special token."""
         added = self._backend.get_added_tokens_decoder().values()
         return self._backend.normalizer is not None and any(entry.special and entry.normalized for entry in added)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids of all tokens that end generated text: end-of-text, and those that the published model specifies."""
+        """Ids of all tokens that end generated text: end-of-text, and those specified by the published model."""
         published = self.published or PublishedSettings()
         named = self.special_token_id(published.tokens.get("eos_token", ""))
         return frozenset([self.end_of_text, *(published.eos_ids or ([] if named is None else [named]))])
 
     @property
     def unknown_id(self) -> int | None:
-        """Id of the unknown token; None if the tokenizer has no unknown token."""
+        """Id of the unknown token, or None if the tokenizer has no unknown token."""
         if isinstance(self._backend.model, models.Unigram):
             id_: int | None = json.loads(self._backend.to_str())["model"]["unk_id"]
             return id_
@@ -256,16 +256,16 @@ class Tokenizer:
         return None if name is None else self._backend.token_to_id(name)
 
     def token_name(self, token_id: int) -> str:
-        """Return the name of a token in the vocabulary, which differs from its text for most types of tokenizers."""
+        """Return a token's vocabulary string, which differs from its text in most tokenizer types."""
         return str(self._backend.id_to_token(token_id))
 
     def special_token_id(self, token: str) -> int | None:
-        """Return the id of a special token; None if the tokenizer has no special token with this text."""
+        """Return the id of a special token, or None if the tokenizer has no such special token."""
         return self.special_tokens.get(token)
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Ids of all special tokens, keyed by their text."""
+        """Ids of all special tokens, keyed by token string."""
         added = self._backend.get_added_tokens_decoder().items()
         return {entry.content: id_ for id_, entry in added if entry.special}
 
@@ -274,9 +274,9 @@ class Tokenizer:
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]
 
     def token_bytes(self) -> list[int]:
-        """Return the number of bytes to which each token is decoded within a text, by token id; 0 for special tokens.
+        """Return each token's decoded size in bytes within a text, indexed by token id; 0 for special tokens.
 
-        At the start of a text, a token may represent one byte less, because some tokenizers put a space before a text.
+        At the start of a text, a token may represent one byte less, because some tokenizers prepend a space.
         """
         sizes, count = [0] * self.vocab_size, _decoded_byte_counter(self._backend)
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
@@ -294,22 +294,22 @@ class Tokenizer:
 
         Args:
             ids: Token ids of the text, (n,).
-            n_bytes: Number of UTF-8 bytes of the text.
+            n_bytes: Size of the text in UTF-8 bytes.
 
         Returns:
-            Number of bytes for each token, (n,); their sum is ``n_bytes`` if there are any tokens.
+            Number of bytes for each token, (n,), summing to ``n_bytes`` if there are any tokens.
         """
         sizes = self._token_bytes[np.asarray(ids, dtype=np.int64)]
         before = np.concatenate([[0], np.cumsum(sizes)])
         return np.diff(share_bytes(before, np.arange(len(before)), n_bytes))
 
     def _split_special_tokens(self) -> None:
-        """Add a pre-tokenizer that splits the names of special tokens, if text could be encoded as a special token.
+        """Add a pre-tokenizer that splits special token strings, if ordinary text could be encoded as a special token.
 
-        This is the case if the vocabulary of the model contains the names of its special tokens, as in T5.
+        This is the case if the model's vocabulary contains its special tokens, as in T5.
 
         Raises:
-            UserError: The name of a special token has only one character and therefore cannot be split.
+            UserError: A special token is a single character and therefore cannot be split.
         """
         names = self._special_tokens_in_text()
         if not names:
@@ -325,7 +325,7 @@ class Tokenizer:
             )
 
     def _special_tokens_in_text(self) -> list[str]:
-        """Return the special tokens, except the unknown token, whose names are encoded as the token itself."""
+        """Return the special tokens, except the unknown token, whose strings are encoded as the special token."""
         found = {
             id_: name
             for name, id_ in self.special_tokens.items()
@@ -366,7 +366,7 @@ def _library_errors(problem: str, may_panic: bool = False) -> Iterator[None]:
 
     Args:
         problem: Start of the error message.
-        may_panic: Whether to discard standard error, to which Rust prints each panic with its stack.
+        may_panic: Whether to discard standard error, to which Rust prints panics and stack traces.
     """
     try:
         with _discarded_stderr() if may_panic else nullcontext():
@@ -382,7 +382,7 @@ _stderr_lock = Lock()
 
 @contextmanager
 def _discarded_stderr() -> Iterator[None]:
-    """Context manager that connects file descriptor 2 of the process to the null device."""
+    """Context manager that redirects the process's file descriptor 2 to the null device."""
     with _stderr_lock:
         try:
             saved = os.dup(2)

@@ -1,4 +1,4 @@
-"""Comparison of tokenizers on held-out text."""
+"""Compare tokenizers on held-out text."""
 
 import time
 from collections.abc import Iterator, Sequence

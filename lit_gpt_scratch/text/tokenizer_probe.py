@@ -1,9 +1,9 @@
 """Script that tests an untrusted tokenizer: ``python tokenizer_probe.py SECONDS BYTES < tokenizer.json``.
 
 A tokenizer file may contain regular expressions that take exponential time, replacements that make the text many times
-longer, and values for which the Rust library panics or aborts. Only the process of this script is affected, and its
-time and memory are limited. The script prints one line that describes the problem, or nothing if the tokenizer can be
-used. It imports nothing from the package, so that it starts in a tenth of a second.
+longer, and settings that make the Rust library panic or abort. Only this script's process is affected, and its time and
+memory are limited. The script prints one line that describes the problem, or nothing if the tokenizer can be used. It
+imports nothing from the package, so that it starts in a tenth of a second.
 """
 
 import json
@@ -16,21 +16,21 @@ RUN_LENGTH: Final = 2**11
 """Approximate length of a sample in characters; at this length, a pattern that takes cubic time exceeds the limit of 10
 million steps of the regular expression library."""
 MAX_UNITS: Final = 400
-"""Maximum number of characters and words for which samples are built."""
+"""Maximum number of distinct characters and words from which samples are built."""
 MAX_WORD: Final = 32
-"""Length in characters from which words in the patterns are left out of the samples."""
+"""Minimum length in characters at which words in the patterns are excluded from the samples."""
 MAX_GROWTH: Final = 20
 """Maximum factor by which normalization or decoding may increase the length of a text."""
 CHARACTERS: Final = "\n\t\r" + "".join(map(chr, range(32, 127))) + "éßЖжαאع१क東あ가\u0301\u3000—€🎉"
 """All printable ASCII characters, and characters of other scripts and classes that patterns may distinguish."""
 N_DECODED: Final = 1000
-"""Maximum number of tokens that are decoded individually."""
+"""Maximum number of tokens to decode individually."""
 
 
 def main() -> None:
-    """Read a tokenizer from standard input, and print a line that describes the problem if it cannot be used.
+    """Read a tokenizer from standard input; if it cannot be used, print a line that describes the problem.
 
-    The arguments of the script are the limits on the CPU time and the address space of the process.
+    The script's arguments limit the CPU time and address space of the process.
     """
     from tokenizers import Tokenizer
 
@@ -54,17 +54,17 @@ def _try_samples(tokenizer: Any, spec: Any) -> str:
         if tokenizer.normalizer is not None:
             normalized = tokenizer.normalizer.normalize_str(sample)
             if len(normalized) > MAX_GROWTH * (len(sample) + MAX_GROWTH):
-                return f"its normalizer turns {len(sample):,} characters into {len(normalized):,}"
+                return f"its normalizer expands {len(sample):,} characters to {len(normalized):,}"
         try:
             encoded = tokenizer.encode(sample, add_special_tokens=False)
         except Exception:  # the text has unknown characters, and the vocabulary has no unknown token
             continue
         length = sum(map(len, encoded.tokens))
         if len(decoded := tokenizer.decode(encoded.ids)) > MAX_GROWTH * (length + MAX_GROWTH):
-            return f"its decoder turns {length:,} characters into {len(decoded):,}"
+            return f"its decoder expands {length:,} characters to {len(decoded):,}"
     for token, token_id in list(tokenizer.get_vocab().items())[:N_DECODED]:
         if len(tokenizer.decode([token_id])) > MAX_GROWTH * (len(token) + MAX_GROWTH):
-            return "its decoder turns a token into a much longer text"
+            return "its decoder expands a token to a much longer text"
     return ""
 
 
@@ -86,13 +86,13 @@ def make_samples(spec: Any) -> Iterator[str]:
     end = "\0\n" + "".join(literals)
     units = list(dict.fromkeys([*CHARACTERS, "ab", "a1", "a ", *literals, *words]))
     if len(units) > MAX_UNITS:
-        raise ValueError("its patterns contain too many different characters and words to be tested")
+        raise ValueError("its patterns contain too many distinct characters and words to be tested")
     for unit in filter(None, units):
         yield unit * (RUN_LENGTH // len(unit) + 1) + end
 
 
 def _find_patterns(spec: Any) -> Iterator[str]:
-    """Yield the strings and regular expressions in the ``pattern`` fields of the components of a tokenizer file."""
+    """Yield the strings and regular expressions in the ``pattern`` fields of a tokenizer file."""
     if isinstance(spec, dict):
         for key, value in spec.items():
             if key in ("String", "Regex", "pattern") and isinstance(value, str):

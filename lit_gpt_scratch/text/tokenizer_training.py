@@ -1,4 +1,4 @@
-"""Training of BPE, WordPiece, Unigram, character and byte tokenizers."""
+"""Train BPE, WordPiece, Unigram, character and byte tokenizers."""
 
 import re
 from bisect import bisect_right
@@ -27,7 +27,7 @@ MAX_BPE_WORD_BYTES: Final = 256
 """Maximum number of bytes per word when BPE is trained, and therefore per token. Longer words are split for training
 only.
 
-The run time of the trainer of ``tokenizers`` is quadratic in the length of a word.
+The training time of ``tokenizers`` is quadratic in the length of a word.
 """
 LONG_WORD_BYTES: Final = 48
 """Minimum number of bytes in a long word; natural language and code have few distinct words of this length."""
@@ -79,7 +79,7 @@ def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backe
     room = max(UNIGRAM_BYTES, UNIGRAM_BYTES_PER_TOKEN * size)
     counts = _count_words(texts).most_common()
     n_words = bisect_right(list(accumulate(len(word) for word, _ in counts)), room)
-    # A byte-level word contains no line break. The trainer counts the words again.
+    # A byte-level word contains no newline. The trainer counts the words again.
     backend.train_from_iterator(("\n".join(repeat(word, count)) for word, count in counts[:n_words]), trainer)
     backend.pre_tokenizer = _byte_level()
     return backend
@@ -106,7 +106,7 @@ def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
-    """Count the byte-level words of at most ``MAX_WORD_BYTES`` bytes in a text; longer words are split.
+    """Count the byte-level words in texts; words longer than ``MAX_WORD_BYTES`` are split.
 
     Once the distinct long words have ``MAX_LONG_WORDS_BYTES`` bytes in total, further long words are omitted.
     """
@@ -177,7 +177,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
     if ordinary := [token for token in tokens if _may_be_ordinary_token(token, kind)]:
         raise UserError(
             f"data.special_tokens: '{ordinary[0]}' is an ordinary word or character, which text may contain; choose a "
-            f"name such as '<|{ordinary[0]}|>', which a {kind} tokenizer always splits"
+            f"string such as '<|{ordinary[0]}|>', which a {kind} tokenizer always splits"
         )
     if size > MAX_VOCAB_SIZE:
         raise UserError(f"data.vocab_size is {size}; the maximum is {MAX_VOCAB_SIZE:,}")
@@ -188,11 +188,11 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
 
 
 def _may_be_ordinary_token(name: str, kind: str) -> bool:
-    """Return whether text may contain an ordinary token with the same name as a special token.
+    """Return whether the text may contain an ordinary token whose string equals that of a special token.
 
-    Tokens are looked up by name, so such a token would have the id of the special token. The result does not depend on
-    the training text. Only ASCII characters are considered for splitting, because the other characters of a byte-level
-    token represent single bytes.
+    Tokens are looked up by string, so such a token would have the id of the special token. The result does not depend
+    on the training text. Only ASCII characters are considered for splitting, because the other characters of a
+    byte-level token represent single bytes.
     """
     if kind == "char":
         return len(name) == 1

@@ -18,13 +18,13 @@ PROBE_SECONDS: Final = 2
 PROBE_MEMORY: Final = 3 * 2**29
 """Maximum address space of the probe in bytes, three times as much as a tokenizer of 256,000 tokens requires."""
 PROBE_TIMEOUT: Final = 60
-"""Maximum elapsed time of the probe in seconds; on a busy machine, it is longer than the CPU time."""
+"""Maximum elapsed time of the probe in seconds; on a busy machine, elapsed time exceeds CPU time."""
 MAX_BYTES: Final = 2**27
 """Maximum size of a ``tokenizer.json`` in bytes."""
 MAX_REPLACEMENT: Final = 100
 """Maximum number of characters in a string that a normalizer or decoder inserts, or substitutes for another string."""
 MAX_COMPONENTS: Final = 8
-"""Maximum number of components of a tokenizer that is used without a probe; with more components, it is probed."""
+"""Maximum number of components in a tokenizer that is accepted without being probed."""
 LINEAR_PATTERN: Final = r"(\.|\\[sSdDwW]|\[(\\[sSdDwW]|[^\[\]\\])*\])(\{\d+(,\d+)?\}|[+*?])?"
 """Pattern that matches a regular expression with one repeated character class, which therefore takes linear time."""
 PLAIN_COMPONENTS: Final = {
@@ -35,7 +35,7 @@ PLAIN_COMPONENTS: Final = {
     "post_processor": {"ByteLevel"},
     "decoder": {"ByteLevel", "Metaspace", "WordPiece", "BPEDecoder", "Fuse", "ByteFallback"},
 }  # fmt: skip
-"""Types of components whose run time and output are at most proportional to the length of the text, with any
+"""Component types whose run time and output length are at most proportional to the text length, regardless of their
 settings."""
 MAX_WORD_CHARACTERS: Final = 200
 """Maximum length of a word that a WordPiece model may accept, because its run time is quadratic in this length."""
@@ -48,7 +48,7 @@ _valid: set[str] = set()
 
 
 def validate_tokenizer_json(text: str) -> None:
-    """Check the content of a ``tokenizer.json`` before ``tokenizers`` loads it in this process.
+    """Check the text of a ``tokenizer.json`` before ``tokenizers`` loads it in this process.
 
     A tokenizer that consists only of harmless components, such as a tokenizer trained by this package, is accepted
     immediately. Regular expressions that repeat a group with a variable number of characters are rejected, because most
@@ -57,7 +57,7 @@ def validate_tokenizer_json(text: str) -> None:
     are accepted.
 
     Raises:
-        UserError: The content is not a tokenizer, or cannot be used.
+        UserError: The text is not a valid tokenizer, or the tokenizer cannot be used.
     """
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     if digest in _valid:
@@ -66,7 +66,7 @@ def validate_tokenizer_json(text: str) -> None:
         spec = parse_json(text, dict[str, Any], MAX_BYTES)
         model = validate(spec.get("model"), dict[str, Any], "model")
     except ValueError as error:
-        raise UserError(f"the content is not a valid tokenizer: {error}") from error
+        raise UserError(f"invalid tokenizer: {error}") from error
     longest = model.get("max_input_chars_per_word", 0)
     if not isinstance(longest, int) or longest > MAX_WORD_CHARACTERS:
         raise UserError(
@@ -100,7 +100,7 @@ def _probe(text: str) -> None:
     Raises:
         UserError: The tokenizer cannot be used, or the process exceeded its limits.
     """
-    # Rust prints a panic, with its stack, to standard error.
+    # Rust prints panics and stack traces to standard error.
     command = [sys.executable, str(PROBE), str(PROBE_SECONDS), str(PROBE_MEMORY)]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PROBE_TIMEOUT, check=False)
@@ -112,17 +112,17 @@ def _probe(text: str) -> None:
             "that backtracks or a replacement that makes the text much longer; use another tokenizer"
         )
     if problem := done.stdout.decode(errors="replace").strip():
-        raise UserError(f"the content is not a valid tokenizer: {quote_short(problem)}")
+        raise UserError(f"invalid tokenizer: {quote_short(problem)}")
 
 
 def may_repeat_ambiguously(regex: str) -> bool:
     """Return whether a regular expression repeats a group that matches texts of different lengths.
 
-    The answer is also True for syntax that could hide such a group: calls of groups, references to groups, control
-    escapes and comments.
+    The result is also True for syntax that could hide such a group: group calls, backreferences, control escapes and
+    comments.
     """
     groups, position = [False], 0  # for each open group, whether it contains a repetition or a choice
-    closed = False  # whether the previous token closed a group that contains one
+    closed = False  # whether the previous token closed a group that contains a repetition or a choice
     quantifier = ""
     while position < len(regex):
         if regex[position] == "[":
@@ -181,7 +181,7 @@ def _list_components(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_plain(kind: str, part: dict[str, Any]) -> bool:
-    """Return whether a component's run time and output are at most proportional to the length of the text."""
+    """Return whether a component's run time and output length are at most proportional to the text length."""
     if part.get("type") in ("Split", "Replace"):
         pattern, content = part.get("pattern"), part.get("content", "")
         if isinstance(pattern, dict) and isinstance(content, str):

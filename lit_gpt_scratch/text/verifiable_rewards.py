@@ -125,10 +125,10 @@ class TextReward(NamedTuple):
 
     Attributes:
         name: Name of the reward as specified by the user.
-        function: Function that takes a list of prompts and a list with one reply to each prompt, and returns the reward
-            for each reply as a list, an array or a tensor.
-        unended: Reward for a reply that was truncated, so that it has no end-of-text token; if None, this reward is
-            computed by ``function``.
+        function: Function that takes a list of prompts and a list with one reply per prompt, and returns the reward for
+            each reply as a list, an array or a tensor.
+        unended: Reward for a truncated reply, which has no end-of-text token; if None, ``function`` computes the
+            reward.
     """
 
     name: str

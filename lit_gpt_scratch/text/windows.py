@@ -1,4 +1,4 @@
-"""Windows: parts of a long text that fit into the context of a model."""
+"""Split long texts into windows that fit into the context of a model."""
 
 from collections.abc import Sequence
 from itertools import pairwise

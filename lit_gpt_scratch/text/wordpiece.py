@@ -1,4 +1,4 @@
-"""WordPiece training as originally described: each merge maximizes the likelihood, not the pair frequency."""
+"""Train WordPiece as originally described: each merge maximizes the likelihood, not the pair frequency."""
 
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -10,7 +10,7 @@ from tqdm import tqdm
 Int64Array = NDArray[np.int64]
 
 MAX_PIECES: Final = 2**31
-"""Upper bound for the number of pieces, so that a pair of piece ids fits into one int64 key."""
+"""Upper bound on the number of pieces, so that a pair of piece ids fits into one int64 key."""
 
 
 def train_wordpiece(
@@ -133,7 +133,7 @@ def _initial_pieces(words: Iterable[str], alphabet: Iterable[str], prefix: str) 
 
 
 def _encode_letters(words: Iterable[str], ids: Mapping[str, int], starts: Int64Array, prefix: str) -> Int64Array:
-    """Return the ids of the letters of all words, concatenated, (n,)."""
+    """Return the concatenated letter ids of all words, (n,)."""
     letters = "".join(words)
     codes, letter = np.unique(np.frombuffer(letters.encode("utf-32-le"), "<u4"), return_inverse=True)
     forms = [[ids.get(form + chr(code), -1) for code in codes.tolist()] for form in (prefix, "")]

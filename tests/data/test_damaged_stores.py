@@ -176,7 +176,7 @@ def test_stream_does_not_read_beyond_a_short_shard(tmp_path: Path) -> None:
     """A shard that claimed more tokens than it had was read for ever."""
     shard = TokenShard.write(tmp_path, "train-00000", np.arange(9, dtype="<u2"), np.array([[0, 9]], "<u8"))
     claimed = TokenShard.from_metadata(tmp_path, shard.metadata | {"n_tokens": 10**9}, "shard")
-    with pytest.raises(UserError, match=r"tokens\.npy contains uint16 \(9,\), but the shape in store\.json is"):
+    with pytest.raises(UserError, match=r"tokens\.npy contains a uint16 array of shape \(9,\), but store\.json"):
         claimed.tokens  # noqa: B018
 
 

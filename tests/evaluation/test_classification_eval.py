@@ -79,7 +79,7 @@ def test_no_auroc_for_texts_of_a_single_class(classifier: GPT, tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": "x"}, " has no label column 'label'; its columns are text; set --data.label_column"),
+        ({"text": "x"}, " has no label column 'label'; set --data.label_column to an existing column (text)"),
         ({"text": "x", "label": " "}, ": the label in 'label' is missing"),
         ({"text": "x", "label": "ugly"}, ": the label 'ugly' is not one of the model's classes (good, neutral, bad)"),
         ({"text": "", "label": "good"}, " has no text in column 'text'"),

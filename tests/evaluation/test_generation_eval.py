@@ -47,7 +47,7 @@ def test_metrics_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.M
 
 
 def test_invalid_rows_are_reported(model: GPT, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"r: line 2 has no text in column 'reference' \(its columns are prompt"):
+    with pytest.raises(UserError, match=r"r: line 2 has no text in column 'reference' \(the row has columns prompt"):
         GenerationExample.from_row(TableRow("r:2", "r: line 2", {"prompt": "x"}))
     with pytest.raises(UserError, match=r"r: line 2: the prompt has \d{3} tokens, but the context length is 64"):
         evaluate_generation(model, tokenizer, [GenerationExample("r: line 2", "word " * 60, "x")])
