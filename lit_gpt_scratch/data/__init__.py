@@ -1,4 +1,4 @@
-"""Data modules, which turn text and token ids into batches."""
+"""Data modules that convert text and token ids to batches."""
 
 from lit_gpt_scratch.data.conversations import Conversations
 from lit_gpt_scratch.data.labelled_text import LabelledText

@@ -1,6 +1,6 @@
-"""Base class of all data modules; batches have a reproducible order, so that training can be resumed at any step.
+"""Base class for all data modules. Batches have a reproducible order, so training can be resumed at any step.
 
-A row is one sequence of a batch: packed documents, or one padded record.
+A row is one sequence in a batch: either packed documents or one padded record.
 """
 
 import atexit
@@ -36,7 +36,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Exclusive maximum of size arguments such as ``block_size``, far above any useful size; some libraries abort the
+"""Exclusive upper bound on size arguments such as ``block_size``, far above any useful size. Some libraries abort the
 process if a size is larger."""
 
 
@@ -46,7 +46,7 @@ class SplitCounts(NamedTuple):
     Attributes:
         items: Number of documents or records.
         tokens: Number of tokens without padding.
-        n_bytes: Number of UTF-8 bytes of text; None if it was not counted.
+        n_bytes: Number of UTF-8 bytes of text, or None if not counted.
     """
 
     items: int
@@ -76,10 +76,10 @@ class BaseDataModule(L.LightningDataModule):
     train_dataset: RowDataset[Any]
     validation_dataset: RowDataset[Any]
     test_dataset: RowDataset[Any] | None = None
-    """Test rows; None if there is no test split."""
+    """Test dataset, or None if there is no test split."""
     init_from: str | None = None
-    """Checkpoint of the pretrained model from which training starts and whose tokenizer encodes the text; None if a new
-    model is trained."""
+    """Checkpoint of the pretrained model that training starts from and whose tokenizer encodes the text, or None if a
+    new model is trained."""
     initial_tokenizer: Tokenizer | None = None
     """Tokenizer of the ``init_from`` model, read on first use; can be set in advance if the model is already loaded."""
     weights: Sequence[float] | None = None
@@ -120,13 +120,13 @@ class BaseDataModule(L.LightningDataModule):
     item_name: ClassVar[str] = "row"
     """Singular noun for the items that ``SplitCounts.items`` counts, such as "document"."""
     packing: PackingPolicy | None = None
-    """Policy that packs documents into rows; None if each row is one padded record."""
+    """Policy for packing documents into rows, or None if each row is one padded record."""
     next_command: ClassVar[str] = "generate {}"
     """Command to suggest after training, in which ``{}`` is the run directory and ``{text}`` is ``example_text``."""
 
     @property
     def example_text(self) -> str:
-        """First words of a validation text, for ``next_command``; an empty string if there is no such text."""
+        """First words of a validation text for ``next_command``, or an empty string if there is no such text."""
         return ""
 
     @property
@@ -140,29 +140,29 @@ class BaseDataModule(L.LightningDataModule):
         return []
 
     def labelled_texts(self, split: str, rows: int | None = None) -> tuple[list[str], list[int]] | None:
-        """Return the texts of a split, truncated like the model's input, and their class indices.
+        """Return the texts and class indices of a split, or None if the data has no classes.
 
-        The result is None if the data has no classes.
+        The texts are truncated like the model's input.
 
         Args:
             split: Name of the split.
-            rows: Number of rows, from the start of the split; None returns all.
+            rows: Number of rows to read from the start of the split; None reads all rows.
         """
         return None
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning for each reason why validation metrics will be noisy."""
+        """Yield a warning for each reason to expect noisy validation metrics."""
         return iter(())
 
     def sample_train_tokens(self, n: int) -> TokenIds | None:
-        """Return about ``n`` tokens of training text, or None if the data is not continuous text."""
+        """Return about ``n`` tokens of training text, or None if the data is not contiguous text."""
         return None
 
     def validation_text(self, rows: int | None = None) -> tuple[TokenIds, int] | None:
-        """Return the tokens of the validation text and its size in UTF-8 bytes; None without continuous text.
+        """Return the validation tokens and their number of UTF-8 bytes, or None if the data is not contiguous text.
 
         Args:
-            rows: Number of validation rows whose text is returned; None returns the whole text.
+            rows: Number of validation rows to read; None reads the whole text.
         """
         return None
 
@@ -173,17 +173,17 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size; smaller than the default if the tokenizer was trained on a small amount of text."""
+        """Vocabulary size, which is smaller than the default if the tokenizer was trained on little text."""
         return self.tokenizer.vocab_size
 
     @property
     def token_bytes(self) -> list[int]:
-        """Number of UTF-8 bytes of text that each token id represents."""
+        """Number of UTF-8 bytes that each token id represents."""
         return self.tokenizer.token_bytes()
 
     @property
     def tokenizer_json(self) -> str:
-        """Content of the tokenizer file, which checkpoints embed."""
+        """Tokenizer serialized as JSON, which is stored in checkpoints."""
         return self.tokenizer.to_json()
 
     @property
@@ -215,7 +215,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def windows_per_row(self) -> int:
-        """Mean number of windows of ``block_size`` tokens per training row, rounded up; 1 if rows are not split."""
+        """Mean number of windows of ``block_size`` tokens per training row, rounded up, or 1 if rows are not split."""
         return 1
 
     @property
@@ -225,7 +225,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def shard(self) -> dict[str, int]:
-        """Number of data-parallel replicas (``num_replicas``), and data-parallel rank of this process (``rank``).
+        """Number of data-parallel replicas (``num_replicas``) and this process's data-parallel rank (``rank``).
 
         All processes of a tensor-parallel group have the same data-parallel rank.
         """
@@ -234,7 +234,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def layout(self) -> BatchLayout:
-        """Batch size, replicas and micro-batches per step; call ``set_gradient_accumulation`` first."""
+        """Batch size, number of replicas, and micro-batches per step; call ``set_gradient_accumulation`` first."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
@@ -268,7 +268,7 @@ class BaseDataModule(L.LightningDataModule):
         return overfit_batches > 0
 
     def describe_row(self, epoch: int, batch: int, row: int) -> str:
-        """Describe a row of a training batch of this process; see ``RowDataset.describe_row``."""
+        """Describe a row of this rank's training batch; see ``RowDataset.describe_row``."""
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
@@ -368,7 +368,7 @@ def reject_null(given: dict[str, Any]) -> None:
 
 
 def require_positive_ints(given: dict[str, int | None]) -> None:
-    """Reject sizes outside the range 1 to ``MAX_SIZE - 1``; None is allowed."""
+    """Reject sizes outside the range 1 to ``MAX_SIZE - 1``; allow None."""
     for name, value in given.items():
         if value is not None and not 1 <= value < MAX_SIZE:
             raise UserError(f"data.{name} is {value}; it must be positive and less than {MAX_SIZE:,}")
@@ -386,7 +386,7 @@ The number is large enough for two DataLoaders, which are open at the same time 
 def reserve_open_files(workers: int) -> None:
     """Raise the soft limit on open files if it is too low for the given number of DataLoader workers.
 
-    Otherwise, a loader could run out of open files and fail at any time, in any of its processes.
+    Otherwise, a loader could run out of file descriptors and fail at any time, in any of its processes.
 
     Raises:
         UserError: The hard limit is too low.

@@ -36,7 +36,7 @@ class ConversationExample:
 
     @property
     def texts(self) -> Sequence[str]:
-        """Content of each message."""
+        """Text of each message."""
         return [message.content for message in self.messages]
 
 
@@ -62,14 +62,15 @@ class Conversations(RecordDataModule[ConversationExample]):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template of the model to fine-tune or, if it has none, the template of this package."""
+        """Chat template of the model to fine-tune, or this package's template if the model has none."""
         return load_chat_template(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
         """Render and tokenize a conversation; only positions whose next token belongs to a reply have a label."""
         ids, learned = map(np.array, self.template.render(record.messages))
         token_bytes = np.zeros(len(ids), dtype=np.int64)
-        bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))  # of the replies with their end tokens
+        # Start and stop of each reply, including its end token.
+        bounds = np.flatnonzero(np.diff(learned, prepend=False, append=False))
         replies = (message.content for message in record.messages if message.role == ASSISTANT)
         for start, stop, reply in zip(bounds[::2], bounds[1::2] - 1, replies, strict=True):
             token_bytes[start:stop] = self.tokenizer.distribute_bytes(ids[start:stop], len(reply.encode()))

@@ -129,7 +129,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         """Build the datasets.
 
         Raises:
-            UserError: A class has no training records, or one of the errors of ``RecordDataModule.setup`` occurs.
+            UserError: A class has no training records, or ``RecordDataModule.setup`` raises an error.
         """
         for name, count in zip(self.class_names, self.class_counts, strict=True):
             if not count:
@@ -150,7 +150,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         )
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """Tokenize the text of a record into one sequence per window; the label of each sequence is the class index."""
+        """Tokenize a record's text into one sequence per window; the label of each sequence is the class index."""
         label = np.array([self.class_names.index(record.label)])
         ids = self.tokenizer.encode(record.text)
         if self.too_long == "windows":

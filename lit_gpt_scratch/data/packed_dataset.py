@@ -1,4 +1,4 @@
-"""Dataset that reads the rows of packing plans from token streams and returns them as a ``Batch``."""
+"""Dataset that reads packed rows from token streams and returns them as a ``Batch``."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ class PackedDataset(RowDataset[Batch]):
     Args:
         parts: Packing plan of each token stream.
         block_size: Number of tokens per row.
-        vocab_size: Number of token ids.
+        vocab_size: Vocabulary size.
         end_of_text: End-of-text token id, which is also used for padding.
         document_mask: Whether to add ``document_ids`` to the batches, so that tokens attend only to their own document.
-        count_bytes: For each token stream, a function that returns the number of bytes of text that the labels in a
-            span represent, given its start and length. If set, ``text_bytes`` is added to the batches.
+        count_bytes: Function for each token stream that maps the start and length of a span to the number of text bytes
+            that its labels represent. If set, ``text_bytes`` is added to the batches.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class PackedDataset(RowDataset[Batch]):
                         continue
                     where = plan.stream.describe_position(start + shift + int(unknown[0]))
                     return UserError(
-                        f"{where} contains token id {tokens[unknown[0]]}, but its tokenizer has only {self.vocab_size} "
+                        f"{where} contains token id {tokens[unknown[0]]}, but the tokenizer has only {self.vocab_size} "
                         "tokens; delete the folder and prepare the corpus again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

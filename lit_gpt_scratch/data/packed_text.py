@@ -1,4 +1,4 @@
-"""Data module for pretraining, which packs text into windows of tokens."""
+"""Data module for pretraining that packs text into windows of tokens."""
 
 import inspect
 import math
@@ -57,24 +57,24 @@ class PackedText(BaseDataModule):
 
     Args:
         source: Text to train on: ``stdlib`` (the default), the standard library of this Python installation; a text,
-            JSONL, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such files, or a pattern with
-            ``*``; or a Hub dataset, as ``owner/name``. To combine several sources, pass a mapping from source to
+            JSONL, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such files, or a glob
+            pattern; or a Hub dataset, as ``owner/name``. To combine several sources, pass a mapping from source to
             weight; the number of bytes used from each source is proportional to its weight.
         text_column: Column that contains the text, if the source has columns.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
         streaming: Whether to stream a Hub dataset instead of downloading it.
-        unreadable: What to do with files, folders and broken links inside a source folder that cannot be read: stop
-            with an ``error``, or ``skip`` them and list them in the cleaning report.
+        unreadable: How to handle unreadable files, folders and broken links inside a source folder: ``error`` raises an
+            error; ``skip`` skips them and lists them in the cleaning report.
         max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
             reaches this limit. By default, all text is read.
         cleaning: Steps that filter or edit documents, applied in order. By default, only exact duplicates are
             removed. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean and tokenize a large corpus. By default, one per core in the commands
-            of this package, and 1 in other scripts, because each new process imports the main script, which may lack
+        processes: Number of processes that clean and tokenize a large corpus. By default, one per core in this
+            package's commands, and 1 in other scripts, because each new process imports the main script, which may lack
             an ``if __name__ == "__main__"`` guard. The result does not depend on the number of processes.
         validation_share: Approximate fraction of the text held out for validation, by default 0.05. Near-duplicates are
-            kept together. If there is only one document, it is divided, and its end is held out.
+            kept together. If there is only one document, it is split, and its last part is held out.
         tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
             ``unigram``, ``char`` or ``byte``; or the path of an existing tokenizer: a ``tokenizer.json`` file, a folder
             that contains such a file, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
@@ -82,10 +82,10 @@ class PackedText(BaseDataModule):
             text yields fewer tokens.
         special_tokens: Special tokens in addition to end-of-text, such as chat roles. Text in documents is never
             encoded as a special token.
-        store: Folder in which to save the token store: the tokens, the cleaned text and the report on the cleaning.
+        store: Folder for the token store, which contains the tokens, the cleaned text and the cleaning report.
         cache: Folder for packing plans and, if ``store`` is not set, for token stores and cleaned text. By default, a
             folder in the user's cache directory.
-        init_from: Checkpoint of a trained model; its tokenizer is used. ``fit`` sets this to ``model.init_from``.
+        init_from: Checkpoint of a trained model whose tokenizer is used. ``fit`` sets this to ``model.init_from``.
         mixture: Token stores to use instead of ``source``; a token store is a folder that ``prepare`` or ``fit`` has
             written with ``--data.store``. Pass a single folder; a list of folders, in which case an epoch uses every
             window of each store once; or a mapping from folder to weight, in which case the number of training windows
@@ -202,7 +202,7 @@ class PackedText(BaseDataModule):
 
     @cached_property
     def stores(self) -> list[TokenStore]:
-        """Token stores: the prepared corpus, which is created on first use, or the stores of the mixture."""
+        """Token stores of the mixture or, without a mixture, of the corpus, which is prepared on first use."""
         if self.mixture_folders:
             return [TokenStore.open(folder) for folder in self.mixture_folders]
         if self.init_from is not None:

@@ -73,7 +73,7 @@ class RecordTokenStream:
         names: Name of each record, for error messages.
         inputs: Input ids of each record, (n,) int64 with n >= 1.
         labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` marks a token without a label.
-        label_bytes: Number of bytes of text that each label represents, (n,) int64 for each record; 0 by default.
+        label_bytes: Number of text bytes that each label represents, (n,) int64 per record; 0 by default.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class RecordTokenStream:
         return counts
 
     def count_bytes(self, start: int, length: int) -> int:
-        """Return the number of bytes of text that the labels in a span represent."""
+        """Return the number of text bytes that the labels in a span represent."""
         return int(self._bytes_before[start + length] - self._bytes_before[start])
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
@@ -147,7 +147,7 @@ class PackingCost:
         positions: Total number of positions in all windows.
         documents: Number of documents.
         padding: Number of positions without a token.
-        discarded: Number of tokens that are in no window.
+        discarded: Number of tokens that are not in any window.
         split: Number of documents that span more than one window.
         split_needlessly: Number of documents that are split although they would fit into one window.
         crossing: Number of windows with tokens from more than one document.
@@ -292,9 +292,9 @@ class ConcatenatedPlan:
 
 
 class _BinPackingPlan(ABC):
-    """Base class of plans stored as two arrays: pieces (contiguous spans of the stream), and each window's first piece.
+    """Base class for plans stored as two arrays: the pieces, and the index of each window's first piece.
 
-    The pieces are in window order, so that those of one window are adjacent.
+    A piece is a contiguous span of the stream. The pieces are in window order, so the pieces of a window are adjacent.
     """
 
     crosses: ClassVar[bool] = False
@@ -374,13 +374,13 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Packing cost of the plan, which was stored when the plan was computed."""
+        """Packing cost, which was stored when the plan was computed."""
         path = self.folder / "cost.json"
         try:
             stored = read_json(path, dict[str, int])
             return validate({_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()}, PackingCost)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete {self.folder}") from error
+            raise UserError(f"{path} is corrupted ({error}); delete {self.folder}") from error
 
     @property
     def _pieces(self) -> Integers:
@@ -402,7 +402,7 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
 
 _FIELD_OF_KEY: Final = {"cut": "split", "cut_needlessly": "split_needlessly"}
-"""Maps keys in ``cost.json`` (format 1) to the fields of ``PackingCost`` whose names differ from these keys."""
+"""Map from ``cost.json`` keys (format 1) to ``PackingCost`` fields, for fields whose names differ from their keys."""
 _KEY_OF_FIELD: Final = {field: key for key, field in _FIELD_OF_KEY.items()}
 
 
@@ -468,7 +468,7 @@ def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
         capacity: Capacity of a bin.
 
     Returns:
-        Index of the bin of each item, (n,), starting at 0.
+        Bin index of each item, (n,), starting at 0.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")

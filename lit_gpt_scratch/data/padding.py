@@ -1,4 +1,4 @@
-"""Right-padding: combine rows of different lengths into one tensor."""
+"""Combine rows of different lengths into one tensor by right-padding."""
 
 from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -38,8 +38,7 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
 def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     """Right-pad rows to the length of the longest row, rounded up to a multiple of ``PADDING_MULTIPLE``.
 
-    Rows are not padded to the context length: with a context length of a thousand tokens, short rows would then require
-    many times as much computation.
+    Rows are not padded to the context length, because short rows would then require many times as much computation.
 
     Args:
         rows: Integer arrays, each of shape (n,).

@@ -1,4 +1,4 @@
-"""Data module for reward modeling and DPO, with pairs of a preferred and a rejected reply."""
+"""Data module for reward modeling and DPO on pairs of a preferred and a rejected reply."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class PreferencePair:
 
     @property
     def texts(self) -> Sequence[str]:
-        """Content of each message of the prompt, and both replies."""
+        """Text of each prompt message, followed by both replies."""
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
@@ -55,7 +55,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         self.ties = ties
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Generate synthetic tasks with one reply that satisfies the rule ``checkable`` and one that does not."""
+        """Generate synthetic tasks with one reply that satisfies the reward ``checkable`` and one that does not."""
         return synthetic_data.preferences(self.checkable or DEFAULT_CHECKABLE)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
@@ -88,7 +88,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         """Tokenize a whole conversation, with labels only for its last reply."""
         ids, learned = map(np.array, self.template.render(messages))
         labels = np.full(len(ids), IGNORE_INDEX)
-        begin = np.flatnonzero(~learned)[-1] + 1  # of the last reply, which ends the conversation
+        begin = np.flatnonzero(~learned)[-1] + 1  # start of the last reply, which ends the conversation
         labels[begin - 1 : -1] = ids[begin:]
         return EncodedSequence(ids, labels)
 

@@ -34,7 +34,7 @@ DEFAULT_KIND: Final = "bpe"
 def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults for a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
 
-    The result is empty if the tokenizer comes from ``init_from`` or a file, because its vocabulary is then fixed.
+    Return an empty dict if the tokenizer comes from ``init_from`` or a file, because its vocabulary is then fixed.
     """
     kind = arguments.get("tokenizer") or DEFAULT_KIND
     if arguments.get("init_from") is not None or kind not in TOKENIZER_KINDS:
@@ -138,7 +138,7 @@ class TokenPreparation:
             stored = validate(manifest.get("recipe", {}), dict[str, Any], "recipe")
             cleaning = validate(stored.get("cleaning", []), list[str], "recipe.cleaning")
         except ValueError as error:
-            raise UserError(f"{store / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
+            raise UserError(f"{store / MANIFEST_FILE} is corrupted ({error}); {REBUILD_HINT}") from error
         stored, current = (
             stored | {"cleaning": upgrade_stored_cleaning(cleaning)},
             json.loads(json.dumps(self._settings(given))),
@@ -162,7 +162,7 @@ class TokenPreparation:
             )
 
     def _write_tokens(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
-        """Write the files of the token store that do not exist yet, so that an interrupted call can be resumed."""
+        """Write the missing files of the token store, so that an interrupted call can be resumed."""
         if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._load_partial(folder) or given or self._train(corpus)
             if tokenizer.round_trip_loss:

@@ -1,4 +1,4 @@
-"""Base class of ``Preferences`` and ``Prompts``, the data modules whose records contain a prompt."""
+"""Base class for ``Preferences`` and ``Prompts``, the data modules whose records contain a prompt."""
 
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -57,22 +57,21 @@ class PromptedDataModule(RecordDataModule[P], ABC):
             get_verifiable_reward(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """Name of the verifiable reward with which the policy is trained; None if training uses no verifiable
-        reward."""
+        """Name of the verifiable reward used to train the policy, or None if training uses no verifiable reward."""
 
     @property
     def checkable(self) -> str | None:
-        """Name of the verifiable reward with which replies are checked; None if replies are not checked."""
+        """Name of the verifiable reward used to check replies, or None if replies are not checked."""
         return self.checkable_given or self.rewarding or (DEFAULT_CHECKABLE if self.source is None else None)
 
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
-        """Function that tests a reply with the verifiable reward ``checkable``; None if replies are not checked."""
+        """Function that returns whether a reply satisfies ``checkable``, or None if replies are not checked."""
         return None if self.checkable is None else get_verifiable_reward(self.checkable).satisfied
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template of the model to fine-tune or, if it has none, the template of this package."""
+        """Chat template of the model to fine-tune, or this package's template if the model has none."""
         return load_chat_template(self.tokenizer)
 
     def prompt_ids(self, split: RecordSplit) -> list[list[int]]:

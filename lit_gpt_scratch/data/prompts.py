@@ -1,4 +1,4 @@
-"""Data module for on-policy training, with prompts only: the policy generates the replies."""
+"""Data module for on-policy training. It provides only prompts; the policy generates the replies."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Prompt:
 
     @property
     def texts(self) -> Sequence[str]:
-        """Content of each message."""
+        """Text of each message."""
         return [message.content for message in self.prompt]
 
 
@@ -101,7 +101,7 @@ class Prompts(PromptedDataModule[Prompt]):
     def lookup_prompts(self, split: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
         """Return the token ids and the text of the prompts with the given indices in a split.
 
-        The text of a prompt consists of its messages, separated by line breaks.
+        The text of a prompt consists of its messages, separated by newlines.
         """
         examples = [self.examples[split][index] for index in indices]
         ids = [example.sequences[0].ids.tolist() for example in examples]
@@ -139,9 +139,9 @@ class Prompts(PromptedDataModule[Prompt]):
     def find_text_reward(self, name: str | None) -> TextReward:
         """Return the reward function with the given name.
 
-        If ``name`` is None, the verifiable reward of the data module (``checkable``) is used. If
-        ``name`` refers to a verifiable reward, replies are also checked with it (see ``reply_check``), unless
-        the argument ``checkable`` already specifies one.
+        If ``name`` is None, the data module's verifiable reward (``checkable``) is used. If ``name`` refers to a
+        verifiable reward, replies are also checked with it (see ``reply_check``), unless the argument ``checkable``
+        already specifies one.
 
         Raises:
             UserError: No reward function has this name, or ``name`` is None and the data module has no verifiable

@@ -283,7 +283,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         }
 
     def validation_warnings(self) -> Iterator[str]:
-        """Yield a warning if there are few validation records, or if the copies of a record do not fit into a split."""
+        """Yield a warning if there are few validation records, or if a record's copies do not fit into a split."""
         if self.copies_together:
             key, n_copies = Counter(self._keys).most_common(1)[0]
             if n_copies > max(1, min(self.held_out.values()) * len(self._keys)):

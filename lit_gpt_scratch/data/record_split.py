@@ -25,7 +25,7 @@ def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
 
 
 def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
-    """Validate the fractions of the held-out splits and return them, keyed by split. A test fraction of 0 is omitted.
+    """Validate the held-out fractions and return them keyed by split, omitting a test fraction of 0.
 
     Raises:
         UserError: A fraction is out of range, or no records remain for training.
@@ -44,7 +44,7 @@ def split_records(
     """Split records at random.
 
     Args:
-        keys: Normalized content of each record; duplicates have equal keys.
+        keys: Normalized text of each record; duplicates have equal keys.
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
         together: Whether to put duplicates into the same split. The size of a held-out split may then differ from its

@@ -1,4 +1,4 @@
-"""Select the tokenizer for records: the tokenizer of the pretrained model, one loaded from a path, or a trained one."""
+"""Select the tokenizer for records: the pretrained model's, one loaded from a path, or one trained on the records."""
 
 import hashlib
 import logging
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 def resolve_tokenizer(
     model_tokenizer: Tokenizer | None, init_from: str | None, data_tokenizer: str | None
 ) -> Tokenizer | None:
-    """Return the tokenizer of the model to fine-tune or, without a model, the tokenizer at the path ``data_tokenizer``.
+    """Return the tokenizer of the model to fine-tune or, if there is no model, the tokenizer at ``data_tokenizer``.
 
-    If ``model_tokenizer`` is None and ``data_tokenizer`` is not a path, return None: a tokenizer must then be trained.
+    Return None if ``model_tokenizer`` is None and ``data_tokenizer`` is not a path; a tokenizer must then be trained.
 
     Args:
-        model_tokenizer: Tokenizer of the model to fine-tune; None if a new model is trained.
-        init_from: Path of this model's checkpoint, for error messages.
-        data_tokenizer: Path of a tokenizer, or type of tokenizer to train; None if not specified.
+        model_tokenizer: Tokenizer of the model to fine-tune, or None if a new model is trained.
+        init_from: Path of the model's checkpoint, for error messages.
+        data_tokenizer: Path of a tokenizer, or type of tokenizer to train, or None if not specified.
 
     Raises:
         UserError: ``data_tokenizer`` differs from the model's tokenizer, so the model would misread the token ids.

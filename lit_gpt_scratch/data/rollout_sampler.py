@@ -15,7 +15,7 @@ class RolloutSampler(ShuffledSampler):
     """Sampler that yields one rank's rollouts in training order.
 
     In each phase, rollouts are generated once, and training makes several passes over them: the first pass visits them
-    in order, and each later pass visits them in a different random order. Rollouts are numbered consecutively across
+    in order, and each later pass visits them in a different random order. Rollouts are indexed consecutively across
     all phases. As in ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and
     micro-batches. An epoch consists of ``max(1, len(prompts) // phase_rows)`` phases.
 
@@ -66,7 +66,7 @@ class RolloutSampler(ShuffledSampler):
         return self.phases * self.phase.passes * self.phase.steps * self.accumulate
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the rollout numbers at the given positions of an epoch; both arrays are (n,) int64."""
+        """Return the rollout indices at the given positions of an epoch; both arrays are (n,) int64."""
         passes, within = np.divmod(positions, self.phase_rows)  # passes since the start of the epoch, over all phases
         passes += epoch * self.phases * self.phase.passes
         phase, nth = np.divmod(passes, self.phase.passes)
@@ -92,5 +92,5 @@ class PromptIndexDataset(RowDataset[PromptIndexBatch]):
         return PromptIndexBatch(indices=torch.tensor(rows))
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entry ``step_indices``, the row indices of the step, which serve to count labels."""
+        """Return the batch entry ``step_indices``: the row indices of the optimizer step, used to count its labels."""
         return {"step_indices": torch.from_numpy(rows)}

@@ -1,4 +1,4 @@
-"""Samplers that arrange row indices into micro-batches, and the base class of datasets that return these batches.
+"""Samplers that arrange row indices into micro-batches, and the base class for datasets that return these batches.
 
 The order is a pure function of the seed, epoch, step, world size and rank. There is no sampler state to save and no
 shuffled list in memory, so a run can be resumed at any step, on any number of ranks.
@@ -23,8 +23,8 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         rows: Row indices of this rank's micro-batch, (B,).
-        step_rows: Row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, (N,); None
-            outside training. The dataset counts their labels to normalize the loss of the step.
+        step_rows: Row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, (N,), or
+            None outside training. The dataset counts the labels in these rows to normalize the loss.
     """
 
     rows: list[int]
@@ -60,7 +60,7 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
         """
 
     def describe_row(self, row: int) -> str:
-        """Describe the content of a row, for log and error messages."""
+        """Describe a row, for log and error messages."""
         return f"record {row:,}"
 
     def __getitem__(self, index: int | MicroBatch) -> BatchT:
@@ -285,7 +285,7 @@ Words = NDArray[np.uint64]
 
 
 class Permutations:
-    """Pseudorandom permutations of 0 to ``n - 1``, numbered from 0, each evaluated at any position without a table.
+    """Family of pseudorandom permutations of 0 to ``n - 1``, which are evaluated at any position without a table.
 
     A Feistel network permutes all integers of ``max(MIN_BITS, (n - 1).bit_length())`` bits. A result above ``n - 1`` is
     permuted again until it is at most ``n - 1``, so that the map remains a bijection (cycle walking; Black and Rogaway
@@ -293,8 +293,8 @@ class Permutations:
 
     Args:
         n: Length of the permutations, 1 to 2**62.
-        key: A seed, and an integer that identifies what the permutations are used for; both non-negative. Permutations
-            that differ in key or number are independent.
+        key: Seed, and an integer that identifies the purpose of the permutations; both non-negative. Permutations with
+            different keys or indices are independent.
     """
 
     def __init__(self, n: int, key: tuple[int, int]) -> None:
@@ -305,10 +305,10 @@ class Permutations:
         self._keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
 
     def at(self, number: RowIndices | int, positions: RowIndices) -> RowIndices:
-        """Return the values of the permutations at the given positions.
+        """Return the permuted values at the given positions.
 
         Args:
-            number: Number of the permutation: one integer for all positions, or one for each position, (m,).
+            number: Index of the permutation: a single integer for all positions, or one per position, (m,).
             positions: Positions, (m,), each 0 to ``n - 1``.
 
         Returns:

@@ -92,7 +92,7 @@ class TokenStore:
             fingerprint = validate(manifest.get("fingerprint"), str, "fingerprint")
             vocab_size = validate(manifest.get("vocab_size"), int, "vocab_size")
         except ValueError as error:
-            raise UserError(f"{folder / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
+            raise UserError(f"{folder / MANIFEST_FILE} is corrupted ({error}); {REBUILD_HINT}") from error
         return cls(folder, fingerprint, tokenizer, vocab_size, *streams)
 
     @staticmethod
@@ -100,7 +100,7 @@ class TokenStore:
         """Read the manifest of a store.
 
         Raises:
-            UserError: The manifest does not exist, is damaged, or has an unsupported format version.
+            UserError: The manifest does not exist, is corrupted, or has an unsupported format version.
         """
         # Without a manifest, the folder may contain other files, so do not advise the user to delete it.
         if not (folder / MANIFEST_FILE).exists():
@@ -138,8 +138,8 @@ class TokenStore:
         tokenizer = Tokenizer.load(self.folder / TOKENIZER_FILE)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(
-                f"{self.folder / MANIFEST_FILE} is damaged: vocab_size is {self.vocab_size}, but {TOKENIZER_FILE} has "
-                f"{tokenizer.vocab_size} tokens; {REBUILD_HINT}"
+                f"{self.folder / MANIFEST_FILE} is corrupted: vocab_size is {self.vocab_size}, but "
+                f"{TOKENIZER_FILE} has {tokenizer.vocab_size} tokens; {REBUILD_HINT}"
             )
         return tokenizer
 
@@ -170,7 +170,7 @@ class TokenStore:
             largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
             if largest >= self.vocab_size:
                 raise _shard_error(
-                    shard, f"contains token id {largest}, but its tokenizer has only {self.vocab_size} tokens"
+                    shard, f"contains token id {largest}, but the tokenizer has only {self.vocab_size} tokens"
                 )
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
@@ -204,7 +204,7 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 def hash_json(value: object) -> str:
-    """Return the SHA-256 of a JSON-serializable value, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON-serializable value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -242,7 +242,7 @@ def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
         try:
             for (shard, part), sha256 in zip(files, hashes, strict=True):
                 if sha256 != shard.sha256[part]:
-                    raise _shard_error(shard, f"is damaged ({shard.file(part)} does not match its SHA-256)")
+                    raise _shard_error(shard, f"is corrupted ({shard.file(part)} does not match its SHA-256)")
                 progress.update(shard.sizes[part])
         except BaseException:  # including Ctrl-C: do not read the remaining files
             threads.shutdown(cancel_futures=True)

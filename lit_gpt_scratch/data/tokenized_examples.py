@@ -1,4 +1,4 @@
-"""Tokenized records, and the handling of records that are too long."""
+"""Tokenized examples, and the policies for examples that are too long."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ LengthPolicy = Literal["refuse", "cut", "drop", "windows"]
 
 
 class TextRecord(Protocol):
-    """Interface of a record: the content of one row of a dataset."""
+    """Interface of a record, which is parsed from one row of a table."""
 
     @property
     def texts(self) -> Sequence[str]:
@@ -33,7 +33,7 @@ class EncodedSequence:
         ids: Token ids, (n,) int64.
         labels: Label of each token, (n,) int64, where ``IGNORE_INDEX`` marks a token without a label; or the single
             label of the whole sequence, (1,).
-        label_bytes: Number of bytes of text that each label represents, (n,) int64; None if they were not counted.
+        label_bytes: Number of text bytes that each label represents, (n,) int64, or None if not counted.
     """
 
     ids: NDArray[np.int64]

@@ -1,1 +1,1 @@
-"""Rules that diagnose problems of a run from its metrics and suggest the likely cause and a flag to try."""
+"""Rules that diagnose problems in a run from its metrics, and suggest the likely cause and a flag to try."""

@@ -6,11 +6,11 @@ from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MAX_DEAD_UNITS: Final = 0.5
-"""Maximum fraction of dead feed-forward units; above it, a problem is reported."""
+"""Fraction of dead feed-forward units above which a problem is reported."""
 MAX_SINK: Final = 0.7
-"""Maximum fraction of attention on the first token, averaged over all heads; above it, a problem is reported."""
+"""Fraction of attention on the first token, averaged over all heads, above which a problem is reported."""
 MAX_REPETITION: Final = 0.5
-"""Maximum fraction of repeated phrases in a sample; above it, a problem is reported. Healthy runs have 0 to 0.2."""
+"""Fraction of repeated phrases in a sample above which a problem is reported. Healthy runs have 0 to 0.2."""
 
 
 def dead_units(e: MetricHistory) -> Finding | None:

@@ -10,19 +10,19 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal number of training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Maximum factor by which the tokens per parameter may be above or below ``CHINCHILLA_RATIO`` without being reported.
+"""If the number of tokens per parameter differs from ``CHINCHILLA_RATIO`` by more than this factor, it is reported.
 
 The range is wide, because test runs are often much shorter than compute-optimal, and production runs much longer.
 """
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
-"""Minimum fraction of labels that equal the next input token; below it, the labels are reported as misaligned.
+"""If fewer than this fraction of labels equal the next input token, the labels are reported as misaligned.
 
 The fraction may be below 1 even for correct labels, because the last label of a document may differ from the next input
 token. This matters most in windows with many short documents.
 """
 MAX_REPEATED_SHARE: Final = 0.3
-"""Maximum fraction of repeated passages; above it, a problem is reported. Python's standard library has 0.04."""
+"""Fraction of repeated passages above which a problem is reported. It is 0.04 in Python's standard library."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:
@@ -64,7 +64,7 @@ def small_validation(e: MetricHistory) -> Finding | None:
 
 
 def compute_budget(e: MetricHistory) -> Finding | None:
-    """Detect a number of training tokens that is far from compute-optimal for the size of the model."""
+    """Detect a number of training tokens that is far from compute-optimal for the model size."""
     parameters, tokens_per_step = e.latest("run/parameters"), e.latest("run/tokens_per_step")
     if not (0 < parameters < math.inf and 0 < tokens_per_step < math.inf):
         return None

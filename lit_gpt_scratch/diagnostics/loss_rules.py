@@ -13,73 +13,73 @@ N_RECENT: Final = 5
 PEAK_SHARE: Final = 0.9
 """The warm-up is considered finished once the learning rate reaches this fraction of its highest value so far."""
 MIN_STEPS_RUNNING: Final = 150
-"""Minimum number of steps after the warm-up; with fewer, the loss of an ongoing run is not checked for a decrease."""
+"""Number of steps after the warm-up required to check the loss of an ongoing run for a decrease."""
 MIN_STEPS_FINISHED: Final = 50
-"""Minimum number of steps after the warm-up; with fewer, the loss of a finished run is not checked for a decrease."""
+"""Number of steps after the warm-up required to check the loss of a finished run for a decrease."""
 MIN_DECREASE: Final = 0.1
-"""Fraction of the loss of uniform predictions by which the loss must decrease; otherwise, it counts as not falling.
+"""If the loss decreases by less than this fraction of the initial loss, it counts as not falling.
 
 The loss of healthy runs has decreased by 0.14 to 0.34 after ``MIN_STEPS_FINISHED`` steps, and by 0.27 to 0.4 after
 ``MIN_STEPS_RUNNING`` steps.
 """
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Maximum ratio of the loss to the loss of uniform predictions; above it, the learning rate is reported as too high.
+"""If the loss exceeds that of uniform predictions by more than this factor, the learning rate is reported as too high.
 
 Healthy runs stay below 1.01.
 """
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Maximum ratio of the loss to a pretrained model's initial loss; above it, the learning rate is reported."""
+"""If the loss exceeds a pretrained model's initial loss by more than this factor, the learning rate is reported."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
 """TensorBoard tags of the update ratios of attention and feed-forward layers.
 
-Other parts are not checked, because the initial norm of their weights may be zero or arbitrary, in which case their
+Other layers are not checked, because the initial norm of their weights may be zero or arbitrary, in which case their
 update ratio says little about the learning rate.
 """
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
 """TensorBoard tag of the norm of the residual stream after the first block."""
 MAX_STREAM_GROWTH: Final = 1e3
-"""Maximum factor by which the norm of the residual stream may grow; above it, steps are reported as too large.
+"""If the norm of the residual stream grows by more than this factor, optimizer steps are reported as too large.
 
 The norm is divided by its first value, or by 1 if its first value is below 1. In healthy runs, the norm grows up to
 40-fold, even if its first value is small. If the learning rate of these runs is multiplied by 1,000, the norm grows
 10,000-fold or more.
 """
 MIN_UPDATE_RATIO: Final = 1e-4
-"""Minimum ratio of the update norm to the weight norm in one step; below it, steps are reported as too small.
+"""Per-step ratio of the update norm to the weight norm below which steps are reported as too small.
 
 A common rule of thumb is 0.001. Healthy runs have ratios of 0.003 to 0.02. If the learning rate of these runs is
 divided by 1,000, the ratios are 0.00001 to 0.00002.
 """
 UNIGRAM_SHARE: Final = 0.95
-"""Maximum ratio of the validation bits per byte to those of a unigram model; above it, a flat loss is reported.
+"""Ratio of the validation bits per byte to those of a unigram model above which a flat loss is reported.
 
 Optimizer steps that are too large can destroy the layers of a network, which then learns only the token frequencies. A
 healthy network reaches a ratio of 0.8 after a hundred steps.
 """
 FLAT_DECREASE: Final = 0.02
-"""Minimum relative decrease of the loss; after a smaller decrease, the loss is considered flat.
+"""If the loss decreases by less than this fraction, it is considered flat.
 
 The median of the newest ``N_RECENT`` points is compared with the median of the ``N_RECENT`` points that precede the
 newest ``2 * N_RECENT`` points.
 """
 MIN_RISE: Final = 0.25
-"""Maximum relative rise of the loss above its lowest value; after a larger rise, the run is reported as diverged."""
+"""If the loss rises by more than this fraction above its lowest value, the run is reported as diverged."""
 MIN_RISE_NATS: Final = 0.1
-"""Rise in nats that is added to the rise of ``MIN_RISE``, because a loss near 0 may double without diverging."""
+"""Rise in nats required in addition to ``MIN_RISE``, because a loss near 0 may double without diverging."""
 OVERFIT_RISE: Final = 0.03
-"""Maximum relative rise of the validation loss above its lowest value; after a larger rise, overfitting is reported.
+"""If the validation loss rises by more than this fraction above its lowest value, overfitting is reported.
 
-In healthy runs, the validation loss rises by at most 1% above its lowest value.
+In healthy runs, the validation loss rises by at most 1%.
 """
 OVERFIT_RISE_SMALL: Final = 0.1
 """Value used instead of ``OVERFIT_RISE`` if the validation set is small, as changes of a few percent are then noise."""
 MIN_LAG: Final = 0.02
-"""Maximum difference by which a classifier may be less accurate than a word-based baseline without being reported.
+"""If a classifier's accuracy is more than this below that of a word-based baseline, the classifier is reported.
 
 The value is one standard deviation of the accuracy on 500 validation records.
 """
 MIN_BASELINE_SHARE: Final = 0.2
-"""Minimum ratio of the bits per byte to those of ``xz`` or a bigram model; below it, the loss is reported as too low.
+"""Ratio of the bits per byte to those of ``xz`` or a bigram model below which the loss is reported as too low.
 
 The best language models need about a third of the bits of ``xz``.
 """

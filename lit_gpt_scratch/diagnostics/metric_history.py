@@ -45,7 +45,7 @@ class MetricCurve:
         return self.steps[-1] if self.steps else -1
 
     def median(self, newest: int, before: int = 0) -> float:
-        """Return the median of the finite values among recent points; NaN if there are none.
+        """Return the median of the finite values among recent points, or NaN if there are none.
 
         Args:
             newest: Number of points to include.
@@ -55,7 +55,7 @@ class MetricCurve:
         return _finite_median(self.values[max(0, stop - newest) : max(0, stop)])
 
     def rolling_medians(self, width: int) -> Iterator[tuple[int, float]]:
-        """Yield the last step and the median of the finite values of each window of ``width`` points."""
+        """For each window of ``width`` points, yield its last step and the median of its finite values."""
         for end in range(width, len(self) + 1):
             median = _finite_median(self.values[end - width : end])
             if math.isfinite(median):
@@ -108,5 +108,5 @@ class MetricHistory:
         return self[name].last
 
     def text(self, name: str, step: int) -> str:
-        """Return the text logged under a name at a step; empty if there is none."""
+        """Return the text logged under a name at a step, or an empty string if there is none."""
         return self._texts.get(name, {}).get(step, "")

@@ -22,37 +22,35 @@ minimum) within the group that has the larger range. In a simulation with two gr
 distributed noise, the second group exceeds the first by this much in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
-"""Maximum drop of the true reward (fraction of correct replies) from its best value; above it, a problem is reported.
+"""If the true reward (fraction of correct replies) drops by more than this from its best value, a problem is reported.
 
 The mean over 115 replies, as in validation, has a standard deviation of about 0.05.
 """
 MIN_REWARD_GAIN: Final = 0.1
-"""Minimum gain in true reward, as a fraction of the largest possible gain; below it, reward hacking is reported.
+"""Gain in true reward, as a fraction of the largest possible gain, below which reward hacking is reported.
 
 Healthy runs reach 0.6 or more.
 """
 MAX_KL: Final = 30.0
-"""Maximum KL divergence from the initial policy, in nats per reply; above it, a problem is reported.
+"""KL divergence from the initial policy, in nats per reply, above which a problem is reported.
 
 Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a KL penalty and with ten times the
 learning rate reaches 75.
 """
 MAX_KL_TO_TARGET: Final = 4.0
-"""Maximum ratio of the KL to the target KL of an adaptive KL coefficient; above it, a problem is reported."""
+"""Ratio of the KL to the target KL of an adaptive KL coefficient above which a problem is reported."""
 MIN_ENTROPY_SHARE: Final = 0.1
-"""Minimum entropy per token, as a fraction of its initial value; below it, a problem is reported.
+"""Entropy per token, as a fraction of its initial value, below which a problem is reported.
 
 Healthy runs stay between 0.4 and 2.
 """
 MIN_LENGTH_SHARE: Final = 0.3
-"""Minimum reply length in tokens, as a fraction of its initial value; below it, a problem is reported.
+"""Reply length in tokens, as a fraction of its initial value, below which a problem is reported.
 
-The length includes the end token.
-
-Healthy runs stay above 0.6, even if short replies are preferred.
+The length includes the end token. Healthy runs stay above 0.6, even if short replies are preferred.
 """
 MIN_ENDED_SHARE: Final = 0.5
-"""Minimum fraction of replies with an end token; below it, a problem is reported. Healthy runs reach 0.93 or more."""
+"""If fewer than this fraction of replies have an end token, a problem is reported. Healthy runs reach 0.93 or more."""
 PENALTY_FACTOR: Final = 4
 """Factor by which a KL coefficient that is too small should be increased."""
 DEFAULT_PENALTY: Final = 0.05
@@ -114,7 +112,7 @@ def reward_hacking(e: MetricHistory) -> Finding | None:
 
 
 def _reward_curves(e: MetricHistory) -> tuple[list[int], list[float], list[float]]:
-    """Return the steps, rewards and true rewards of all rollout phases; empty lists if the true reward is unknown."""
+    """Return the steps, rewards and true rewards of rollout phases, or empty lists if the true reward is unknown."""
     reward, true = _phases(e, "train/reward"), dict(_phases(e, "train/true_reward"))
     shared = [(step, value, true[step]) for step, value in reward if step in true]
     return [each[0] for each in shared], [each[1] for each in shared], [each[2] for each in shared]
@@ -124,8 +122,8 @@ def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
     """Detect a true reward that falls during training while the training reward rises.
 
     Returns:
-        The evidence, and the step with the best true reward (``NO_STEP`` if the true reward fell from the start); None
-        if the true reward does not fall or the training reward does not rise.
+        The evidence, and the step with the best true reward (``NO_STEP`` if the true reward fell from the start), or
+        None if the true reward does not fall or the training reward does not rise.
     """
     steps, reward, true = _reward_curves(e)
     if len(steps) < 2 * N_RECENT:

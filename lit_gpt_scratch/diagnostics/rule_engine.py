@@ -1,4 +1,4 @@
-"""Rule engine, which evaluates the diagnostic rules whenever their metrics have new points."""
+"""Rule engine that evaluates diagnostic rules whenever their metrics have new points."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +29,9 @@ class Rule:
     """Rule that detects one symptom.
 
     Args:
-        name: Name of the symptom; the text of each of its diagnoses starts with this name.
-        reads: Names of metrics. The rule is evaluated when one of them has a new point, and at the end of the run.
+        name: Name of the symptom, with which the text of its diagnoses starts.
+        reads: Names of the metrics that trigger the rule. It is evaluated when one of them has a new point and, unless
+            it is ``repeatable``, at the end of the run.
         find: Function that maps a metric history to a finding, or to None if there is no problem.
         unless: Names of symptoms that explain this symptom; the rule is skipped if one of them has been found.
         repeatable: Whether the symptom can be diagnosed at several steps; other symptoms are reported only once.

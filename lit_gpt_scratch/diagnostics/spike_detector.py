@@ -1,4 +1,4 @@
-"""Detection of steps whose loss or gradient norm is an outlier among recent steps.
+"""Detect steps whose loss or gradient norm is an outlier among recent steps.
 
 The loss is measured by its distance to the median of recent losses, in standard deviations estimated from their median
 absolute deviation (MAD). The gradient norm is measured by its ratio to the median of recent norms, because gradient
@@ -21,19 +21,19 @@ WINDOW: Final = 64
 MIN_STEPS: Final = 20
 """Number of normal steps required before a step can be a spike."""
 MAX_DEVIATIONS: Final = 12.0
-"""Maximum distance of a loss above the median, in standard deviations; a loss farther above is a spike.
+"""Distance of a loss above the median, in standard deviations, beyond which the step is a spike.
 
 The standard deviation is estimated from the MAD. The largest distance in 20 healthy runs, which cover ten model shapes
-and have 300 steps each, is 4. With batches of six short windows,
-a Unicode table in the source code of Python's standard library has led to a distance of 9.
+and have 300 steps each, is 4. With batches of six short windows, a Unicode table in Python's standard library has
+caused a distance of 9.
 """
 MIN_DEVIATION: Final = 0.02
-"""Minimum standard deviation, both in nats and as a fraction of the median loss; it replaces lower estimates.
+"""Lower bound on the estimated standard deviation, both in nats and as a fraction of the median loss.
 
 Otherwise, a tiny rise of a nearly constant loss would be a spike.
 """
 MAX_NORM_RATIO: Final = 30.0
-"""Maximum ratio of the gradient norm to the median norm; above it, a step is a spike. Healthy runs reach 7."""
+"""Ratio of the gradient norm to the median norm above which the step is a spike. Healthy runs reach 7."""
 PATIENCE: Final = 8
 """Number of consecutive outliers that are attributed to a new loss level; fewer are attributed to unusual batches."""
 MAD_TO_STD: Final = 1.4826
@@ -55,8 +55,8 @@ class SpikeDetector:
     Attributes:
         in_a_row: Number of consecutive outliers; also reset to 0 when the run is rewound to a checkpoint.
         is_outlier: Whether the last step was an outlier.
-        deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD); 0 if it
-            was not above the median, or if too few steps have been recorded.
+        deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD), or 0 if
+            it was not above the median or if too few steps have been recorded.
     """
 
     def __init__(self) -> None:

@@ -21,14 +21,14 @@ GUARD_ACTS: Final = 2.0
 N_RECENT: Final = 3
 """Number of most recent points whose median is used as the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
-"""Maximum fraction of the step time spent waiting for data; above it, a problem is reported.
+"""Fraction of the step time spent waiting for data above which a problem is reported.
 
 The fraction is 0.01 to 0.04 in healthy runs.
 """
 EARLY_SHARE: Final = 0.25
 """Fraction of the run, counted from its start, during which spikes are attributed to a missing warm-up."""
 MAX_GUARD_LINES: Final = 4
-"""Maximum number of lines quoted from a report of the ``SpikeGuard`` callback.
+"""Maximum number of lines quoted from a ``SpikeGuard`` report.
 
 The first lines contain the loss and gradient norm, the location of non-finite values if there are any, and the window
 with the highest loss.
@@ -45,7 +45,7 @@ def not_finite(e: MetricHistory) -> Finding | None:
     if len(guarded) and guarded.step == e.step:
         return Finding(
             _guard_report(e, "guard/non_finite/where") or "the loss or the gradient of the step",
-            "a batch, an operation, or a precision with too small a range; the part named first is the origin",
+            "a batch, an operation, or a precision with too small a range; the location named first is the origin",
             "--trainer.detect_anomaly true" if e.latest("run/guard") == GUARD_ACTS else "--guard act",
         )
     if e.latest("run/guard") > GUARD_OFF and not math.isfinite(e.latest("train/loss")):

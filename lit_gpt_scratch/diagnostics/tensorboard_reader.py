@@ -1,7 +1,7 @@
 """Read TensorBoard event files, and replay a run's events in a rule engine.
 
-Event files may be damaged or come from other programs, so their content is validated. For example, the tensor of a
-scalar may have any shape and type.
+Event files may be corrupted or written by other programs, so they are validated. For example, the tensor of a scalar
+may have any shape and type.
 """
 
 import logging
@@ -39,7 +39,7 @@ def event_files(run: Path) -> list[Path]:
 
 
 def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
-    """Yield the events of a file up to the first damaged or incomplete record, and log a warning if there is one.
+    """Yield the events of a file up to the first corrupted or incomplete record, and log a warning if there is one.
 
     Args:
         path: Path of the event file.
@@ -53,7 +53,7 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
             event = data_compat.migrate_event(Event.FromString(record))
             yield from dataclass_compat.migrate_event(event, initial_metadata)
         unread = path.stat().st_size - size
-        damage = f"its last {unread:,} bytes are an incomplete or damaged record" if unread > 0 and not growing else ""
+        damage = f"its last {unread:,} bytes are an incomplete or corrupt record" if unread > 0 and not growing else ""
     except Exception as error:  # the file may contain anything
         damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     if damage:
@@ -61,20 +61,20 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
 
 
 def tensor_values(tensor: TensorProto) -> Any:
-    """Return the content of a tensor as nested lists.
+    """Return the elements of a tensor as nested lists.
 
     Raises:
-        LookupError, TypeError: The type is unknown.
-        ValueError: The shape does not match the content.
+        LookupError, TypeError: The dtype is unknown.
+        ValueError: The shape does not match the data.
     """
     # `make_ndarray` would repeat a single element to a shape of any size.
     if math.prod(dimension.size for dimension in tensor.tensor_shape.dim) > tensor.ByteSize():
-        raise ValueError("the shape of a tensor does not match its content")
+        raise ValueError("the shape of a tensor does not match its data")
     return make_ndarray(tensor).tolist()
 
 
 def scalar_value(value: Any) -> float | None:
-    """Return the number in a summary value; None if the value is not a scalar."""
+    """Return the number in a summary value, or None if the value is not a scalar."""
     n_elements = math.prod(dimension.size for dimension in value.tensor.tensor_shape.dim)
     if value.metadata.plugin_data.plugin_name != "scalars" or n_elements != 1:
         return None

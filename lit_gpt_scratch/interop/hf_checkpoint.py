@@ -1,4 +1,4 @@
-"""Import and export Hugging Face model folders (config, weights and tokenizer) in the format of ``transformers``."""
+"""Import and export model folders (config, weights and tokenizer) in Hugging Face Transformers' format."""
 
 import json
 import logging
@@ -41,10 +41,10 @@ CONFIG_FILE: Final = "config.json"
 
 
 class PortableModel(NamedTuple):
-    """Parts of a trained model that are imported or exported.
+    """Config, weights and tokenizer of an imported or exported model.
 
     Attributes:
-        shape: Config, number of token ids and context length.
+        shape: Config, vocabulary size and context length.
         weights: The network's state dict.
         tokenizer: The model's tokenizer.
     """
@@ -92,7 +92,7 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
 
 
 def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` can load.
+    """Write a folder that can be loaded with ``AutoModelForCausalLM`` and ``AutoTokenizer`` from ``transformers``.
 
     Args:
         model: Model to export. Padding rows are removed from its embedding and head.
@@ -157,7 +157,7 @@ def _choose_family(shape: ModelShape) -> ModelFamily:
 def _build_json_files(
     family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Return the contents of the JSON files, keyed by file name."""
+    """Return the JSON objects to write, keyed by file name."""
     shape, dtype = model.shape, reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
     return {
         CONFIG_FILE: {

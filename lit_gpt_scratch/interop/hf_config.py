@@ -17,8 +17,8 @@ class HFConfigReader:
 
     Args:
         path: Path of the ``config.json``, for error messages.
-        values: Parsed content of the file, or of an object nested in it.
-        prefix: Dotted path of the nested object, ending with a dot; empty for the whole file.
+        values: Parsed JSON object of the file, or an object nested in it.
+        prefix: Dotted path of the nested object, ending with a dot, or an empty string for the whole file.
         unsupported: List that collects unsupported values.
     """
 
@@ -79,7 +79,7 @@ class HFConfigReader:
         return value
 
     def allow_only(self, name: str, *supported: Any) -> None:
-        """Record a field as unsupported unless it is missing or null, or has one of the supported values."""
+        """Record a field as unsupported unless it is missing, null, or one of the supported values."""
         value = self.values.get(name)
         if value is not None and value not in supported:
             self.reject(name, f"only {' or '.join(map(str, supported))}" if supported else "only null")

@@ -1,6 +1,6 @@
-"""Convert the rotary position settings of ``config.json`` to fields of ``GPTConfig`` and back.
+"""Convert the rotary position embedding settings in ``config.json`` to ``GPTConfig`` fields and back.
 
-The formats of transformers 5 and of older versions can be read; only the format of transformers 5 is written.
+Both the Transformers v5 format and the older format can be read; only the v5 format is written.
 """
 
 import math
@@ -23,11 +23,11 @@ KNOWN_FIELDS: Final = {
     *SCALING_FIELDS["llama3"], *SCALING_FIELDS["yarn"],
 }  # fmt: skip
 TOLERANCE: Final = 1e-6
-"""Maximum relative difference of attention scales that count as equal, since the precision of files differs."""
+"""Relative tolerance for comparing attention scales, whose precision differs between files."""
 
 
 def read_rope(fields: HFConfigReader) -> dict[str, Any]:
-    """Convert the rotary settings to fields of ``GPTConfig``; unsupported values are recorded in ``fields``.
+    """Convert rotary position embedding settings to ``GPTConfig`` fields; record unsupported values in ``fields``.
 
     Args:
         fields: Reader for the whole ``config.json``, in which the settings are in ``rope_parameters`` or, in the older
@@ -86,7 +86,7 @@ def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None
 
 
 def write_rope(gpt: GPTConfig) -> dict[str, Any]:
-    """Return ``rope_parameters`` for a config with rotary positions, in the format of transformers 5."""
+    """Return the Transformers v5 ``rope_parameters`` for a config that uses rotary position embeddings."""
     kind, base, factor = gpt.rotary_scaling, gpt.rotary_base, gpt.rotary_factor
     if kind == "ntk":  # NTK scaling is equivalent to a larger base, which other programs can read
         width = gpt.rotary_width

@@ -35,8 +35,8 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
 
     Args:
         folder: Hugging Face folder.
-        config: Content of its ``config.json``.
-        config_path: Path of its ``config.json``, for error messages.
+        config: Parsed ``config.json``.
+        config_path: Path of the ``config.json``, for error messages.
 
     Raises:
         UserError: A file cannot be read, or a field has the wrong type.
@@ -62,7 +62,7 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
 
 
 def build_settings_files(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
-    """Return the contents of ``generation_config.json`` and ``tokenizer_config.json``, keyed by file name.
+    """Return the JSON objects for ``generation_config.json`` and ``tokenizer_config.json``, keyed by file name.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -117,7 +117,7 @@ def _is_flat(value: object) -> bool:
 
 
 def _token_text(token: Any) -> Any:
-    """Return the text of a special token, which some files describe by an object with flags."""
+    """Return the string of a special token, which some files store as an object with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 

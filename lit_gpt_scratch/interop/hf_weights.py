@@ -16,7 +16,7 @@ WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-"""Pattern for masks and rotary frequencies in older files; they are ignored, since they follow from the config."""
+"""Pattern for masks and rotary frequencies in older files, which are ignored because the config determines them."""
 MAX_LISTED: Final = 4
 
 
@@ -24,7 +24,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors in a folder, keeping their dtypes.
 
     Raises:
-        UserError: A file is missing or damaged, or the weights are in a format that can run code when loaded.
+        UserError: A file is missing or corrupted, or the weights are in a format that can run code when loaded.
     """
     if (folder / WEIGHTS_FILE).is_file():
         found = _read_file(folder / WEIGHTS_FILE)
@@ -74,7 +74,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path.parent / shorten(path.name)} is missing; download the folder again") from error
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path.parent / shorten(path.name)} is not a safetensors file, or is damaged; download it again"
+            f"{path.parent / shorten(path.name)} is not a safetensors file, or is corrupted; download it again"
         ) from error
 
 
@@ -82,7 +82,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     """Check that tensors have the expected names and shapes, and floating-point dtypes where expected.
 
     Args:
-        found: Tensors by name.
+        found: Tensors keyed by name.
         expected: Tensors with the expected names and shapes.
         where: Description of the source of the tensors, for the error message.
 

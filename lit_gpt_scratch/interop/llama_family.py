@@ -1,4 +1,4 @@
-"""Convert Llama, Mistral and Qwen3 models, which use rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
+"""Convert Llama, Mistral and Qwen3 models (rotary position embeddings, RMSNorm, SwiGLU, grouped-query attention)."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar

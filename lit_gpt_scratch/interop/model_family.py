@@ -1,4 +1,4 @@
-"""Base class for model families, which convert configs and weights between Hugging Face and this package."""
+"""Base class for model families that convert configs and weights between Hugging Face and this package."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class TensorMapping(NamedTuple):
 
 
 class ModelShape(NamedTuple):
-    """Arguments of ``GPT``: config, number of token ids, and context length in tokens."""
+    """Arguments of ``GPT``: config, vocabulary size, and context length in tokens."""
 
     gpt: GPTConfig
     vocab_size: int
@@ -55,7 +55,7 @@ class ModelFamily(ABC):
     Attributes:
         model_type: Value of ``model_type`` in ``config.json``.
         architecture: Name of the corresponding ``transformers`` class.
-        prefix: Prefix of all tensor names except that of the head; absent from files that were saved without the head.
+        prefix: Prefix of all tensor names except the head's; absent from files that were saved without the head.
         context_field: Name of the ``config.json`` field with the context length.
         tied_by_default: Whether the embeddings are tied if ``config.json`` does not contain ``tie_word_embeddings``.
         has_dropout: Whether the family applies dropout in the same places as this package.
@@ -153,7 +153,7 @@ def map_layer_names(
     Args:
         template: Prefix of the Hugging Face names, with ``{}`` for the layer index.
         layer: Index of the layer.
-        names: Map from Hugging Face names to names in this package, both without the prefix of the layer.
+        names: Map from Hugging Face names to names in this package, both without the layer prefix.
     """
     for hf_name, ours in names.items():
         inner = (ours,) if isinstance(ours, str) else ours

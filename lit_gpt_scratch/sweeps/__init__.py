@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: run ``fit`` many times, and compare and report the results."""
+"""Hyperparameter sweeps: run ``fit`` many times, then compare and report the results."""

@@ -1,4 +1,4 @@
-"""Construction of sweep reports from a study, or from the folders of manually started runs."""
+"""Build sweep reports from a study or from the folders of manually started runs."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from lit_gpt_scratch.sweeps.study import Study, recorded_runs
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
 MIN_TRIALS: Final = 4
-"""Minimum number of complete trials for estimating the importance of the search dimensions."""
+"""Minimum number of complete trials required to estimate the importance of search dimensions."""
 NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
-"""Flags that are ignored when the configs of runs are compared."""
+"""Flags that are ignored when comparing the configs of runs."""
 
 
 def build_study_report(study: Study, path: Path) -> SweepReport:
@@ -62,8 +62,8 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
         direction: Whether to ``minimize`` or ``maximize`` the metric.
 
     Raises:
-        UserError: A path contains no finished run, a run folder is damaged, two runs have the same flags and seed, or a
-            run lacks the metric.
+        UserError: A path contains no finished run, a run folder is corrupted, two runs have the same flags and seed, or
+            a run lacks the metric.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _finished_runs(path)))
     configs = [_read_config(folder) for folder in folders]
@@ -135,7 +135,7 @@ def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBase
 def _importance(study: Study) -> dict[str, float]:
     """Return the fANOVA importance (Hutter et al. 2014) of each search dimension, keyed by name.
 
-    The result is empty if there are too few dimensions, trials or distinct metric values.
+    Return an empty dict if there are too few dimensions, trials or distinct metric values.
     """
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
@@ -152,7 +152,7 @@ def _finished_runs(path: Path) -> list[Path]:
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    """Read the flags of a run, keyed by dotted name; ``seed_everything`` is an integer."""
+    """Read a run's flags, keyed by dotted name, and reject them if ``seed_everything`` is not an integer."""
     path = folder / "config.yaml"
     try:
         config, _ = load_yaml(path)
@@ -173,6 +173,7 @@ def _read_finished_run(folder: Path, seed: int, metric: str) -> RunResult:
         raise UserError(f"--compare: {error}") from error
     if metric not in names:
         raise UserError(
-            f"--metric: {folder} does not log {metric}{suggest_closest(metric, names)}; it logs {', '.join(names)}"
+            f"--metric: {folder} does not log {metric}{suggest_closest(metric, names)}; logged metrics: "
+            f"{', '.join(names)}"
         )
     return run

@@ -1,4 +1,4 @@
-"""Command lines of ``fit`` and run-folder names for the runs of a sweep."""
+"""Build ``fit`` commands and run-folder names for the runs of a sweep."""
 
 import json
 import re
@@ -91,12 +91,12 @@ def format_command(arguments: list[str], seed: int) -> str:
 
 
 def format_flag_value(value: Any) -> str:
-    """Format the value of a flag for the command line."""
+    """Format a flag value for the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def short_flag(name: str) -> str:
-    """Return the name of a flag without the components ``init_args`` and ``class_path``."""
+    """Return a flag name without the components ``init_args`` and ``class_path``."""
     return name.replace(".init_args", "").removesuffix(".class_path")

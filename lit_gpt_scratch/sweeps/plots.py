@@ -37,7 +37,7 @@ OUTLIER_RATIO: Final = 5.0
 
 @dataclass(frozen=True)
 class Plot:
-    """Plot as an SVG document, with its file name without suffix and its caption."""
+    """SVG plot with a file name (without suffix) and a caption."""
 
     name: str
     svg: str
@@ -78,9 +78,9 @@ def plot_differences(
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_yticks(range(len(shown)), [_shorten(trial.label) for trial in reversed(shown)])
         axes.set_xlabel(f"difference in {metric_label(metric, direction)}")
-        axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
+        axes.set_title(f"Difference from the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
         _add_legend(figure, axes)
-        caption = "Per-seed differences to the baseline (dots), their means and 95% confidence intervals."
+        caption = "Per-seed differences from the baseline (dots), their means and 95% confidence intervals."
         return _save("differences", figure, caption)
 
 
@@ -129,10 +129,10 @@ def plot_differences_over(
         axes.set_ylim(limits)
         axes.set_xlabel(_plain(dimension))
         axes.set_ylabel(f"difference in {metric_label(metric, direction)}".replace(" [", "\n["))
-        axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
+        axes.set_title(f"Difference from the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
         _add_legend(figure, axes)
         caption = (
-            f"Per-seed differences to the baseline (dots) over {dimension}, their means and 95% confidence intervals."
+            f"Per-seed differences from the baseline (dots) over {dimension}, their means and 95% confidence intervals."
         )
         return _save("differences", figure, caption)
 
@@ -213,8 +213,8 @@ def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
 def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return axis limits that include 0 and all ranges except outliers.
 
-    The distance of a range from 0 is the distance of its farther end. If a range is more than ``OUTLIER_RATIO`` times
-    as far from 0 as the next closer range, this range and all ranges beyond it are outliers. At most half of the ranges
+    The distance of a range from 0 is that of its farther endpoint. If a range is more than ``OUTLIER_RATIO`` times as
+    far from 0 as the next closer range, this range and all ranges beyond it are outliers. At most half of the ranges
     can be outliers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Sweep reports: HTML, Markdown, plots, and a CSV file with one row per run."""
+"""Sweep reports in HTML and Markdown, with plots and a CSV file that has one row per run."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ class SweepReport:
         metric: Metric for comparing trials.
         direction: Whether to ``minimize`` or ``maximize`` the metric.
         trials: All trials, whether finished or not.
-        baseline: Trial with which the other trials are compared; None if it does not exist yet.
+        baseline: Trial with which the other trials are compared, or None if it does not exist yet.
         setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
         importance: Fraction of the variance between trials that each search dimension explains, keyed by its name.
@@ -112,7 +112,7 @@ class SweepReport:
 
     @cached_property
     def comparisons(self) -> dict[int, Comparison]:
-        """Comparisons with the baseline, keyed by trial number; empty if the baseline has not finished."""
+        """Comparisons with the baseline, keyed by trial number, or an empty dict if the baseline has not finished."""
         if self.baseline not in self.ranked or self.baseline is None:
             return {}
         values = {trial.number: trial.values(self.metric) for trial in self.ranked if trial is not self.baseline}
@@ -187,7 +187,7 @@ class SweepReport:
         )
 
     def describe_failures(self) -> str:
-        """Return sentences that state how many runs failed and how to repeat them; an empty string if no run failed."""
+        """Describe how many runs failed and how to repeat them, or return an empty string if no run failed."""
         n_runs = sum(max(len(trial.runs), trial.expected_runs) for trial in self.trials)
         failed = [(trial.number, run) for trial in self.trials for run in trial.runs if run.state == "failed"]
         if not failed:
@@ -209,7 +209,7 @@ class SweepReport:
     def _comparison_head(self) -> list[str]:
         dimensions = list(self.ranked[0].assignment) if self.ranked else []
         mean = f"{self.metric}, mean ± 95% CI"
-        return [*dimensions, "runs", mean, "difference to the baseline, paired by seed", "p (Holm)", "verdict"]
+        return [*dimensions, "runs", mean, "difference from the baseline, paired by seed", "p (Holm)", "verdict"]
 
     def _comparison_row(self, trial: TrialResult) -> list[str]:
         settings = [format_setting(setting) for setting in trial.assignment.values()]
@@ -245,7 +245,7 @@ class SweepReport:
 
 
 def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
-    """Yield one line per trial and diagnosed symptom that may explain differences between trials.
+    """For each trial, yield one line per diagnosed problem that may explain differences between trials.
 
     A symptom that occurs in all runs does not distinguish trials and is listed only once. For any other symptom, only
     the first diagnosis in each trial is quoted, because the diagnoses of other runs differ only in their numbers.
@@ -286,7 +286,7 @@ def _escape_markdown(value: str) -> str:
 
 
 def _escape_controls(value: Any) -> Any:
-    """Hide passwords in text, and escape its control characters; jinja2 escapes HTML, except in ``Markup``."""
+    """Redact passwords and escape control characters; jinja2 then escapes the HTML, except in ``Markup``."""
     return value if isinstance(value, Markup) else escape_terminal(redact(str(value)))
 
 
@@ -297,7 +297,7 @@ def _format_p(p: float | None) -> str:
 
 
 def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str, str]]:
-    """Yield each property of the code, package versions and hardware, with its distinct values across all runs."""
+    """Yield each property (code, package version or hardware) with its distinct values across all runs."""
     facts: dict[str, dict[str, None]] = {}
     for trial in trials:
         for run in trial.runs:

@@ -1,4 +1,4 @@
-"""Execution of ``fit`` in child processes, which are killed when their parent exits."""
+"""Execute ``fit`` in child processes that are killed when their parent exits."""
 
 import os
 import re
@@ -25,9 +25,9 @@ ENVIRONMENT_EXIT_CODE: Final = 75
 USER_ERROR_EXIT_CODE: Final = 2
 """Exit code of ``fit`` after a ``UserError``."""
 RETRYABLE_SIGNALS: Final = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGBUS")
-"""Signals that the environment sends: for lack of memory, at a time limit, or because a file cannot be read.
+"""Signals with environmental causes: lack of memory, a time limit, or an unreadable file.
 
-Others, such as SIGSEGV and SIGABRT, are crashes, which the settings of a run may cause.
+Other signals, such as SIGSEGV and SIGABRT, indicate a crash that the run's settings may have caused.
 """
 
 
@@ -81,7 +81,7 @@ class RunProcess:
 
     @property
     def _killed_by(self) -> str | None:
-        """Name of the signal that ended the process, from its exit code; None if the process ended by itself."""
+        """Name of the signal that terminated the process, from its exit code, or None if it exited by itself."""
         code: int = self._process.returncode
         signum = -code if code < 0 else code - 128
         return next((each.name for each in signal.Signals if each == signum), None)

@@ -1,4 +1,4 @@
-"""Results of runs and trials, which are read from run folders, stored in the study and shown in TensorBoard."""
+"""Read the results of runs and trials from run folders, serialize them for the study, and show them in TensorBoard."""
 
 import io
 import json
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class CurvePoint(NamedTuple):
-    """Value of the metric in one validation run."""
+    """Metric value from one validation pass."""
 
     step: int
     """Number of completed optimizer steps."""
@@ -57,7 +57,7 @@ class RunResult:
     Args:
         seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
-        reason: Reason why the run did not finish; empty if the run finished.
+        reason: Reason why the run did not finish, or an empty string if it finished.
         metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, this dict contains only
             the last logged value of the sweep's metric, and ``step``, the step at which the value was logged.
         curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
@@ -66,7 +66,7 @@ class RunResult:
         session: Package versions, hardware and code version of the run's last session, from ``provenance.json``.
         retryable: Whether the run failed because of its environment, not its settings, so that repeating the sweep
             executes it again.
-        attempts: Number of times that the run failed because of its environment, each after retries.
+        attempts: Number of times that the run failed because of its environment, even after retries.
     """
 
     seed: int
@@ -82,7 +82,7 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Number of training tokens per optimizer step; None if the run does not log how many tokens it has read."""
+        """Training tokens per optimizer step, or None if the run does not log how many tokens it has read."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
@@ -149,7 +149,7 @@ def format_setting(setting: str | float) -> str:
 
 
 def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) -> list[TrialResult]:
-    """Return the finished trials that have the metric, in order of their means, best first."""
+    """Return the finished trials that have the metric, sorted by mean, best first."""
     sign = 1 if direction == "minimize" else -1
     finished = [trial for trial in trials if trial.state == "finished" and trial.values(metric)]
     return sorted(finished, key=lambda trial: sign * trial.mean(metric).mean)
@@ -191,7 +191,7 @@ def read_run_result(
 
 
 def read_curve(folder: Path, metric: str, growing: bool = False) -> Iterator[CurvePoint]:
-    """Yield the metric of each validation run from event files.
+    """Yield the metric value of each validation pass from a run's event files.
 
     If steps were repeated after the run was resumed, the later values replace the earlier values.
 
@@ -219,7 +219,7 @@ def read_curve(folder: Path, metric: str, growing: bool = False) -> Iterator[Cur
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's ``summary.json``.
+    """Read a run's ``summary.json``.
 
     Raises:
         UserError: The file is missing, or is not a JSON object.
@@ -228,7 +228,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run has written a valid summary; log a warning if the summary is damaged."""
+    """Return whether a run has written a valid summary; log a warning if the summary is corrupted."""
     if not (folder / SUMMARY_FILE).is_file():
         return False
     try:
@@ -261,7 +261,7 @@ def _names_of_metrics(summary: Mapping[str, Any]) -> list[str]:
 def _read_json(path: Path, hint: type[T]) -> T:
     try:
         value = read_json(path, hint)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs cannot be written to a report
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates cannot be written to a report
         return value
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
@@ -269,7 +269,7 @@ def _read_json(path: Path, hint: type[T]) -> T:
 
 
 def latest_run_folder(experiment: Path) -> Path | None:
-    """Return the experiment's ``version_N`` folder with the highest N; None if there is none."""
+    """Return the experiment's ``version_N`` folder with the highest N, or None if there is none."""
     versions = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
     return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
@@ -318,7 +318,7 @@ def _as_number(setting: str | float) -> str | float:
 
 
 class RecordedDiagnosis(TypedDict):
-    """Entry of ``doctor.json``."""
+    """Schema of a ``doctor.json`` entry."""
 
     symptom: str
     cause: str
@@ -326,7 +326,7 @@ class RecordedDiagnosis(TypedDict):
 
 
 class RecordedSession(TypedDict, total=False):
-    """Parts of an entry of ``provenance.json`` that are shown in the report."""
+    """Fields of a ``provenance.json`` entry that are shown in the report."""
 
     versions: dict[str, str | int | float | bool | None]
     hardware: dict[str, str | int | float | bool | None]
@@ -334,7 +334,7 @@ class RecordedSession(TypedDict, total=False):
 
 
 class RecordedSessions(TypedDict):
-    """Content of ``provenance.json``."""
+    """Schema of ``provenance.json``."""
 
     sessions: list[RecordedSession]
 
@@ -351,7 +351,7 @@ def _read_last_session(folder: Path) -> dict[str, Any]:
 
 
 def _read_optional_json(path: Path, hint: type[T]) -> T | None:
-    """Return the content of a JSON file, or None if the file is missing or damaged; log a warning if it is damaged."""
+    """Parse a JSON file, or return None if it is missing or corrupted; log a warning if it is corrupted."""
     if not path.is_file():
         return None
     try:

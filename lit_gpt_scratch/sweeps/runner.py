@@ -1,4 +1,4 @@
-"""Parallel execution of the runs of a study."""
+"""Execute the runs of a study in parallel."""
 
 import logging
 import shutil
@@ -40,14 +40,14 @@ RETRY_DELAYS: Final = (1.0, 10.0)
 
 
 class RunEnd(NamedTuple):
-    """Outcome of one execution of a run."""
+    """How a run, or one resumed segment of it, ended."""
 
     state: str = "finished"
     """``finished``, ``pruned`` or ``failed``."""
     reason: str = ""
     """Reason why the run did not finish."""
     retryable: bool = False
-    """Whether the run failed because of its environment, so that it may succeed if it is repeated."""
+    """Whether the run failed because of its environment, and may succeed if it is repeated."""
 
 
 class SweepRunner:
@@ -149,7 +149,8 @@ class SweepRunner:
             if result.state == "finished" and metric not in result.metrics:
                 names = logged_metrics(folder)
                 raise UserError(
-                    f"metric: the runs do not log {metric}{suggest_closest(metric, names)}; they log {', '.join(names)}"
+                    f"metric: the runs do not log {metric}{suggest_closest(metric, names)}; logged metrics: "
+                    f"{', '.join(names)}"
                 )
         write_hparams(result, claim.assignment, f"trial {claim.number}")
         return result
@@ -158,7 +159,7 @@ class SweepRunner:
         """Execute or resume a run; a run that fails after being resumed is repeated in a new folder.
 
         Returns:
-            The outcome, or None if the sweep is stopping.
+            How the run ended, or None if the sweep is stopping.
         """
         for may_resume in (True, False):
             resumes, folder = False, latest_run_folder(experiment)

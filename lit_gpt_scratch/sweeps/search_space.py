@@ -37,11 +37,11 @@ class SearchDimension(ABC):
     @property
     @abstractmethod
     def baseline(self) -> Setting:
-        """Setting of the baseline, unless the sweep file contains another setting under ``baseline``."""
+        """Default setting of the baseline, which the sweep file can override under ``baseline``."""
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
-        """Return all settings for a grid search, in order; empty for a range without a step."""
+        """Return the dimension's grid points in order, or an empty list if it is a range without a step."""
 
     @abstractmethod
     def to_flags(self, setting: Setting) -> FitFlags:
@@ -136,7 +136,7 @@ class NumericRange(SearchDimension):
         return round(middle) if self.is_integer else middle
 
     def grid(self) -> Sequence[Setting]:
-        """Return all grid values from low to high; empty if ``step`` is None.
+        """Return all grid points from low to high, or an empty list if ``step`` is None.
 
         Raises:
             UserError: There are more than ``MAX_GRID_SIZE`` values.
@@ -216,7 +216,7 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
 
 
 def format_label(value: Any) -> str:
-    """Return a short label for the value of a flag; the label of a class contains its name and arguments."""
+    """Return a short label for a flag value; the label of a class contains its name and arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
         given = value.get("init_args")
         arguments = ", ".join(f"{n} {format_label(v)}" for n, v in given.items()) if isinstance(given, Mapping) else ""
@@ -245,7 +245,7 @@ def parse_number(where: str, given: Any) -> float:
 
 
 def shorten(value: Any) -> str:
-    """Return a value from a sweep file as short text for an error message, regardless of the value's size."""
+    """Format a value from a sweep file as short text for an error message, regardless of the value's size."""
     text = str(value) if not isinstance(value, int) or abs(value) < MAX_NUMBER else "a number with too many digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 

@@ -24,8 +24,8 @@ class Estimate:
 
     Args:
         mean: Mean of the values.
-        half_width: Half the width of the 95% confidence interval; None for a single value.
-        p: Two-sided p-value for the null hypothesis that the true mean is 0; None for a single value.
+        half_width: Half the width of the 95% confidence interval, or None for a single value.
+        p: Two-sided p-value for the null hypothesis that the true mean is 0, or None for a single value.
         n: Number of values.
     """
 
@@ -52,9 +52,9 @@ class Comparison:
     """Comparison of a trial with the baseline.
 
     Args:
-        difference: Mean of the per-seed differences from the baseline; None if the trial and the baseline have
-            no seed in common.
-        corrected_p: p-value after Holm's correction over all compared trials; None if fewer than two seeds are in
+        difference: Mean of the per-seed differences from the baseline, or None if the trial and the baseline have no
+            seed in common.
+        corrected_p: p-value after Holm's correction over all compared trials, or None if fewer than two seeds are in
             common.
         verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``. If
             no test is possible, the reason, such as ``only one seed``.

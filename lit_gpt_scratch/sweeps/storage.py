@@ -133,7 +133,7 @@ def _parse_postgres_url(rest: str) -> sqlalchemy.engine.URL:
 
 
 def _describe_location(location: str) -> tuple[str, list[str]]:
-    """Return a location without its secrets, and a list of the secrets.
+    """Return the location with secrets redacted, along with the list of secrets.
 
     Longer secrets come first, because a secret may contain a shorter secret.
     """

@@ -1,4 +1,4 @@
-"""Study of a sweep, which assigns runs to processes and records their results; it uses Optuna for the search."""
+"""Optuna study of a sweep, which assigns runs to processes and records their results."""
 
 import logging
 import warnings
@@ -23,7 +23,7 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
-"""Number of recorded failures because of the environment after which a run is repeated only on request."""
+"""Number of environment failures after which a run is repeated only on request."""
 BASELINE_ATTRIBUTE: Final = "known"
 """Name of the Optuna study attribute that stores the ``ResolvedBaseline``."""
 
@@ -36,8 +36,8 @@ class ClaimedRun:
         number: Trial number.
         assignment: Settings of the trial, keyed by the name of the search dimension.
         seed: Seed of the run.
-        trial: Optuna trial to which the metric is reported during the run; None if the run cannot be pruned.
-        discarded: Folder of an earlier, failed execution of the run, which must not be resumed; empty if there is none.
+        trial: Optuna trial to which the metric is reported during the run, or None if the run cannot be pruned.
+        discarded: Folder of an earlier, failed execution that must not be resumed, or an empty string if there is none.
     """
 
     number: int
@@ -79,7 +79,7 @@ class Study:
 
     @property
     def baseline(self) -> ResolvedBaseline | None:
-        """Flags of the baseline as resolved by ``fit``; None if the study has not been created yet."""
+        """Flags of the baseline as resolved by ``fit``, or None if the study has not been created yet."""
         plain = self._study.user_attrs.get(BASELINE_ATTRIBUTE) if self._study else None
         return ResolvedBaseline(**plain) if plain else None
 
@@ -102,7 +102,7 @@ class Study:
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials of the study; empty if the study has not been created yet."""
+        """Return all trials of the study, or an empty list if the study has not been created yet."""
         return self.optuna_study.get_trials(deepcopy=False) if self._study else []
 
     @property
@@ -208,14 +208,14 @@ class Study:
         return True
 
     def _missing_seeds(self, trial: FrozenTrial) -> list[int]:
-        """Return the seeds of the runs that remain to be executed; empty if a run was pruned."""
+        """Return the seeds of the runs that remain to be executed, or an empty list if a run was pruned."""
         recorded = recorded_runs(trial)
         if any(run.state == "pruned" for run in recorded.values()):
             return []
         return [seed for seed in self.sweep.seeds if seed not in recorded or recorded[seed].retryable]
 
     def _suggest(self, trial: Trial, name: str) -> Any:
-        """Return the setting of a trial in a search dimension; if the setting is not stored yet, sample it."""
+        """Return a trial's setting in a search dimension, sampling it if it is not stored yet."""
         self.optuna_study.sampler = self._build_sampler(trial.number, name)
         space = self.sweep.vary[name].distribution
         if isinstance(space, CategoricalDistribution):

@@ -1,4 +1,4 @@
-"""Sweep files, which define the search space, the search method and the comparison with the baseline."""
+"""Parse sweep files, which define the search space, the search method and the comparison with the baseline."""
 
 import hashlib
 import inspect
@@ -40,7 +40,7 @@ Assignment = dict[str, Setting]
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Parsed contents of a sweep file.
+    """Parsed sweep file.
 
     Args:
         name: File name without suffix.
@@ -153,9 +153,9 @@ class SweepConfig:
     def fit_flags(self, assignment: Assignment) -> FitFlags:
         """Return the flags that are passed to ``fit`` in all runs of a trial, in addition to the config files.
 
-        If two dimensions set the same flag, the later dimension takes precedence. Flags whose value is null keep
-        their value from the config files, or their default: they are omitted, because ``fit`` cannot parse null for a
-        flag that selects a class.
+        If two dimensions set the same flag, the later dimension takes precedence. Flags whose value is null are
+        omitted, because ``fit`` cannot parse null for a flag that selects a class; they keep their value from the
+        config files, or their default.
         """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
@@ -204,7 +204,7 @@ def load_sweep(path: Path) -> SweepConfig:
 
 
 def suggest_closest(name: str, names: Any) -> str:
-    """Return an error-message suffix that suggests the most similar known name; empty if no name is similar."""
+    """Return an error-message suffix with the most similar known name, or an empty string if no name is similar."""
     close = get_close_matches(name[:100], list(names), 1, 0.5)
     return f"; the closest match is {close[0]}" if close else ""
 

@@ -262,7 +262,7 @@ def test_token_outside_the_vocabulary_is_rejected_and_names_its_shard(tmp_path: 
     windows = PackedDataset([ConcatenatedPlan(numbered_stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.make_batch([0, 1, 2, 3, 4])
     with pytest.raises(
-        UserError, match=r"shard train-00001 of .* contains token id 50, but its tokenizer has only 50 tokens"
+        UserError, match=r"shard train-00001 of .* contains token id 50, but the tokenizer has only 50 tokens"
     ):
         windows.make_batch([0, 6])
 

@@ -259,6 +259,6 @@ def test_id_outside_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> 
     largest = about["validation"][0]["largest"]
     TokenStore.write_manifest(folder, about | {"vocab_size": largest})
     with pytest.raises(
-        UserError, match=f"contains token id {about['train'][0]['largest']}, but its tokenizer has only {largest}"
+        UserError, match=f"contains token id {about['train'][0]['largest']}, but the tokenizer has only {largest}"
     ):
         TokenStore.open(folder)

@@ -135,7 +135,7 @@ def test_out_of_range_token_ends_a_run_in_one_line(
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)
     assert str(error.value).startswith("shard train-00000 of")
-    assert "contains token id 5000, but its tokenizer has only 300 tokens" in str(error.value)
+    assert "contains token id 5000, but the tokenizer has only 300 tokens" in str(error.value)
     assert "Traceback" not in str(error.value)
     with pytest.raises(UserError, match=r"the token ids in .* do not match store\.json"):
         data.store.verify(all_files=True)

@@ -144,7 +144,7 @@ def test_missing_or_damaged_files(published: Published, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_bytes(whole)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:100])
-    assert "model.safetensors is not a safetensors file, or is damaged" in error_message(folder)
+    assert "model.safetensors is not a safetensors file, or is corrupted" in error_message(folder)
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors and no model.safetensors.index.json in" in error_message(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")

@@ -253,7 +253,7 @@ def test_plot_of_differences_says_what_it_shows() -> None:
     whole = report(*TRIALS)
     text = words(plot_differences(whole.ranked, TRIALS[0], whole.comparisons, METRIC, "minimize").svg)
     for part in (
-        "Difference to the baseline (rotary), paired by seed",
+        "Difference from the baseline (rotary), paired by seed",
         "difference in val/bits_per_byte [bits per byte], lower is better",
         "0.100 ± 0.025  worse",
         "within noise (p ≥ 0.05 after Holm's correction)",

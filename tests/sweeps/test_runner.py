@@ -225,7 +225,7 @@ def test_unknown_metric(run_sweep: RunSweep, tmp_path: Path, capsys: pytest.Capt
     assert run_sweep("vary: {x: [1, 2]}\nmetric: val/los\n") == 2
     *_, message = capsys.readouterr().err.splitlines()
     assert message.startswith(
-        "error: metric: the runs do not log val/los; the closest match is val/loss; they log val/bits_per_byte,"
+        "error: metric: the runs do not log val/los; the closest match is val/loss; logged metrics: val/bits_per_byte,"
     )
     assert sum(map(len, read_pids(tmp_path / "runs", "s").values())) == 1
     assert run_sweep("vary: {x: [1, 2]}\nmetric: val/loss\n") == 0
