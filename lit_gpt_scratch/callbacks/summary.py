@@ -45,7 +45,7 @@ MAX_XZ_TOKENS = 4_000_000
 class BaselineMetrics(Callback):
     """Callback that computes and logs baselines that require no training.
 
-    The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the most common class and a word-based
+    The baselines are uniform, unigram and bigram models and ``xz -9`` for text, the majority class and a word-based
     classifier for classification, and the true reward (fraction of correct replies) of the initial model for RL and
     preference tuning. They are logged after every validation run as ``baselines/<name>``. TensorBoard's custom-scalars
     tab shows them in the same chart as the corresponding metric of the model.
@@ -142,9 +142,9 @@ def _class_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]
     train, validation = data.labelled_texts("train"), data.labelled_texts("validation", rows)
     if train is None or validation is None:
         return {}
-    commonest, _ = Counter(train[1]).most_common(1)[0]
-    share = validation[1].count(commonest) / len(validation[1])
-    return {"commonest class": share, **word_baseline(LabelledTexts(*train), LabelledTexts(*validation))}
+    majority, _ = Counter(train[1]).most_common(1)[0]
+    share = validation[1].count(majority) / len(validation[1])
+    return {"majority class": share, **word_baseline(LabelledTexts(*train), LabelledTexts(*validation))}
 
 
 class RunMetadata(RunDirCallback):

@@ -140,7 +140,7 @@ class RankMonitor:
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
             return f"{self._missing_processes()} did not connect within {self.timeout}"
-        which = f"{_name_ranks(ranks)} exited or does not respond" if ranks else "another rank failed"
+        which = f"{_name_ranks(ranks)} exited or stopped responding" if ranks else "another rank failed"
         reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
         return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last"
 
@@ -222,7 +222,7 @@ class RankMonitor:
         ranks = self.unresponsive_ranks()
         new = set(ranks) - self._reported
         if new and self.rank == 0:
-            log.warning("%s does not respond; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
+            log.warning("no heartbeat from %s; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
         self._reported |= new
         if not self._signum:
             return

@@ -77,4 +77,4 @@ def test_baselines_of_a_classifier_are_of_the_validated_records(
     validated = LabelledTexts(*(each[: 4 if isinstance(limit, int) else None] for each in labelled("validation")))
     share = validated.labels.count(int(np.argmax(data.class_counts))) / len(validated.labels)
     assert baselines.metric == "val/accuracy"
-    assert baselines.figures == {"commonest class": share, **word_baseline(labelled("train"), validated)}
+    assert baselines.figures == {"majority class": share, **word_baseline(labelled("train"), validated)}
