@@ -321,7 +321,8 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         for split, examples in self.examples.items():
             if not examples:
                 raise UserError(
-                    f"{self.origin}: no {split} record fits into {self.block_size} tokens; raise --data.block_size"
+                    f"{self.origin}: no {split} record fits into {self.max_record_tokens} tokens; "
+                    "raise --data.block_size"
                 )
         self.train_dataset = self.build_dataset(self.examples["train"])
         self.validation_dataset = self.build_dataset(self.examples["validation"])

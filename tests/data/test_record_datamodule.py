@@ -14,7 +14,7 @@ import torch
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
-from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences, Prompts
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.errors import UserError
@@ -274,6 +274,9 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
                "a.json: row 1: message 1 has role assistant but does not follow a user message"),
     "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"},
                      "no .* record fits into 64 tokens; raise --data.block_size"),
+    "no prompt fits": (Prompts, "a.json", [{"prompt": f"{i} " * 99} for i in range(40)],
+                       {"too_long": "drop", "reply_tokens": 16},
+                       "no .* record fits into 48 tokens; raise --data.block_size"),
     "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; use a Hub dataset or a file of type .jsonl"),
     "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "data.streaming require a Hub dataset"),
     "too_long": (Conversations, "a.json", talks(9), {"too_long": "no"}, "data.too_long is no; it must be one of"),
