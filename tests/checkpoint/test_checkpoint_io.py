@@ -244,7 +244,7 @@ def may_mount() -> bool:
 def test_full_file_system(tmp_path: Path) -> None:
     """A file system of 2 MB has space for one checkpoint of 1.2 MB, but not for a second one."""
     mounted = ["unshare", "-rm", sys.executable, "-c", SAVE_TWICE, str(tmp_path)]
-    done = subprocess.run(mounted, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(mounted, capture_output=True, text=True, timeout=200)
     error, left = done.stdout.splitlines()
     assert error.startswith(f"cannot save {tmp_path / 'last.ckpt'}: No space left on device"), done.stderr
     assert left == "1 last.ckpt"

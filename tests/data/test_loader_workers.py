@@ -21,7 +21,7 @@ next(batches), next(batches)  # both workers are at work
 
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", LOADER + code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", LOADER + code], capture_output=True, text=True, timeout=200)
 
 
 SIGNALS = [signum.value for signum in STOP_SIGNALS] if os.name == "posix" else []

@@ -112,7 +112,7 @@ def test_sweep_stops_on_a_signal(tmp_path: Path, sweep_process: Start, signum: s
     while not read_pids(tmp_path / "runs", "s"):
         time.sleep(0.05)
     sweep.send_signal(signum)
-    _, output = sweep.communicate(timeout=30)
+    _, output = sweep.communicate(timeout=120)
     assert sweep.returncode == 128 + signum, output
     assert "repeat the command to resume" in output
     assert_none_is_alive(read_pids(tmp_path / "runs", "s"))
@@ -257,7 +257,7 @@ def test_signal_to_a_run_stops_the_sweep(tmp_path: Path, sweep_process: Start) -
     [[pid]] = started.values()
     time.sleep(0.3)
     os.kill(pid, signal.SIGUSR1)  # the stub exits with 138, as fit does
-    _, output = sweep.communicate(timeout=30)
+    _, output = sweep.communicate(timeout=120)
     assert sweep.returncode == 128 + signal.SIGTERM, output
     assert read_rows(tmp_path / "runs", "s") == []
 

@@ -264,7 +264,7 @@ def test_output_of_a_command_is_refused(source: str) -> None:
     program = "import sys; from lit_gpt_scratch.text.sources import read_documents; read_documents(sys.argv[1])"
     line = f"seq 9 | {sys.executable} -c '{program}' {source}"
     ended = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2]
+        ["bash", "-c", line], capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2]
     )
     assert re.search(r"UserError: /dev/\S+ is a pipe or device, which can be read only once", ended.stderr)
 
