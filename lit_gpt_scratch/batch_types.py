@@ -24,16 +24,17 @@ class Batch(TypedDict):
     """
 
     input_ids: Tensor
-    """(B, T) int64"""
+    """Token ids, int64 tensor of shape (B, T)."""
     labels: Tensor
-    """(B, T) int64"""
+    """Label of each position, int64 tensor of shape (B, T)."""
     document_ids: NotRequired[Tensor]
-    """(B, T) int64, id of the document that contains each token; ids are unique within a row"""
+    """Id of the document that contains each token, int64 tensor of shape (B, T); ids are unique within a row."""
     step_labels: NotRequired[Tensor]
-    """() int64, only in training: number of labels in the optimizer step, across all micro-batches and data-parallel
-    ranks"""
+    """Number of labels in the optimizer step, across all micro-batches and data-parallel ranks, int64 scalar; only in
+    training."""
     text_bytes: NotRequired[Tensor]
-    """(B,) int64, required in validation and testing: number of UTF-8 bytes that the labels of each row represent"""
+    """Number of UTF-8 bytes that the labels of each row represent, int64 tensor of shape (B,); required in validation
+    and testing."""
 
 
 class LabelledBatch(TypedDict):
@@ -43,15 +44,15 @@ class LabelledBatch(TypedDict):
     """
 
     input_ids: Tensor
-    """(W, T) int64"""
+    """Token ids, int64 tensor of shape (W, T)."""
     lengths: Tensor
-    """(W,) int64, number of tokens in each window, or 0 for a padding row"""
+    """Number of tokens in each window, or 0 for a padding row, int64 tensor of shape (W,)."""
     window_counts: NotRequired[Tensor]
-    """(B,) int64, number of windows per document; the windows of a document are contiguous"""
+    """Number of windows per document, int64 tensor of shape (B,); the windows of a document are contiguous."""
     labels: Tensor
-    """(B,) int64, class index of each document, or ``IGNORE_INDEX`` for a padding row"""
+    """Class index of each document, or ``IGNORE_INDEX`` for a padding row, int64 tensor of shape (B,)."""
     step_class_counts: NotRequired[Tensor]
-    """(n_classes,) int64, only in training: number of documents per class in the optimizer step"""
+    """Number of documents per class in the optimizer step, int64 tensor of shape (n_classes,); only in training."""
 
 
 class PairBatch(TypedDict):
@@ -63,22 +64,23 @@ class PairBatch(TypedDict):
     """
 
     input_ids: Tensor
-    """(2 B, T) int64"""
+    """Token ids, int64 tensor of shape (2 B, T)."""
     labels: Tensor
-    """(2 B, T) int64, next token if it belongs to the last reply (end-of-text included), else ``IGNORE_INDEX``"""
+    """Next token if it belongs to the last reply (end-of-text included), otherwise ``IGNORE_INDEX``; int64 tensor of
+    shape (2 B, T)."""
     lengths: Tensor
-    """(2 B,) int64, number of tokens in each row, or 0 for a padding pair"""
+    """Number of tokens in each row, or 0 for a padding pair, int64 tensor of shape (2 B,)."""
     step_labels: NotRequired[Tensor]
-    """() int64, only in training: number of pairs in the optimizer step"""
+    """Number of pairs in the optimizer step, int64 scalar; only in training."""
 
 
 class PromptIndexBatch(TypedDict):
     """``B`` indices of rollouts (training) or prompts (validation and test). The policy generates the replies."""
 
     indices: Tensor
-    """(B,) int64"""
+    """Indices of the rollouts or prompts, int64 tensor of shape (B,)."""
     step_indices: NotRequired[Tensor]
-    """(N,) int64, only in training: indices of all rollouts in the optimizer step"""
+    """Indices of all rollouts in the optimizer step, int64 tensor of shape (N,); only in training."""
 
 
 STEP_KEYS: Final = frozenset({"step_labels", "step_class_counts", "step_indices"})
@@ -165,7 +167,7 @@ class DataInfo:
     """Properties of the data that LightningModules depend on, as plain values.
 
     Attributes:
-        name: Class name of the data module, for error messages.
+        name: Class name of the data module, used in error messages.
         vocab_size: Number of token ids.
         block_size: Maximum number of tokens per row.
         tokenizer_json: Tokenizer as a JSON string, which is stored in checkpoints.

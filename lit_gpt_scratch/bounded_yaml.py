@@ -99,7 +99,10 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> i
     if depth > MAX_DEPTH:
         raise UserError(f"is nested more than {MAX_DEPTH} levels deep")
     if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_INTEGER_CHARACTERS:
-        raise UserError(f"contains {describe(2**64)}; use a smaller one")
+        raise UserError(
+            f"contains an integer of more than {MAX_INTEGER_CHARACTERS} characters; integers must be between "
+            f"{-MAX_INT} and {MAX_INT}"
+        )
     sizes[id(node)], size = None, 1
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     for child in children:
@@ -130,7 +133,7 @@ def _to_plain(value: Any) -> Any:
             "remove the character"
         )
     if isinstance(value, int) and abs(value) > MAX_INT:
-        raise UserError(f"contains {describe(value)}; use a smaller one")
+        raise UserError(f"contains {describe(value)}; integers must be between {-MAX_INT} and {MAX_INT}")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise UserError(f"contains {str(value)[:40]}, which YAML reads as a {type(value).__name__}; put it in quotes")

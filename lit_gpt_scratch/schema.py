@@ -40,7 +40,7 @@ def read_json(path: Path, hint: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
     """Read a JSON file and validate it against a type hint.
 
     Args:
-        path: Path of the file.
+        path: Path to the file.
         hint: Expected type of the parsed value; see ``validate``.
         max_bytes: Maximum size of the file in bytes.
 

@@ -45,7 +45,7 @@ def require_trusted(name: object, trusted: Trusted, file: object) -> None:
     Args:
         name: Import path that the file contains, or None if it contains none.
         trusted: Import paths that the user allows.
-        file: Path of the file, for the error message.
+        file: Path to the file, used in error messages.
 
     Raises:
         UntrustedCodeError: The import path is not in ``trusted``.

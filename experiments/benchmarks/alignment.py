@@ -5,7 +5,7 @@
 A base model is trained on the standard library (or on `--text`, which accepts the same values as `--data.source`),
 fine-tuned on replies (`start.yaml`), and aligned with `ppo.yaml` and `grpo.yaml`, once for each seed. The reward is
 the verifiable reward itself, a full stop at the end of the reply, or with `--reward model`, the output of a
-reward model trained on pairs of replies (`reward.yaml`).
+reward model trained on preference pairs (`reward.yaml`).
 
 `true reward` is the fraction of sampled replies to the test prompts that satisfy the preference. `KL` is the mean KL
 divergence per reply from the initial model, in nats. A seed is successful if its true reward is at least `GOAL` and

@@ -1,6 +1,6 @@
 """Measure the time that `Trainer.save_checkpoint` takes in a run of `fit`, relative to the duration of the run.
 
-python experiments/benchmarks/saving.py [flags of fit]
+python experiments/benchmarks/saving.py [fit flags]
 """
 
 import platform

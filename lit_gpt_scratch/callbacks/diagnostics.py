@@ -73,7 +73,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self.due = True
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Evaluate the rules on the metrics of the previous step, all of which have been logged."""
+        """Evaluate the rules on the previous step's metrics, all of which have been logged."""
         if self._facts_due:
             self._facts_due = False
             self._log_facts(trainer, pl_module, batch)

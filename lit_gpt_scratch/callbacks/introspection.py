@@ -43,10 +43,10 @@ EMBEDDING_MODULES: Final = ("embedding", "bigrams", "smear", "position", "value_
 
 
 class GradientStats(PeriodicCallback):
-    """Callback that logs the gradient norm per network part and layer, and the update ratio per part.
+    """Callback that logs the gradient norm per component and layer, and the update ratio per component.
 
     The update ratio is the norm of a step's weight update divided by the norm of the weights. With a suitable learning
-    rate, it is about 0.001. If the ratio of a part is far above or below that of the other parts, its learning rate,
+    rate, it is about 0.001. If a component's ratio is far above or below those of the others, its learning rate,
     initialization or gradient scale is probably unsuitable. The metric names are listed in ``metric_logging.py``.
 
     Args:
@@ -61,7 +61,7 @@ class GradientStats(PeriodicCallback):
         self._norms: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Group the parameters by part and layer."""
+        """Group the parameters by component and layer."""
         super().on_train_start(trainer, pl_module)
         net = getattr(pl_module, "net", None)
         self._groups = group_parameters(net) if isinstance(net, GPT) else {}
@@ -95,7 +95,7 @@ class GradientStats(PeriodicCallback):
 
 
 def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Group the trainable parameters by part (``PARAMETER_PARTS``) and by layer (``layer_N``)."""
+    """Group the trainable parameters by component (``PARAMETER_PARTS``) and by layer (``layer_N``)."""
     found: dict[str, list[nn.Parameter]] = {part: [] for part in PARAMETER_PARTS}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -127,11 +127,11 @@ class LayerStats(NamedTuple):
 
     Attributes:
         attention: Attention statistics per head, or None if a custom attention class does not record its weights.
-        max_activations: (ffn_dim,) float32, maximum magnitude of each feed-forward unit.
-        stream_rms: () float32, root mean square of the residual stream after the block.
-        attention_map: (n_head, t, t), attention weights between the first t tokens; captured only for plots.
-        stream: (B, T, n_embd), residual stream after the block; captured only for plots.
-        hidden: (B, T, ffn_dim), activations of the feed-forward units; captured only for plots.
+        max_activations: Maximum magnitude of each feed-forward unit, float32 tensor of shape (ffn_dim,).
+        stream_rms: Root mean square of the residual stream after the block, float32 scalar.
+        attention_map: Attention weights between the first t tokens, of shape (n_head, t, t); captured only for plots.
+        stream: Residual stream after the block, of shape (B, T, n_embd); captured only for plots.
+        hidden: Activations of the feed-forward units, of shape (B, T, ffn_dim); captured only for plots.
     """
 
     attention: AttentionStats | None
@@ -238,7 +238,7 @@ class ActivationStats(PeriodicCallback):
 
 
 def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the mean of (B, T, n) values, ignoring padding after the first ``lengths`` (B,) tokens of each row."""
+    """Return the mean of (B, T, n) values, excluding padding after the first ``lengths[i]`` tokens of row ``i``."""
     if lengths is None:
         return values.mean()
     mask = torch.arange(values.size(1), device=values.device) < lengths[:, None]  # (B, T)
@@ -249,8 +249,8 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
     """Compute the metrics of captured activations, keyed by metric name (see ``metric_logging.py``).
 
     Args:
-        captured: Activations of (B, T) tokens.
-        lengths: (B,), number of tokens per row, or None if there is no padding.
+        captured: Activations for a batch of B rows of T tokens.
+        lengths: Number of tokens per row, of shape (B,), or None if there is no padding.
     """
     found: dict[str, Tensor] = {}
     if captured.output.ndim == 3:  # a head that outputs one number per token has no logits
@@ -377,7 +377,7 @@ class ActivationPlots:
         return "" if id_ == IGNORE_INDEX else markdown_code(printable_token(self.data.tokenizer, id_))
 
     def _output_name(self, net: GPT, number: int) -> str:
-        """Return the name of a head output: a token or a class."""
+        """Return the display name of an output index of the output head: the token's text or the class name."""
         if isinstance(net.output_head, ClassificationHead):
             return net.output_head.class_names[number] if net.output_head.class_names else str(number)
         return printable_token(self.data.tokenizer, number)

@@ -160,8 +160,8 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     """Group tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
 
     Returns:
-        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur are
-        ranked last, ordered by id.
+        Band index of each token, int64 tensor of shape (vocab_size,), and the names of the bands. Tokens that do not
+        occur are ranked last, ordered by id.
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
@@ -203,8 +203,8 @@ def plot_confusion_matrix(counts: NDArray[np.int64], names: list[str]) -> NDArra
     """Plot a confusion matrix: rows are true classes, columns are predicted classes, colors are fractions of the row.
 
     Args:
-        counts: (n, n), number of examples whose true class is the row and whose predicted class is the column.
-        names: (n,) class names.
+        counts: Number of examples whose true class is the row and whose predicted class is the column, of shape (n, n).
+        names: Names of the n classes.
 
     Returns:
         RGB image as a (height, width, 3) uint8 array.

@@ -45,10 +45,10 @@ def heat_map(
     """Draw a heat map with text in each cell.
 
     Args:
-        shares: (n, m), color value of each cell, from 0 (white) to 1 (blue).
-        texts: (n, m), text of each cell.
-        rows: (n,) row names.
-        columns: (m,) column names.
+        shares: Color value of each cell, from 0 (white) to 1 (blue), of shape (n, m).
+        texts: Text of each cell, of shape (n, m).
+        rows: Names of the n rows.
+        columns: Names of the m columns.
         title: Title above the plot.
         row_axis: Axis label to the left of the row names.
         column_axis: Axis label above the column names.
@@ -87,9 +87,9 @@ def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[s
     """Draw the attention maps of several heads side by side with a color bar; rows are queries, columns are keys.
 
     Args:
-        maps: (heads, T, T) attention weights.
-        tokens: (T,) tokens as text.
-        titles: (heads,) titles of the maps.
+        maps: Attention weights, of shape (heads, T, T).
+        tokens: The T tokens as text.
+        titles: Title of each map.
         cell: Width and height of a cell (one weight) in pixels.
     """
     font = ImageFont.load_default()
@@ -133,7 +133,7 @@ def line_plot(values: NDArray[Any], title: str, x_axis: str, width: int = 640, h
     """Draw a line plot of values against their indices, with gaps at non-finite values.
 
     Args:
-        values: (n,) values to plot.
+        values: Values to plot, of shape (n,).
         title: Title above the plot.
         x_axis: Label of the x axis.
         width: Width in pixels.

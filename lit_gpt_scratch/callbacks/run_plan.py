@@ -313,8 +313,8 @@ N_LONGEST_TOKENS: Final = 30
 """Number of longest tokens to log; they reveal garbage in the training text."""
 CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     "dynamics": {
-        "gradient norm by part": ["Multiline", [f"dynamics/gradient_norm/({'|'.join(PARAMETER_PARTS)})"]],
-        "update ratio by part": ["Multiline", ["dynamics/update_ratio/.*"]],
+        "gradient norm by component": ["Multiline", [f"dynamics/gradient_norm/({'|'.join(PARAMETER_PARTS)})"]],
+        "update ratio by component": ["Multiline", ["dynamics/update_ratio/.*"]],
         "gradient norm by layer": ["Multiline", ["dynamics/gradient_norm/layer_.*"]],
     },
     "attention": {

@@ -180,7 +180,10 @@ class RunMetadata(RunDirCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
-            raise UserError(f"{data.origin} differs between this machine and the machine of rank 0; copy it from there")
+            raise UserError(
+                f"{data.origin} on this machine differs from the copy on the machine that runs rank 0; copy it from "
+                "that machine"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add this session to ``provenance.json``, after all checks have passed."""

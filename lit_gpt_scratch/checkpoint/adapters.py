@@ -36,8 +36,8 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
     The tokenizer is not saved, since the base model contains it.
 
     Args:
-        checkpoint: Path of the run's checkpoint.
-        path: Path of the ``.safetensors`` file to write.
+        checkpoint: Path to the run's checkpoint.
+        path: Path to the ``.safetensors`` file to write.
 
     Raises:
         UserError: The checkpoint has no adapters, the adapters have no base model, or the file cannot be written.
@@ -65,7 +65,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
 
     Args:
         base: The base model that the adapter was trained on.
-        adapter: Path of a file written by ``save_adapter``.
+        adapter: Path to a file written by ``save_adapter``.
         trusted: Import paths that the file may import, such as a custom attention class.
 
     Returns:

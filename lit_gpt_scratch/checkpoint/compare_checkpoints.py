@@ -47,7 +47,7 @@ def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def count_differing_bits(one: Any, other: Any) -> int:
-    """Count the bits in which two leaf values differ; if their types or shapes differ, all bits are counted."""
+    """Count the differing bits between two leaf values; if their types or shapes differ, all bits are counted."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.shape == other.shape and one.dtype == other.dtype:
             a, b = (t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in (one, other))
@@ -57,7 +57,7 @@ def count_differing_bits(one: Any, other: Any) -> int:
 
 
 def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
-    """Count the bits in which two checkpoints differ: weights, optimizer, schedule, counters and callbacks.
+    """Count the differing bits between two checkpoints, across weights, optimizer, schedule, counters and callbacks.
 
     Loop counters are normalized before the comparison, as when a run is resumed.
 

@@ -26,7 +26,7 @@ class InitialModel:
     The checkpoint stays in memory for as long as this object exists.
 
     Attributes:
-        path: Path of the file or folder from which the checkpoint was read.
+        path: Path to the file or folder from which the checkpoint was read.
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
     """
 
@@ -38,7 +38,7 @@ class InitialModel:
         """Read a checkpoint from a file or folder.
 
         Args:
-            place: Path of a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
+            place: Path to a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
 
         Raises:
             UserError: The checkpoint does not exist or cannot be read.

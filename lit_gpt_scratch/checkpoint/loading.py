@@ -143,7 +143,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
 
     Args:
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
-        path: Path of the checkpoint, for error messages.
+        path: Path to the checkpoint, used in error messages.
         trusted: Import paths that the checkpoint may import, such as a custom attention class. Building the model runs
             the imported code.
 
@@ -185,7 +185,7 @@ def load_model(path: Path, trusted: Trusted = None) -> tuple[GPT, Tokenizer]:
     """Load a language model, in evaluation mode, and its tokenizer.
 
     Args:
-        path: Path of a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
+        path: Path to a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
         trusted: See ``build_model``.
 
     Raises:
@@ -199,7 +199,7 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: Trusted = None) 
     """Load a reward model (a network with a ``ScalarHead``), frozen and in evaluation mode.
 
     Args:
-        place: Path of a run folder, a checkpoint or a ``.safetensors`` file.
+        place: Path to a run folder, a checkpoint or a ``.safetensors`` file.
         tokenizer_json: The policy's ``tokenizer.json`` as a string.
         trusted: See ``build_model``.
 

@@ -88,7 +88,7 @@ class CheckpointMetadata:
         """Build the model config and, if there are adapters, the LoRA settings; no other code builds them from a file.
 
         Args:
-            path: Path of the file that contains the metadata, for error messages.
+            path: Path to the file that contains the metadata, used in error messages.
             trusted: Import paths that the file may import; building the network runs the imported code.
 
         Raises:
@@ -129,7 +129,7 @@ class CheckpointMetadata:
         """Load the tokenizer.
 
         Args:
-            path: Path of the checkpoint, for error messages.
+            path: Path to the checkpoint, used in error messages.
 
         Raises:
             UserError: The tokenizer is invalid, or has more tokens than the network.

@@ -58,17 +58,17 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """Path of the file that contains all flags of the run."""
+        """Path to the file that contains all flags of the run."""
         return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
-        """Path of the folder that contains the checkpoints."""
+        """Path to the folder that contains the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def last(self) -> Path:
-        """Path of the checkpoint from which the run can be resumed."""
+        """Path to the checkpoint from which the run can be resumed."""
         return self.checkpoints / "last.ckpt"
 
     @classmethod
@@ -237,7 +237,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """Find the checkpoint that the user specified.
 
     Args:
-        given: Path of a checkpoint file or a Hugging Face folder, which is returned unchanged, or of a run folder,
+        given: Path to a checkpoint file or a Hugging Face folder, which is returned unchanged, or to a run folder,
             whose last checkpoint is returned. ``last`` or None selects the last checkpoint of the newest run.
         runs: Folder that contains all experiments.
         experiment: Name of the experiment in which to search for the newest run; None searches all experiments.

@@ -27,7 +27,7 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
     Args:
         checkpoint: Checkpoint dict returned by ``loading.load_checkpoint``.
         prefix: Prefix of the network's weights in the checkpoint's state dict.
-        path: Path of the file to write.
+        path: Path to the file to write.
 
     Raises:
         UserError: The file cannot be written.
@@ -48,7 +48,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     """Load a file written by ``export_safetensors`` as a checkpoint dict without optimizer state or loop counters.
 
     Args:
-        path: Path of the file.
+        path: Path to the file.
         prefix: Prefix to add to the names of the weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Types of the training state in a checkpoint, and functions to validate it before a run is resumed."""
+"""Type definitions for the training state in a checkpoint, and functions that validate it when a run is resumed."""
 
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
@@ -72,7 +72,7 @@ class SavedSchedule(TypedDict):
 
 
 class SavedLayout(TypedDict):
-    """Fields of a ``BatchLayout``."""
+    """``BatchLayout`` as stored in a checkpoint."""
 
     batch_size: int
     replicas: int
@@ -127,7 +127,7 @@ def validate_training_state(checkpoint: dict[str, Any]) -> None:
             raise ValueError("it contains a negative count")
         layout: dict[str, Any] = {**state.get("layout", {})}
         if layout and (layout.keys() != SavedLayout.__annotations__.keys() or min(layout.values()) < 1):
-            raise ValueError("checkpoint.layout is incomplete or not positive")
+            raise ValueError("checkpoint.layout must have all fields, each with a positive value")
         for schedule in state["lr_schedulers"]:
             if replaced := [name for name in schedule if callable(getattr(LambdaLR, name, None))]:
                 raise ValueError(f"checkpoint.lr_schedulers would overwrite the method {replaced[0]}")
@@ -148,12 +148,12 @@ def validate_callback_state(state: Any, hint: type[T], name: str) -> T:
 
 
 def validate_like(saved: Any, fresh: Any, name: str) -> None:
-    """Check that a saved state has all keys of a fresh state, and numbers where the fresh state has numbers.
+    """Check that a saved state has the keys of a newly initialized state, and numeric values for its numeric keys.
 
     Args:
         saved: State from the checkpoint.
         fresh: State of the new object that will load ``saved``.
-        name: Name of the state, for the error message.
+        name: Name of the state, used in error messages.
 
     Raises:
         UserError: A key is missing, or a value is not a number.

@@ -154,7 +154,7 @@ def find_config(name: str) -> str:
     """Return the path of the config file passed to ``--config``.
 
     Args:
-        name: Path of a file, or name of a shipped experiment such as ``finetune/spam``. An existing path takes
+        name: Path to a file, or name of a shipped experiment such as ``finetune/spam``. An existing path takes
             precedence.
 
     Raises:
@@ -233,7 +233,7 @@ def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str
 
     Args:
         parser: Parser of ``fit``.
-        path: Path of the config.
+        path: Path to the config.
         trusted: Import paths that the config may contain; ignored if ``fit`` wrote the config for this user.
 
     Raises:

@@ -120,7 +120,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Read a model and keep the dtype of its weights, which would change if they were loaded into a network."""
+    """Read a model's weights in their stored dtype; a network is built only to merge LoRA adapters."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel

@@ -86,9 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"argument --{name} requires {belongs_to}; add {belongs_to}, or omit --{name}")
     if test is None:
         if fit_flags:
-            raise UserError(
-                f"unrecognized arguments: {' '.join(fit_flags)} (flags of fit require --resume or --parity)"
-            )
+            raise UserError(f"unrecognized arguments: {' '.join(fit_flags)} (`fit` flags require --resume or --parity)")
         if given.json and given.run is None:
             raise UserError("argument --json requires a run folder; pass RUN")
         healthy = _check_machine() if given.run is None else _diagnose_run(given.run, given.json)

@@ -184,7 +184,9 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, CheckpointMetada
     given.checkpoint = str(path)
     model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
-        raise UserError(f"{path} is a reward model, which evaluate does not support; use the metrics that fit reports")
+        raise UserError(
+            f"{path} is a reward model, which `evaluate` does not support; see the metrics reported by `fit`"
+        )
     if tokenizer.round_trip_loss:
         log.warning(
             "the tokenizer is lossy, and metrics cover only the text that it preserves: %s", tokenizer.round_trip_loss

@@ -331,7 +331,7 @@ class FitCLI(LightningCLI):
                 with self._monitor_ranks(claimed):
                     self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                     if self.trainer.global_step == 0:
-                        raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
+                        raise UserError("no training steps ran; increase --trainer.max_steps or --trainer.max_epochs")
                     has_tests = getattr(self.datamodule, "test_dataset", None)
                     if has_tests and not writes_nothing and not self.stopping.signum:
                         best = self._checkpoint_to_test()

@@ -1,4 +1,4 @@
-"""``--help`` of ``fit`` and ``prepare``: common flags, all flags, or flags that mention a word.
+"""``--help`` of ``fit`` and ``prepare``: common flags, all flags, or flags that match a search word.
 
 The parser does not list the flags of classes selected by a flag, such as those of the model and the data. They are
 collected here from the signatures and docstrings of these classes, including nested classes.
@@ -107,7 +107,7 @@ class HelpPage:
     Args:
         usage: Usage line of the command.
         description: Purpose of the command.
-        first: Names of the flags on the first page, keyed by heading.
+        first: Names of the flags in the overview, keyed by heading.
         without: Prefixes of flags that do not apply to the command.
     """
 
@@ -117,16 +117,16 @@ class HelpPage:
     without: tuple[str, ...] = ()
 
     def render(self, parser: ArgumentParser, topic: str, model: str | None, data: str | None) -> str:
-        """Render the first page, all flags, or the flags that mention a word, depending on the topic.
+        """Render the help for a topic: the overview, all flags, or only the flags that match a search word.
 
         Args:
             parser: Parser of the command.
-            topic: Argument of ``--help``: empty for the first page, ``all`` for all flags, or a word.
+            topic: Argument of ``--help``: empty for the overview, ``all`` for all flags, or a search word.
             model: Value of ``--model``, the class whose flags are shown, or None for the default class.
             data: Value of ``--data``, the class whose flags are shown, or None for the default class.
 
         Raises:
-            UserError: No flag mentions the topic.
+            UserError: No flag matches the search word.
         """
         chosen = {"model": model or DEFAULT_CLASSES["model"], "data": data or DEFAULT_CLASSES["data"]}
         flags = [*parser_flags(parser)]

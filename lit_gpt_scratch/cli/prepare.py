@@ -72,7 +72,7 @@ class PrepareCLI(FitCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the ``prepare`` command: prepare and report the tokens, verify existing tokens, or compare tokenizers."""
+    """Run the ``prepare`` command: tokenize the data and print a summary, verify tokens, or compare tokenizers."""
     silence_libraries()
     limit_threads()
     cli = PrepareCLI(args)

@@ -67,7 +67,7 @@ class ResumedRun:
     """A run that is resumed from a checkpoint.
 
     Attributes:
-        checkpoint: Path of the checkpoint file.
+        checkpoint: Path to the checkpoint file.
         changed: Changes since earlier sessions of the run, as (old value, new value) pairs keyed by dotted name.
         origin: Code, library versions, hardware, seed and data fingerprint that are stored in the checkpoint.
         layout: Distribution of a step's samples over micro-batches and ranks, or None if it is not in the checkpoint.

@@ -64,7 +64,7 @@ def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
         trainer: The Trainer's flags, with defaults resolved.
 
     Raises:
-        UserError: A value is out of range, or no step would be trained.
+        UserError: A value is out of range, or no training steps would run.
     """
     for name, minimum in MINIMUM.items():
         value = trainer[name]
@@ -73,7 +73,7 @@ def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
         if not minimum <= value < math.inf:
             meaning = f" (-1: {MINUS_ONE[name]})" if name in MINUS_ONE else ""
             least = "positive" if minimum == 1 else f"{minimum} or more{meaning}"
-            raise UserError(f"--trainer.{name} is {value}; it must be {least}")
+            raise UserError(f"--trainer.{name} is {value}; it must be {'finite' if value == math.inf else least}")
         if isinstance(value, int) and value > (maximum := MAXIMUM.get(name, MAX_INT)):
             raise UserError(f"--trainer.{name} is {describe(value)}; it must be at most {maximum}")
     for name in BATCHES:
@@ -96,7 +96,7 @@ def validate_trainer_flags(trainer: Mapping[str, Any]) -> None:
         raise UserError(f"--trainer.gradient_clip_algorithm is {algorithm}; it must be norm or value")
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer[name] == 0 and not trainer["fast_dev_run"]:
-            raise UserError(f"--trainer.{name} is {trainer[name]}, so there are no steps to train; raise it")
+            raise UserError(f"--trainer.{name} is {trainer[name]}, so no training steps would run; increase it")
 
 
 def _validate_duration(name: str, value: Any) -> None:

@@ -183,7 +183,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def tokenizer_json(self) -> str:
-        """Tokenizer serialized as JSON, which is stored in checkpoints."""
+        """Tokenizer serialized as JSON, as stored in checkpoints."""
         return self.tokenizer.to_json()
 
     @property

@@ -187,7 +187,7 @@ class LabelledTextDataset(PaddedDataset[tuple[EncodedSequence, ...], LabelledBat
         return batch
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entry ``step_class_counts``: the number of rows in each class, (n_classes,)."""
+        """Count the rows of each class, and return the counts, of shape (n_classes,), as ``step_class_counts``."""
         classes = np.array([int(self.items[row][0].labels[0]) for row in rows])
         n_classes = 1 + max(int(item[0].labels[0]) for item in self.items)  # every class has training records
         return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

@@ -88,7 +88,7 @@ class PackedDataset(RowDataset[Batch]):
         return sum(count_bytes[part](start, length) for start, length in self.pieces(row)[1])
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entry ``step_labels``: the number of labels in the rows, without reading tokens."""
+        """Count the labels in the rows without reading their tokens, and return the count as ``step_labels``."""
         parts = np.searchsorted(self._ends, rows, side="right")
         counts = (
             self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))

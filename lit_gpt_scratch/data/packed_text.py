@@ -168,7 +168,7 @@ class PackedText(BaseDataModule):
         weights = source if isinstance(source, dict) else {source: 1.0}
         for name, weight in weights.items():
             if not 0.0 < weight < float("inf"):
-                raise UserError(f"data.source: the weight of {name} is {weight}; it must be positive")
+                raise UserError(f"data.source: the weight of {name} is {weight}; it must be positive and finite")
         if not weights:
             raise UserError("data.source is empty; set it to at least one source")
         sources = tuple(
@@ -381,9 +381,9 @@ def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -
         raise UserError("data.mixture is empty; set it to at least one token store")
     for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
         if not 0.0 <= weight < math.inf:
-            raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
+            raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be finite and 0 or more")
     if weights is not None and not 0 < sum(weights) < math.inf:
-        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; set at least one weight above 0")
+        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; the sum must be positive and finite")
 
 
 def reject_text_arguments(kind: type, arguments: Mapping[str, Any]) -> None:

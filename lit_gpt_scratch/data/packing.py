@@ -54,7 +54,7 @@ class TokenStream(Protocol):
         """
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Count the labels in each span, given the start position and length of each span; all arrays are (n,)."""
+        """Count the labels in each span, given the start positions and lengths of the spans, arrays of shape (n,)."""
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """Yield two arrays for each shard: the start position and the length of each document."""
@@ -70,10 +70,10 @@ class RecordTokenStream:
     """Token stream of records in memory; each record is a document.
 
     Args:
-        names: Name of each record, for error messages.
-        inputs: Input ids of each record, (n,) int64 with n >= 1.
-        labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` marks a token without a label.
-        label_bytes: Number of text bytes that each label represents, (n,) int64 per record; 0 by default.
+        names: Name of each record, used in error messages.
+        inputs: Input ids of each record, int64 arrays of shape (n,) with n >= 1.
+        labels: Labels of each record, int64 arrays of shape (n,); ``IGNORE_INDEX`` marks a token without a label.
+        label_bytes: Number of text bytes that each label represents, int64 arrays of shape (n,); 0 by default.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class RecordTokenStream:
         return self._inputs[start : start + length], self._labels[start : start + length]
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Count the labels in each span, given the start position and length of each span; all arrays are (n,)."""
+        """Count the labels in each span, given the start positions and lengths of the spans, arrays of shape (n,)."""
         counts: Integers = self._labels_before[starts + lengths] - self._labels_before[starts]
         return counts
 
@@ -215,7 +215,7 @@ class PackingPlan(Protocol):
         """
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in the windows with the given indices, (n,)."""
+        """Count the labels in the windows with the given indices, an array of shape (n,)."""
 
 
 def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
@@ -270,7 +270,7 @@ class ConcatenatedPlan:
         return [(start, length)] if window < self.n_windows else []
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in the windows with the given indices, (n,)."""
+        """Count the labels in the windows with the given indices, an array of shape (n,)."""
         starts = windows * self.block_size
         return int(self.stream.count_labels(starts, np.full_like(starts, self.block_size)).sum())
 
@@ -303,12 +303,12 @@ class _BinPackingPlan(ABC):
     @property
     @abstractmethod
     def _pieces(self) -> Integers:
-        """Start position and length of each piece, (n_pieces, 2) int64."""
+        """Start position and length of each piece, int64 array of shape (n_pieces, 2)."""
 
     @property
     @abstractmethod
     def _windows(self) -> Integers:
-        """Index of the first piece in each window, followed by ``n_pieces``, (n_windows + 1,) int64."""
+        """Index of the first piece in each window, followed by ``n_pieces``; int64 array of shape (n_windows + 1,)."""
 
     def __len__(self) -> int:
         return len(self._windows) - 1
@@ -322,7 +322,7 @@ class _BinPackingPlan(ABC):
         return [(int(start), int(length)) for start, length in self._pieces[first:end]]
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in the windows with the given indices, (n,)."""
+        """Count the labels in the windows with the given indices, an array of shape (n,)."""
         first = self._windows[windows]
         n = self._windows[windows + 1] - first
         # Index with the concatenation of the ranges first[i] .. first[i] + n[i] - 1, the pieces of each window.
@@ -426,8 +426,8 @@ def pack_shards(
     """Pack the documents of each shard.
 
     Yields:
-        For each shard, the start position and length of each piece (contiguous span of the stream) in window order,
-        (n_pieces, 2); the number of pieces in each window, (n_windows,); and the packing cost.
+        For each shard, the start position and length of each piece (contiguous span of the stream) in window order, of
+        shape (n_pieces, 2); the number of pieces in each window, of shape (n_windows,); and the packing cost.
     """
     for starts, lengths in stream.document_spans():
         pieces = _split_documents(starts, lengths, block_size)
@@ -447,7 +447,7 @@ def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> In
     """Split each document into pieces of ``block_size`` tokens; the last piece of a document may be shorter.
 
     Returns:
-        Start position and length of each piece, (n_pieces, 2).
+        Start position and length of each piece, array of shape (n_pieces, 2).
     """
     n_pieces = -(-lengths // block_size)
     document = np.repeat(np.arange(len(starts)), n_pieces)
@@ -464,11 +464,11 @@ def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
     which is still the fullest bin with enough free space.
 
     Args:
-        lengths: Length of each item, (n,), each from 1 to ``capacity``.
+        lengths: Length of each item, from 1 to ``capacity``; array of shape (n,).
         capacity: Capacity of a bin.
 
     Returns:
-        Bin index of each item, (n,), starting at 0.
+        Bin index of each item, starting at 0; array of shape (n,).
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")

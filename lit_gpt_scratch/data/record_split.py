@@ -50,7 +50,7 @@ def split_records(
         together: Whether to put duplicates into the same split. The size of a held-out split may then differ from its
             fraction. A group of duplicates that is larger than a held-out split is used for training; if all groups are
             larger, the smallest group is held out.
-        name: Name of the data source, for error messages.
+        name: Name of the data source, used in error messages.
 
     Returns:
         Record indices of each split, in ascending order.

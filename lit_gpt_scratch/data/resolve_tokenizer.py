@@ -24,8 +24,8 @@ def resolve_tokenizer(
 
     Args:
         model_tokenizer: Tokenizer of the model to fine-tune, or None if a new model is trained.
-        init_from: Path of the model's checkpoint, for error messages.
-        data_tokenizer: Path of a tokenizer, or type of tokenizer to train, or None if not specified.
+        init_from: Path to the model's checkpoint, used in error messages.
+        data_tokenizer: Path to a tokenizer, or type of tokenizer to train, or None if not specified.
 
     Raises:
         UserError: ``data_tokenizer`` differs from the model's tokenizer, so the model would misread the token ids.

@@ -66,7 +66,7 @@ class RolloutSampler(ShuffledSampler):
         return self.phases * self.phase.passes * self.phase.steps * self.accumulate
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the rollout indices at the given positions of an epoch; both arrays are (n,) int64."""
+        """Return the rollout indices at the given positions of an epoch; both are int64 arrays of shape (n,)."""
         passes, within = np.divmod(positions, self.phase_rows)  # passes since the start of the epoch, over all phases
         passes += epoch * self.phases * self.phase.passes
         phase, nth = np.divmod(passes, self.phase.passes)

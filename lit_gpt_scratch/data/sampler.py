@@ -22,9 +22,9 @@ class MicroBatch(NamedTuple):
     """Row indices of one micro-batch, as yielded by a sampler.
 
     Attributes:
-        rows: Row indices of this rank's micro-batch, (B,).
-        step_rows: Row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, (N,), or
-            None outside training. The dataset counts the labels in these rows to normalize the loss.
+        rows: B row indices of this rank's micro-batch.
+        step_rows: N row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, or None
+            outside training. The dataset counts the labels in these rows to normalize the loss.
     """
 
     rows: list[int]
@@ -56,7 +56,7 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
         """Return the batch entries used to normalize the loss of an optimizer step.
 
         Args:
-            rows: Row indices of the whole optimizer step, (N,).
+            rows: Row indices of the whole optimizer step, array of shape (N,).
         """
 
     def describe_row(self, row: int) -> str:
@@ -110,7 +110,7 @@ class ShuffledOrder:
         return sum(self.sizes)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the row indices at the given positions of an epoch; both arrays are (n,) int64.
+        """Return the row indices at the given positions of an epoch; both are int64 arrays of shape (n,).
 
         Row indices are counted across all stores.
         """
@@ -201,18 +201,18 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
         Args:
             epoch: Index of the epoch.
-            steps: Indices of the optimizer steps within the epoch, (n,) int64.
+            steps: Indices of the optimizer steps within the epoch, int64 array of shape (n,).
 
         Returns:
-            Row indices, (n, A, W, B) int64, for ``A`` micro-batches, ``W`` ranks and batch size ``B``. ``A`` is at most
-            the number of micro-batches in an epoch.
+            Row indices, int64 array of shape (n, A, W, B), for ``A`` micro-batches, ``W`` ranks and batch size ``B``.
+            ``A`` is at most the number of micro-batches in an epoch.
         """
         shape = (min(self.accumulate, len(self)), self.world_size, self.batch_size)
         positions = steps[:, None] * np.prod(shape) + np.arange(np.prod(shape))
         return self.rows(epoch, positions.ravel()).reshape(-1, *shape)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the row indices at the given positions of an epoch; both arrays are (n,) int64."""
+        """Return the row indices at the given positions of an epoch; both are int64 arrays of shape (n,)."""
         return self.order.rows(0 if self.repeats else epoch, positions)
 
 
@@ -285,7 +285,7 @@ Words = NDArray[np.uint64]
 
 
 class Permutations:
-    """Family of pseudorandom permutations of 0 to ``n - 1``, which are evaluated at any position without a table.
+    """Family of pseudorandom permutations of 0 to ``n - 1`` that can be evaluated at any position without a table.
 
     A Feistel network permutes all integers of ``max(MIN_BITS, (n - 1).bit_length())`` bits. A result above ``n - 1`` is
     permuted again until it is at most ``n - 1``, so that the map remains a bijection (cycle walking; Black and Rogaway
@@ -308,11 +308,11 @@ class Permutations:
         """Return the permuted values at the given positions.
 
         Args:
-            number: Index of the permutation: a single integer for all positions, or one per position, (m,).
-            positions: Positions, (m,), each 0 to ``n - 1``.
+            number: Index of the permutation: a single integer for all positions, or an array of shape (m,).
+            positions: Positions from 0 to ``n - 1``, array of shape (m,).
 
         Returns:
-            Values, (m,), each 0 to ``n - 1``.
+            Permuted values from 0 to ``n - 1``, array of shape (m,).
         """
         numbers = np.asarray(number, dtype=np.uint64)
         if numbers.size and (numbers == numbers.flat[0]).all():  # common case: a single column of keys halves the time

@@ -30,10 +30,10 @@ class EncodedSequence:
     """One token sequence with labels.
 
     Attributes:
-        ids: Token ids, (n,) int64.
-        labels: Label of each token, (n,) int64, where ``IGNORE_INDEX`` marks a token without a label; or the single
-            label of the whole sequence, (1,).
-        label_bytes: Number of text bytes that each label represents, (n,) int64, or None if not counted.
+        ids: Token ids, int64 array of shape (n,).
+        labels: Label of each token, int64 array of shape (n,), where ``IGNORE_INDEX`` marks a token without a label; or
+            the single label of the whole sequence, of shape (1,).
+        label_bytes: Number of text bytes that each label represents, int64 array of shape (n,), or None if not counted.
     """
 
     ids: NDArray[np.int64]
@@ -55,7 +55,7 @@ class TokenizedExample(NamedTuple):
     """A tokenized record: one sequence, or several that form one training example.
 
     Attributes:
-        where: Location of the record's row, for error messages.
+        where: Location of the record's row, used in error messages.
         sequences: Sequences of the example; their number and meaning depend on the data module.
     """
 

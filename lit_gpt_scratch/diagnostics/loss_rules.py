@@ -1,4 +1,4 @@
-"""Rules for the loss curve: a loss that does not fall, diverges, overfits, or is implausibly low."""
+"""Rules for the loss curve: insufficient decrease, divergence, overfitting, or an implausibly low loss."""
 
 import math
 from typing import Final

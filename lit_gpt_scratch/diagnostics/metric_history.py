@@ -100,7 +100,7 @@ class MetricHistory:
         self.step = min(self.step, step - 1)
 
     def __getitem__(self, name: str) -> MetricCurve:
-        """Return the curve of a metric, which is empty if the metric has not been logged."""
+        """Return a metric's curve, or an empty curve if the metric has not been logged."""
         return self._curves.setdefault(name, MetricCurve())
 
     def latest(self, name: str) -> float:

@@ -19,7 +19,7 @@ def repeated_passage_share(ids: NDArray[Any]) -> float:
     Passages are compared by a 64-bit hash.
 
     Args:
-        ids: (n,) integer token ids.
+        ids: Token ids, integer array of shape (n,).
 
     Returns:
         Fraction between 0 and 1; 0 if the text is shorter than a passage.

@@ -42,7 +42,7 @@ def read_events(path: Path, growing: bool = False) -> Iterator[Event]:
     """Yield the events of a file up to the first corrupted or incomplete record, and log a warning if there is one.
 
     Args:
-        path: Path of the event file.
+        path: Path to the event file.
         growing: Whether a process is still writing the file. If so, no warning is logged for an incomplete record.
     """
     size = 0

@@ -71,7 +71,7 @@ def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
 
     Args:
         processes: Number of processes of this run on this machine, which share the cores.
-        quota: Path of the cgroup's CPU limit; see ``read_cgroup_cpu_quota``. Without a quota, nothing changes.
+        quota: Path to the cgroup's CPU limit; see ``read_cgroup_cpu_quota``. Without a quota, nothing changes.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return

@@ -70,8 +70,8 @@ def compute_token_baselines(train: TokenIds, validation: TokenIds, vocab_size: i
     """Compute the bits per byte of the validation text for a uniform, a unigram and a bigram model.
 
     Args:
-        train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` ids are enough.
-        validation: Validation token ids, (m,). All tokens except the first are predicted.
+        train: Training token ids, of shape (n,); ``MAX_TRAINING_TOKENS`` ids are enough.
+        validation: Validation token ids, of shape (m,). All tokens except the first are predicted.
         vocab_size: Size of the vocabulary.
         n_bytes: Size of the validation text in UTF-8 bytes.
 
@@ -92,7 +92,7 @@ def _unigram_probabilities(train: TokenIds, vocab_size: int) -> NDArray[np.float
 
 
 def _pair_ids(ids: TokenIds, vocab_size: int) -> TokenIds:
-    """Encode each pair of adjacent tokens as the integer ``first * vocab_size + second``, (n - 1,).
+    """Encode each pair of adjacent tokens as an integer ``first * vocab_size + second``.
 
     32-bit integers are used if possible, because they are sorted faster.
     """

@@ -22,7 +22,7 @@ class ChatExample:
     """Conversation with a reference for the assistant's last reply.
 
     Attributes:
-        where: Source and line of the row, for error messages.
+        where: Source and line of the row, used in error messages.
         messages: All messages before the last reply.
         reference: The reference reply.
     """

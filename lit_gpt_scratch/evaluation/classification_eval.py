@@ -31,7 +31,7 @@ class ClassificationExample:
     """Text to classify, with its class label.
 
     Attributes:
-        where: Source and line of the row, for error messages.
+        where: Source and line of the row, used in error messages.
         text: Text to classify.
         label: Index of the class.
     """
@@ -81,7 +81,7 @@ def classify(
         windows: Windows into which texts are split; None uses one window of the model's context length.
 
     Returns:
-        Probabilities, (N, n_classes).
+        Probabilities, of shape (N, n_classes).
     """
     windows = windows or Windows(model.block_size)
     encoded = [tokenizer.encode(text) for text in texts]

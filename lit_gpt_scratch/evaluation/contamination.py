@@ -60,7 +60,7 @@ def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int 
         words: Number of words per n-gram.
 
     Returns:
-        Mask of the contaminated texts, (N,) bool. A text without words is not contaminated.
+        Mask of the contaminated texts, bool array of shape (N,). A text without words is not contaminated.
     """
     by_length: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
     short: dict[tuple[str, ...], list[int]] = {}

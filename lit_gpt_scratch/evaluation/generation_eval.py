@@ -29,7 +29,7 @@ class GenerationExample:
     """Prompt with a reference continuation.
 
     Attributes:
-        where: Source and line of the row, for error messages.
+        where: Source and line of the row, used in error messages.
         prompt: Text to continue.
         reference: Reference continuation.
     """
@@ -97,7 +97,7 @@ def compare_with_references(
     Args:
         written: N generated texts.
         references: N reference texts.
-        **more: Additional boolean properties of the generated texts, each (N,), keyed by name.
+        **more: Additional boolean properties of the generated texts, keyed by name; each has shape (N,).
 
     Returns:
         The metrics of ``evaluate_generation``, and the fraction of generated texts with each property in ``more``.

@@ -29,13 +29,13 @@ class Measurements:
     """Measurements on benchmark rows, or on parts of rows, with functions that compute metrics from the measurements.
 
     Attributes:
-        row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
-            parts, one per window.
+        row: Row index of each part in ascending order, intp array of shape (n,). A benchmark row has one part; a long
+            document has several parts, one per window.
         n_rows: Number of rows.
-        metrics: Function that computes the metrics over a subset of parts, given the part indices, (m,) intp.
+        metrics: Function that computes the metrics over a subset of parts, given an intp array of their indices.
         shares: Names of metrics that are proportions of rows, such as accuracy.
         extra: Function that computes statistics without a confidence interval, such as counts and the chance level,
-            over a subset of parts, given the part indices, (m,) intp.
+            over a subset of parts, given an intp array of their indices.
         limits: Lower and upper bounds of bounded metrics, keyed by name.
     """
 
@@ -82,7 +82,7 @@ def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> 
 
     Args:
         measured: Measurements of all rows.
-        rows: Mask of the rows to include, (n_rows,) bool, with at least one row; all rows by default.
+        rows: Mask of the rows to include, at least one; bool array of shape (n_rows,). All rows by default.
     """
     kept = np.ones(measured.n_rows, dtype=bool) if rows is None else rows
     indices = np.flatnonzero(kept[measured.row])
@@ -158,9 +158,10 @@ def jackknife_standard_errors(
     bootstrap, it does not duplicate rows, which would increase the measured repetition of generated texts.
 
     Args:
-        metrics: Function that computes the metrics over a subset of parts, given the part indices, (k,) intp.
-        indices: Indices of the parts to include, (m,).
-        unit: Index of the sampling unit that each part belongs to, (n,). All parts of a unit are left out together.
+        metrics: Function that computes the metrics over a subset of parts, given an intp array of their indices.
+        indices: Indices of the parts to include, array of shape (m,).
+        unit: Index of the sampling unit that each part belongs to, array of shape (n,). All parts of a unit are left
+            out together.
 
     Returns:
         Standard errors keyed by metric, or None if there are fewer than two sampling units.

@@ -30,7 +30,7 @@ class MultipleChoiceQuestion:
     """Context with several continuations, one of which is correct.
 
     Attributes:
-        where: Source and line of the row, for error messages.
+        where: Source and line of the row, used in error messages.
         context: Text before the choices; empty if each choice is a whole document.
         choices: Continuations, including any leading space.
         answer: Zero-based index of the correct choice.
@@ -205,7 +205,7 @@ def _encode_choice(
 def _score_answers(
     values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Score each question, (n,): 1 if only the answer has the largest value, 1/k if k choices tie, otherwise 0."""
+    """Score each of n questions: 1 if only the answer has the largest value, 1/k if k choices tie, otherwise 0."""
     best = np.repeat(np.maximum.reduceat(values, begins[:-1]), np.diff(begins))
     is_best = values >= best - TIE_TOLERANCE * np.abs(best)
     return np.where(is_best[answers], 1 / np.add.reduceat(is_best.astype(int), begins[:-1]), 0.0)

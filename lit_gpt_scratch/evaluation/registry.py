@@ -144,12 +144,12 @@ EVAL_TASKS: Final = {
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores on all rows and, if the training data was searched, scores on the uncontaminated rows.
+    """Scores on all rows and, if contamination was checked, on the uncontaminated rows.
 
     Attributes:
         scores: Scores on all rows.
-        contaminated: Number of rows found in the training data; None if the training data was not searched.
-        clean: Scores on the uncontaminated rows; None if all rows are contaminated or the search was skipped.
+        contaminated: Number of rows found in the training data, or None if contamination was not checked.
+        clean: Scores on the uncontaminated rows; None if all rows are contaminated or contamination was not checked.
     """
 
     scores: ScoreSummary
@@ -157,7 +157,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-serializable dict, including ``contamination`` if the training data was searched."""
+        """Convert to a JSON-serializable dict, including ``contamination`` if it was checked."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows
@@ -184,7 +184,7 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
     """
     task = EVAL_TASKS[name]
     rows = islice(task.read(request), request.limit)
-    # Documents may not fit into memory, so they are kept only if the training data is searched for them.
+    # Documents may not fit into memory, so they are kept only for a contamination check.
     kept = rows if name == "text" and request.against is None else list(rows)
     if kept == []:
         raise UserError(f"{request.source} has no rows; use a source with at least one row")

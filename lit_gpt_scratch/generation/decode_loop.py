@@ -154,7 +154,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
         fixed: Whether to keep tensor shapes constant for a compiled step; see ``KVCache``.
 
     Returns:
-        The cache, and the logits after the last token of each sequence, (B, vocab_size).
+        The cache, and the logits after the last token of each sequence, of shape (B, vocab_size).
     """
     weight = model.embedding.weight
     counts = [len(text) for text in texts]
@@ -169,7 +169,10 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
 
 
 def _eager_step(model: GPT) -> DecodeStep:
-    """Return an uncompiled function that maps token ids, (B, 1), and a cache to the next logits, (B, vocab_size)."""
+    """Return an uncompiled function that computes the next logits from token ids and a cache.
+
+    The ids have shape (B, 1), and the logits have shape (B, vocab_size).
+    """
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
@@ -217,7 +220,7 @@ def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> N
 
 
 def _mark_seen_tokens(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
-    """Return a mask of the tokens that occur in each sequence, (B, vocab_size) bool."""
+    """Return a mask of the tokens that occur in each sequence, bool tensor of shape (B, vocab_size)."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
         seen[row, text] = True

@@ -41,7 +41,7 @@ class Sampling:
         if not 0 < self.repetition_penalty < float("inf"):
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive and finite")
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
+            raise UserError(f"temperature is {self.temperature}; it must be finite and 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; it must be at least 1")
         for name in ("top_p", "min_p"):
@@ -53,12 +53,13 @@ class Sampling:
         """Sample one token per row.
 
         Args:
-            logits: Logits, (B, vocab_size) float.
+            logits: Logits, float tensor of shape (B, vocab_size).
             uniform: B uniform random numbers in [0, 1), one per row. They are the only source of randomness.
-            seen: Mask of the tokens that occur in each row, (B, vocab_size) bool; used only for the repetition penalty.
+            seen: Mask of the tokens that occur in each row, bool tensor of shape (B, vocab_size); used only for the
+                repetition penalty.
 
         Returns:
-            Token ids, (B,) int64.
+            Token ids, int64 tensor of shape (B,).
 
         Raises:
             UserError: The largest logit of a row is NaN or infinite, because training has diverged.

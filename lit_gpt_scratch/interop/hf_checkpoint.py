@@ -96,7 +96,7 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
 
     Args:
         model: Model to export. Padding rows are removed from its embedding and head.
-        folder: Path of the folder to create. The folder is written atomically and must be empty if it exists.
+        folder: Path to the folder to create. The folder is written atomically and must be empty if it exists.
 
     Returns:
         Name of the ``transformers`` class that can load the model.

@@ -16,7 +16,7 @@ class HFConfigReader:
     """Typed reader for config fields. Unsupported values are collected, so that a single error can list all of them.
 
     Args:
-        path: Path of the ``config.json``, for error messages.
+        path: Path to ``config.json``, used in error messages.
         values: Parsed JSON object of the file, or an object nested in it.
         prefix: Dotted path of the nested object, ending with a dot, or an empty string for the whole file.
         unsupported: List that collects unsupported values.

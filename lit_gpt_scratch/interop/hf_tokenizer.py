@@ -36,7 +36,7 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
     Args:
         folder: Hugging Face folder.
         config: Parsed ``config.json``.
-        config_path: Path of the ``config.json``, for error messages.
+        config_path: Path to ``config.json``, used in error messages.
 
     Raises:
         UserError: A file cannot be read, or a field has the wrong type.

@@ -84,7 +84,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     Args:
         found: Tensors keyed by name.
         expected: Tensors with the expected names and shapes.
-        where: Description of the source of the tensors, for the error message.
+        where: Description of the source of the tensors, used in error messages.
 
     Raises:
         UserError: Names, shapes or dtypes differ; the message lists all differences.

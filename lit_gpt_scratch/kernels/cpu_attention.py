@@ -40,14 +40,14 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
     Equivalent to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)``.
 
     Args:
-        q: (B, n_head, T, head_dim) bfloat16.
-        k: (B, n_kv_head, T, head_dim) bfloat16.
-        v: (B, n_kv_head, T, head_dim) bfloat16.
-        mask: (1 or B, 1 or n_head, T, T), either bool (True where attention is allowed) or bfloat16 (added to the
-            scores). None means a causal mask.
+        q: Queries, bfloat16 tensor of shape (B, n_head, T, head_dim).
+        k: Keys, bfloat16 tensor of shape (B, n_kv_head, T, head_dim).
+        v: Values, bfloat16 tensor of shape (B, n_kv_head, T, head_dim).
+        mask: Attention mask of shape (1 or B, 1 or n_head, T, T), either bool (True where attention is allowed) or
+            bfloat16 (added to the scores). None means a causal mask.
 
     Returns:
-        (B, n_head, T, head_dim) bfloat16.
+        The output, bfloat16 tensor of shape (B, n_head, T, head_dim).
     """
     group = q.size(1) // k.size(1)
     if group > 1:
@@ -63,14 +63,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> t
     """Compute attention with PyTorch's fused kernel.
 
     Args:
-        q: Queries, (B, n_head, T, head_dim).
+        q: Queries, of shape (B, n_head, T, head_dim).
         k: Keys, with the same shape as the queries.
         v: Values, with the same shape as the queries.
-        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf at masked positions; None means a causal
-            mask.
+        bias: Bias to add to the scores, of shape (1 or B, 1 or n_head, T, T), with -inf at masked positions; None
+            means a causal mask.
 
     Returns:
-        The output, (B, n_head, T, head_dim), and the log-sum-exp of the scores of each query, (B, n_head, T) float32.
+        The output, of shape (B, n_head, T, head_dim), and the log-sum-exp of each query's scores, float32 tensor of
+        shape (B, n_head, T).
     """
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=bias is None, attn_mask=bias

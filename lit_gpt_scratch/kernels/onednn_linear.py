@@ -55,12 +55,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``torch.nn.functional.linear``, using oneDNN where it is faster.
 
     Args:
-        x: (..., K).
-        weight: (N, K).
-        bias: (N,).
+        x: Input, of shape (..., K).
+        weight: Weight, of shape (N, K).
+        bias: Bias, of shape (N,), or None.
 
     Returns:
-        (..., N).
+        The output, of shape (..., N).
     """
     if not _suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)

@@ -11,8 +11,8 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     """Compute the summed cross-entropy loss and the number of labels.
 
     Args:
-        logits: (B, T, vocab_size) float; dtypes less precise than float32 are converted to float32.
-        labels: (B, T) int64; positions with ``IGNORE_INDEX`` (-100) are ignored.
+        logits: Logits, float tensor of shape (B, T, vocab_size); lower-precision dtypes are converted to float32.
+        labels: Labels, int64 tensor of shape (B, T); positions with ``IGNORE_INDEX`` (-100) are ignored.
 
     Returns:
         The summed loss in nats (scalar, at least float32) and the number of labels that are not ignored (int64 scalar).
@@ -29,11 +29,11 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the log-probability of each label.
 
     Args:
-        logits: (B, T, vocab_size) float; dtypes less precise than float32 are converted to float32.
-        labels: (B, T) int64.
+        logits: Logits, float tensor of shape (B, T, vocab_size); lower-precision dtypes are converted to float32.
+        labels: Labels, int64 tensor of shape (B, T).
 
     Returns:
-        (B, T) in nats, at least float32, with 0 where the label is ``IGNORE_INDEX`` (-100).
+        Log-probabilities in nats, in at least float32, of shape (B, T); 0 where the label is ``IGNORE_INDEX`` (-100).
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -44,11 +44,11 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the total log-probability of the labels in each row, for preference losses and multiple choice.
 
     Args:
-        logits: (B, T, vocab_size), see ``token_logprobs``.
-        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) at prompt and padding positions.
+        logits: Logits of shape (B, T, vocab_size); see ``token_logprobs``.
+        labels: Labels, int64 tensor of shape (B, T); ``IGNORE_INDEX`` (-100) at prompt and padding positions.
 
     Returns:
-        The summed log-probabilities in nats, (B,), and the number of labels in each row, (B,) int64. Their ratio is the
-        mean log-probability per token. Both are 0 for a row without labels.
+        The summed log-probabilities in nats, of shape (B,), and the number of labels in each row, int64 tensor of shape
+        (B,). Their ratio is the mean log-probability per token. Both are 0 for a row without labels.
     """
     return token_logprobs(logits, labels).sum(-1), (labels != IGNORE_INDEX).sum(-1)

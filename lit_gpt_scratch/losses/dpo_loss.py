@@ -18,11 +18,11 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     al. 2022, https://arxiv.org/abs/2203.02155, equation 1).
 
     Args:
-        chosen: (B,) rewards of the chosen replies.
-        rejected: (B,) rewards of the rejected replies.
+        chosen: Rewards of the chosen replies, of shape (B,).
+        rejected: Rewards of the rejected replies, of shape (B,).
 
     Returns:
-        (B,), the loss of each pair.
+        The loss of each pair, of shape (B,).
     """
     return -F.logsigmoid(chosen - rejected)
 
@@ -35,12 +35,12 @@ def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
     https://ericmitchell.ai/cdpo.pdf, equation 3).
 
     Args:
-        margin: (B,), ``log(policy / reference)`` of the chosen replies minus that of the rejected replies.
+        margin: ``log(policy / reference)`` of the chosen reply minus that of the rejected reply, of shape (B,).
         beta: Strength of the KL penalty.
         label_smoothing: Probability that a label is flipped, at least 0 and below 0.5.
 
     Returns:
-        (B,), the loss of each pair.
+        The loss of each pair, of shape (B,).
     """
     correct, flipped = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
     return (1 - label_smoothing) * correct + label_smoothing * flipped
@@ -53,12 +53,12 @@ def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
     a flipped label, the target is ``-1 / (2 beta)``; ``label_smoothing`` is the weight of the loss with this target.
 
     Args:
-        margin: (B,), see ``dpo_loss``.
+        margin: See ``dpo_loss``.
         beta: Strength of the KL penalty; tau in the paper.
         label_smoothing: Probability that a label is flipped, at least 0 and below 0.5.
 
     Returns:
-        (B,), the loss of each pair.
+        The loss of each pair, of shape (B,).
     """
     target = 1 / (2 * beta)
     return (1 - label_smoothing) * (margin - target) ** 2 + label_smoothing * (margin + target) ** 2

@@ -31,8 +31,8 @@ def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
     The area is defined for a class if at least one example belongs to the class and at least one does not.
 
     Args:
-        auroc: Area under the ROC curve for each class, (n_classes,) float; undefined values are ignored.
-        support: Number of examples in each class, (n_classes,).
+        auroc: Area under the ROC curve for each class, of shape (n_classes,); undefined values are ignored.
+        support: Number of examples in each class, of shape (n_classes,).
 
     Returns:
         A scalar, or NaN if the area is undefined for all classes.
@@ -151,7 +151,7 @@ class PreferenceMetrics(Metric):
         self.calibration = BinaryCalibrationError(n_bins=15, validate_args=False)
 
     def update(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Add the losses, chosen rewards and rejected rewards of n pairs, each (n,) float; n may be 0."""
+        """Add the losses, chosen rewards and rejected rewards of n pairs, float tensors of shape (n,); n may be 0."""
         margins = chosen - rejected
         self.sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum()])
         self.n_correct += (margins > 0).sum()

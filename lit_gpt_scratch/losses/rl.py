@@ -39,7 +39,7 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def last_token_mask(mask: Tensor) -> Tensor:
-    """Return a (B, T) bool mask of the last token of each reply; rows without a reply are all False."""
+    """Return a mask of the last token of each reply, bool tensor of shape (B, T); False in rows without a reply."""
     next_in_reply = torch.zeros_like(mask)
     next_in_reply[:, :-1] = mask[:, 1:]
     return mask & ~next_in_reply
@@ -52,13 +52,13 @@ def kl_penalized_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: 
     https://arxiv.org/abs/1909.08593, section 2; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 2).
 
     Args:
-        scores: (B,), the score r of each reply.
-        kl: (B, T), the k1 estimate of the KL divergence at each token.
-        mask: (B, T) bool.
+        scores: Score r of each reply, of shape (B,).
+        kl: k1 estimate of the KL divergence at each token, of shape (B, T).
+        mask: Mask of the reply tokens, bool tensor of shape (B, T).
         coefficient: Coefficient beta of the KL penalty.
 
     Returns:
-        (B, T), 0 outside of replies.
+        Per-token rewards, of shape (B, T); 0 outside of replies.
     """
     return torch.where(mask, -coefficient * kl, 0.0) + torch.where(last_token_mask(mask), scores[:, None], 0.0)
 
@@ -70,15 +70,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     16). Values and advantages are 0 after the end of a reply.
 
     Args:
-        rewards: (B, T), the reward for each token.
-        values: (B, T), the value predicted before each token was sampled.
-        mask: (B, T) bool.
+        rewards: Reward for each token, of shape (B, T).
+        values: Value predicted before each token was sampled, of shape (B, T).
+        mask: Mask of the reply tokens, bool tensor of shape (B, T).
         gamma: Discount factor.
         gae_lambda: Trade-off between bias and variance: 0 relies on the values, 1 relies on the sampled rewards.
 
     Returns:
-        The advantages, and the returns ``A_t + V_t`` as targets for the value function; both (B, T), and 0 outside of
-        replies.
+        The advantages, and the returns ``A_t + V_t`` as targets for the value function. Both have shape (B, T) and are
+        0 outside of replies.
     """
     values = torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
@@ -97,13 +97,13 @@ def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
     See Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.
 
     Args:
-        scores: (N * group,), the scores of the replies to N prompts; replies to the same prompt are contiguous.
+        scores: Scores of the replies to N prompts, of shape (N * group,); replies to the same prompt are contiguous.
         group: Number of replies per prompt.
         scale: Whether to divide by the standard deviation of the group. This gives more weight to prompts with similar
             scores, which are often very easy or very hard (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
 
     Returns:
-        (N * group,), with mean 0 in each group; all 0 in a group whose scores are equal up to rounding.
+        Advantages of shape (N * group,), with mean 0 in each group; all 0 if a group's scores are equal up to rounding.
     """
     grouped = scores.view(-1, group)  # (N, group)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -131,14 +131,14 @@ def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: flo
     With ``ratio = p / p_old``, the loss is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``.
 
     Args:
-        logprobs: (B, T), log-probabilities under the current policy, with gradient.
-        old: (B, T), log-probabilities under the policy that generated the replies.
-        advantages: (B, T), the advantage of each token.
+        logprobs: Log-probabilities under the current policy, with gradient, of shape (B, T).
+        old: Log-probabilities under the policy that generated the replies, of shape (B, T).
+        advantages: Advantage of each token, of shape (B, T).
         clip: Clipping range ``e`` of the ratio.
 
     Returns:
-        The loss per token, (B, T) float, and a mask of the tokens whose loss is clipped and therefore has no gradient,
-        (B, T) bool.
+        The loss per token, and a bool mask of the tokens whose loss is clipped and therefore has no gradient. Both have
+        shape (B, T).
     """
     ratio = (logprobs - old).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -152,13 +152,13 @@ def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | N
     around the old value.
 
     Args:
-        values: (B, T), the current predictions, with gradient.
-        old: (B, T), the predictions when the replies were generated.
-        returns: (B, T), the targets.
+        values: Current predictions, with gradient, of shape (B, T).
+        old: Predictions when the replies were generated, of shape (B, T).
+        returns: Targets, of shape (B, T).
         clip: Maximum difference between the clipped value and the old value; None disables clipping.
 
     Returns:
-        (B, T), the loss per token.
+        The loss per token, of shape (B, T).
     """
     error = (values - returns).square()
     if clip is not None:

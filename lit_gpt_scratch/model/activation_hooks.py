@@ -17,10 +17,10 @@ class BlockActivations(NamedTuple):
     """Activations of one block. Under tensor parallelism, each process holds only its own heads and hidden units.
 
     Attributes:
-        stream: (B, T, n_embd), the residual stream after the block.
-        hidden: (B, T, ffn_dim), the input of the down-projection in the feed-forward network.
-        weights: (B, n_head, T, T), the attention weights in at least float32, or None if a custom attention class does
-            not record them.
+        stream: Residual stream after the block, of shape (B, T, n_embd).
+        hidden: Input of the down-projection in the feed-forward network, of shape (B, T, ffn_dim).
+        weights: Attention weights in at least float32, of shape (B, n_head, T, T), or None if a custom attention class
+            does not record them.
     """
 
     stream: Tensor
@@ -32,7 +32,7 @@ class CapturedActivations(NamedTuple, Generic[Kept]):
     """Activations captured in one forward pass.
 
     Attributes:
-        embeddings: (B, T, n_embd), the residual stream before the first block.
+        embeddings: Residual stream before the first block, of shape (B, T, n_embd).
         layers: Return values of ``keep``, one per block; see ``capture_activations``.
         output: The output of ``GPT.forward``.
     """
@@ -53,7 +53,7 @@ def capture_activations(
 
     Args:
         net: The network.
-        input_ids: (B, T) int64.
+        input_ids: Token ids, int64 tensor of shape (B, T).
         document_ids: See ``GPT.forward``.
         keep: Callback that receives each block's activations and returns what to keep. Attention weights grow
             quadratically with the sequence length and are freed after the call unless ``keep`` returns them.
@@ -137,9 +137,9 @@ def attention_stats(
     The first token of each window or document attends only to itself and is excluded.
 
     Args:
-        weights: (B, n_head, T, T), with one row per query.
-        document_ids: (B, T) int64, if attention is restricted to documents.
-        lengths: (B,) int64, number of tokens in each row, excluding padding; T by default.
+        weights: Attention weights, of shape (B, n_head, T, T), with one row per query.
+        document_ids: Document ids, int64 tensor of shape (B, T), or None if attention is not restricted to documents.
+        lengths: Number of tokens in each row, excluding padding, int64 tensor of shape (B,); T by default.
 
     Returns:
         The statistics in float32, or NaN if every token attends only to itself.
@@ -164,11 +164,11 @@ def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
     """Return the maximum absolute activation of each feed-forward unit over all tokens.
 
     Args:
-        hidden: (B, T, ffn_dim).
+        hidden: Activations of the feed-forward units, of shape (B, T, ffn_dim).
         lengths: See ``attention_stats``.
 
     Returns:
-        (ffn_dim,) float32.
+        The maximum of each unit, float32 tensor of shape (ffn_dim,).
     """
     magnitude = hidden.abs()
     if lengths is not None:
@@ -188,9 +188,9 @@ def dead_units(max_activations: Tensor) -> Tensor:
     to 0 and are therefore compared with ``DEAD_UNIT_THRESHOLD``.
 
     Args:
-        max_activations: (ffn_dim,), the output of ``max_unit_activations`` for all units of the layer.
+        max_activations: Output of ``max_unit_activations`` for all units of the layer, of shape (ffn_dim,).
 
     Returns:
-        (ffn_dim,) bool.
+        Bool tensor of shape (ffn_dim,), True for dead units.
     """
     return max_activations <= DEAD_UNIT_THRESHOLD * max_activations.max()

@@ -35,12 +35,12 @@ class AttentionLayout(NamedTuple):
     """Positions and attention mask of a batch, computed once for all blocks.
 
     Attributes:
-        positions: Position of each token in its document, counted from 0: (T,) int64 if all rows have the same
-            positions, otherwise (B, T).
+        positions: Position of each token in its document, counted from 0, int64 tensor of shape (B, T), or (T,) if all
+            rows have the same positions.
         cos_sin: The output of ``PositionEncoding.cos_sin`` for these positions.
-        mask: The attention mask; None means a causal mask. A dense mask is either (1 or B, 1, T, S) bool, True where
-            attention is allowed, or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention uses a
-            ``BlockMask``.
+        mask: The attention mask; None means a causal mask. A dense mask is either a bool tensor of shape
+            (1 or B, 1, T, S) that is True where attention is allowed, or a float tensor of shape
+            (1 or B, 1 or n_head, T, S) that is added to the scores. FlexAttention uses a ``BlockMask``.
     """
 
     positions: Tensor
@@ -60,9 +60,9 @@ def build_attention_layout(
     Args:
         config: The architecture.
         position: The position encoding.
-        input_ids: (B, T) int64.
-        document_ids: (B, T) int64, with a distinct id for each document in a row. The tokens of a document are
-            contiguous.
+        input_ids: Token ids, int64 tensor of shape (B, T).
+        document_ids: Id of the document that contains each token, int64 tensor of shape (B, T); ids are unique within a
+            row. The tokens of a document are contiguous.
         cache: KV cache of the preceding tokens, after a call to its ``begin_forward``, or None if no cache is used.
     """
     T, device = input_ids.size(1), input_ids.device
@@ -104,11 +104,11 @@ def document_positions(document_ids: Tensor, index: Tensor) -> Tensor:
     """Return the position of each token within its document.
 
     Args:
-        document_ids: (B, T) int64.
-        index: (T,) int64, from 0 to T - 1.
+        document_ids: Id of the document that contains each token, int64 tensor of shape (B, T).
+        index: Positions in the row, from 0 to T - 1, int64 tensor of shape (T,).
 
     Returns:
-        (B, T) int64.
+        Positions within the documents, counted from 0, int64 tensor of shape (B, T).
     """
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -146,9 +146,9 @@ def causal_attention(
     """Compute causal multi-head or grouped-query attention with the fastest backend that supports the arguments.
 
     Args:
-        q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim). If ``mask`` is None, S must equal T or T must be 1.
-        v: (B, n_kv_head, S, head_dim).
+        q: Queries, of shape (B, n_head, T, head_dim).
+        k: Keys, of shape (B, n_kv_head, S, head_dim). If ``mask`` is None, S must equal T or T must be 1.
+        v: Values, of shape (B, n_kv_head, S, head_dim).
         dropout: Dropout probability for attention weights; not supported with a ``BlockMask``.
         mask: Attention mask (see ``AttentionLayout``); None means a causal mask.
         softcap: Soft cap that bounds the scores to ``softcap * tanh(scores / softcap)``; None disables it.
@@ -156,7 +156,7 @@ def causal_attention(
         backend: Attention backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
     Returns:
-        (B, n_head, T, head_dim).
+        The output, of shape (B, n_head, T, head_dim).
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, mask, softcap, bias)
@@ -193,8 +193,8 @@ def manual_attention(
     The arguments are those of ``causal_attention``.
 
     Returns:
-        The output, (B, n_head, T, head_dim), and the attention weights before dropout, (B, n_head, T, S), in at least
-        float32.
+        The output, of shape (B, n_head, T, head_dim), and the attention weights before dropout, of shape
+        (B, n_head, T, S), in at least float32.
     """
     B, H, T, D = q.shape
     K, S = k.size(1), k.size(2)
@@ -307,7 +307,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.recorded_weights: list[Tensor] | None = None
-        """List to which each forward pass appends its attention weights, (B, n_head, T, S); None disables recording."""
+        """List to which each forward pass appends its (B, n_head, T, S) attention weights; None disables recording."""
 
     def forward(
         self,

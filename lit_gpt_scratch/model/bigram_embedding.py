@@ -29,12 +29,12 @@ class BigramEmbedding(nn.Module):
         """Look up the bigram embeddings.
 
         Args:
-            input_ids: (B, T) int64.
-            previous_ids: (B, T) int64, the predecessor of each token.
-            is_first: (T,) or (B, T) bool, True for tokens without a predecessor.
+            input_ids: Token ids, int64 tensor of shape (B, T).
+            previous_ids: Id of each token's predecessor, int64 tensor of shape (B, T).
+            is_first: Bool tensor of shape (T,) or (B, T), True for tokens without a predecessor.
 
         Returns:
-            (B, T, width).
+            The bigram embeddings, of shape (B, T, width).
         """
         row = (input_ids * 36_313 + previous_ids * 27_191) % self.rows + 1  # (B, T)
         out: Tensor = self.table(row.masked_fill(is_first, 0))
@@ -60,10 +60,10 @@ class Smear(nn.Module):
         """Add the gated embedding of the previous token.
 
         Args:
-            x: (B, T, width), the embedding of each token.
-            previous: (B, T, width), the embedding of each token's predecessor, or zeros for tokens without one.
+            x: Embedding of each token, of shape (B, T, width).
+            previous: Embedding of each token's predecessor, or zeros if there is none, of shape (B, T, width).
 
         Returns:
-            (B, T, width).
+            The sum, of shape (B, T, width).
         """
         return x + torch.sigmoid(self.gate(x)) * self.share * previous

@@ -158,7 +158,8 @@ class GPTConfig:
                     raise UserError(f"model.gpt.{field.name} is {value}; it must be one of {', '.join(named)}")
             number = isinstance(value, int | float) and not isinstance(value, bool) and field.name not in MAY_BE_ZERO
             if number and not 0 < value < math.inf:
-                raise UserError(f"model.gpt.{field.name} is {value}; it must be positive")
+                bound = "finite" if value == math.inf else "positive"
+                raise UserError(f"model.gpt.{field.name} is {value}; it must be {bound}")
             if number and isinstance(value, int) and value > (largest := MAX_SIZES.get(field.name, MAX_SIZE)):
                 raise UserError(f"model.gpt.{field.name} is {describe(value)}; it must be at most {largest}")
         if not 0.0 <= self.dropout < 1.0:

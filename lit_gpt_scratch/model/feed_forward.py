@@ -33,11 +33,11 @@ class FeedForward(nn.Module):
         """Apply the activation function.
 
         Args:
-            x: (B, T, n_embd), the input of the network, from which gated networks compute the gate.
-            hidden: (B, T, ffn_dim), the up-projection of ``x``.
+            x: Input of the network, of shape (B, T, n_embd), from which gated networks compute the gate.
+            hidden: Up-projection of ``x``, of shape (B, T, ffn_dim).
 
         Returns:
-            (B, T, ffn_dim).
+            The activations, of shape (B, T, ffn_dim).
         """
         raise NotImplementedError
 

@@ -59,15 +59,15 @@ class Block(nn.Module):
         """Apply the block to the residual stream.
 
         Args:
-            x: (B, T, n_embd), the residual stream.
-            x0: (B, T, n_embd), the residual stream before the first block.
+            x: Residual stream, of shape (B, T, n_embd).
+            x0: Residual stream before the first block, of shape (B, T, n_embd).
             position: The position encoding.
             layout: Positions and attention mask.
-            value_embedding: (B, T, n_kv_head * head_dim), added to the attention values unless it is None.
+            value_embedding: Tensor of shape (B, T, n_kv_head * head_dim) to add to the attention values, or None.
             layer_cache: KV cache and the index of this block in the cache, or None if no cache is used.
 
         Returns:
-            (B, T, n_embd), the new residual stream.
+            The new residual stream, of shape (B, T, n_embd).
         """
         if self.mixing is not None:
             x = self.mixing[0] * x + self.mixing[1] * x0
@@ -172,12 +172,13 @@ class GPT(nn.Module):
         """Compute the output of the head at each position, by default next-token logits.
 
         Args:
-            input_ids: (B, T) int64 with T at most ``block_size``.
-            document_ids: (B, T) int64, with a distinct id for each document in a row. Each token then attends only to
-                tokens of its own document. If None, each token attends to all preceding tokens.
+            input_ids: Token ids, int64 tensor of shape (B, T), with T at most ``block_size``.
+            document_ids: Id of the document that contains each token, int64 tensor of shape (B, T); ids are unique
+                within a row. Each token then attends only to tokens of its own document. If None, each token attends
+                to all preceding tokens.
 
         Returns:
-            The output of the head in at least float32; (B, T, vocab_size) for next-token logits.
+            The output of the head in at least float32; next-token logits have shape (B, T, vocab_size).
 
         Raises:
             UserError: T exceeds the context length.
@@ -190,13 +191,14 @@ class GPT(nn.Module):
         """Compute one output per sequence, such as class logits or a reward.
 
         Args:
-            input_ids: (W, T) int64, right-padded.
-            lengths: (W,) int64, number of tokens in each row, excluding padding.
+            input_ids: Right-padded token ids, int64 tensor of shape (W, T).
+            lengths: Number of tokens in each row, excluding padding, int64 tensor of shape (W,).
             pooling: Name of a pooling function in ``POOLINGS``.
-            window_counts: (B,) int64, number of consecutive rows per sequence, or None if each row is a sequence.
+            window_counts: Number of consecutive rows per sequence, int64 tensor of shape (B,), or None if each row is a
+                sequence.
 
         Returns:
-            (B, n_classes) class logits with a classification head, or (B,) scalars with a scalar head.
+            With a classification head, class logits of shape (B, n_classes); with a scalar head, scalars of shape (B,).
         """
         pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (W, 1, n_embd)
         if window_counts is not None:
@@ -204,7 +206,7 @@ class GPT(nn.Module):
         return self.apply_head(pooled).squeeze(1)
 
     def apply_head(self, x: Tensor) -> Tensor:
-        """Apply the output head to the output of ``hidden_states``, (B, T, n_embd)."""
+        """Apply the output head to the output of ``hidden_states``, a tensor of shape (B, T, n_embd)."""
         raw = self.head(x)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.output_head.finalize(raw, self.config, self.vocab_size)
@@ -216,7 +218,7 @@ class GPT(nn.Module):
         actual output of the network. See https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru.
 
         Args:
-            x: (B, T, n_embd), the residual stream before or after any block.
+            x: Residual stream before or after any block, of shape (B, T, n_embd).
 
         Returns:
             The output of ``apply_head``.
@@ -233,14 +235,14 @@ class GPT(nn.Module):
         """Compute the normalized residual stream after the last block.
 
         Args:
-            input_ids: (B, T) int64; with a cache, the tokens that follow the cached tokens.
+            input_ids: Token ids, int64 tensor of shape (B, T); with a cache, the tokens that follow the cached tokens.
             document_ids: See ``forward``; not supported with a cache.
             cache: KV cache of the preceding tokens, to which the keys and values of ``input_ids`` are appended.
             counts: Number of tokens in each row of ``input_ids``, excluding padding; T by default. Ignored without a
                 cache.
 
         Returns:
-            (B, T, n_embd).
+            The normalized residual stream, of shape (B, T, n_embd).
 
         Raises:
             UserError: The number of tokens exceeds the context length or the capacity of the cache.
@@ -278,7 +280,7 @@ class GPT(nn.Module):
     def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
         """Add the bigram embeddings and apply ``Smear``, each only if it is enabled.
 
-        ``is_first`` is (T,) or (B, T) bool, True at the first token of each document.
+        ``is_first`` is a bool tensor of shape (T,) or (B, T) that is True at the first token of each document.
         """
         if self.bigrams is not None:
             previous = _shift_right(input_ids) if cache is None else cache.shift_right("ids", input_ids)

@@ -23,7 +23,7 @@ class KVCache:
     Attributes:
         lengths: Number of tokens stored in each row.
         capacity: Maximum number of tokens per row.
-        positions: Slots of the new tokens, int64: (B, T) if ``ragged`` is True, otherwise (T,).
+        positions: Slots of the new tokens, int64 tensor of shape (B, T) if ``ragged`` is True, otherwise (T,).
         visible_length: Number of slots that attention reads, starting with the first slot.
         needs_mask: Whether attention requires an explicit mask over the first ``visible_length`` slots.
         ragged: Whether the slots of the new tokens are specified separately for each row.
@@ -70,12 +70,12 @@ class KVCache:
 
         Args:
             layer: Index of the block.
-            k: (B, n_kv_head, T, head_dim).
-            v: (B, n_kv_head, T, head_dim).
+            k: New keys, of shape (B, n_kv_head, T, head_dim).
+            v: New values, of shape (B, n_kv_head, T, head_dim).
 
         Returns:
-            Keys and values of the first S = ``visible_length`` slots, (B, n_kv_head, S, head_dim). Slots beyond the end
-            of a row are undefined.
+            Keys and values of the first S = ``visible_length`` slots, each of shape (B, n_kv_head, S, head_dim). Slots
+            beyond the end of a row are undefined.
         """
         if layer == len(self._keys):
             B, heads, _, width = k.shape

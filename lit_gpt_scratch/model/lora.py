@@ -81,9 +81,9 @@ class LoRALinear(nn.Linear):
         settings: Rank, scale and dropout of the adapter.
 
     Attributes:
-        lora_a: (rank, in_features), in at least float32, because bfloat16 cannot represent the small updates of
-            fine-tuning.
-        lora_b: (out_features, rank), in at least float32.
+        lora_a: Low-rank factor of shape (rank, in_features), in at least float32, because bfloat16 cannot represent the
+            small updates of fine-tuning.
+        lora_b: Low-rank factor of shape (out_features, rank), in at least float32.
         unmerged: The original weight while the adapter is merged into ``weight``; otherwise None.
         enabled: Whether the adapter is applied.
     """

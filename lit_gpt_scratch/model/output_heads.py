@@ -17,7 +17,13 @@ class OutputHead(Protocol):
         """Return the number of output features of ``GPT.head``."""
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Convert the output of ``GPT.head``, (B, T, out_features) in at least float32, to the output of the model."""
+        """Convert the output of ``GPT.head`` to the output of the model.
+
+        Args:
+            x: Output of ``GPT.head``, of shape (B, T, out_features), in float32 or higher precision.
+            config: The architecture.
+            vocab_size: Number of tokens in the vocabulary, before padding.
+        """
 
 
 def padded_vocab_size(config: GPTConfig, vocab_size: int) -> int:
@@ -27,7 +33,7 @@ def padded_vocab_size(config: GPTConfig, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class TokenHead:
-    """Output head for next-token logits, (B, T, vocab_size)."""
+    """Output head for next-token logits, of shape (B, T, vocab_size)."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
         """Return the vocabulary size, rounded up to a multiple of ``config.vocab_multiple``."""
@@ -42,7 +48,7 @@ class TokenHead:
 
 @dataclass(frozen=True)
 class ClassificationHead:
-    """Output head for class logits at each position, (B, T, n_classes).
+    """Output head for class logits at each position, of shape (B, T, n_classes).
 
     Attributes:
         n_classes: Number of classes.
@@ -63,7 +69,7 @@ class ClassificationHead:
 
 @dataclass(frozen=True)
 class ScalarHead:
-    """Output head for one scalar at each position, such as a reward or value, (B, T)."""
+    """Output head for one scalar at each position, such as a reward or value; the output has shape (B, T)."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
         """Return 1, the number of scalars per position."""

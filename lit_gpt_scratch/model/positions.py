@@ -24,7 +24,7 @@ class PositionEncoding(nn.Module):
 
     Subclasses add vectors to the embeddings (``embed``), rotate queries and keys (``rotate``), or add a bias to the
     attention scores (``score_bias``). Even without an encoding, the causal mask provides some information about token
-    order. The argument ``positions`` is int64, (T,) if all rows have the same positions, otherwise (B, T).
+    order. The argument ``positions`` is an int64 tensor of shape (B, T), or (T,) if all rows have the same positions.
     """
 
     has_score_bias: bool = False

@@ -30,7 +30,7 @@ class WeightsByRole(NamedTuple):
     """Weights of a network, grouped by their role in an initialization scheme.
 
     Attributes:
-        embedding: Token embedding, (vocab_size, n_embd).
+        embedding: Token embedding, of shape (vocab_size, n_embd).
         linears: All linear layers, including the head, in the order in which random weights are drawn.
         branches: Residual branches of all blocks, from the first block to the last.
         head: Linear layer of the output head.

@@ -27,7 +27,7 @@ class ShardedMatrices:
     """Helper that gathers a batch of N matrices with the same shape and sharding, and shards them again.
 
     Args:
-        like: One of the matrices, (rows, columns), which determines their shape and sharding.
+        like: Matrix of shape (rows, columns) that has the shape and sharding of all matrices.
         count: Number of matrices (N).
         replicate: Whether to gather all matrices on every process. If False, each process gathers only some of the
             matrices.

@@ -53,11 +53,11 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     size in all directions.
 
     Args:
-        matrices: (N, rows, columns), any floating-point dtype. Zero matrices remain zero.
+        matrices: Batch of matrices, floating-point tensor of shape (N, rows, columns). Zero matrices remain zero.
         steps: Number of iterations.
 
     Returns:
-        (N, rows, columns), in the dtype of ``newton_schulz_dtype``. The iterations are stable in bfloat16
+        The results, of shape (N, rows, columns), in ``newton_schulz_dtype``. The iterations are stable in bfloat16
         (https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS

@@ -32,7 +32,7 @@ def build_study_report(study: Study, path: Path) -> SweepReport:
 
     Args:
         study: A study that already exists in its storage.
-        path: Path of the sweep file.
+        path: Path to the sweep file.
     """
     sweep, baseline = study.sweep, study.baseline or ResolvedBaseline()
     trials = [

@@ -61,7 +61,7 @@ class RunResult:
         metrics: Numeric values in ``summary.json``, keyed by name. If the run did not finish, this dict contains only
             the last logged value of the sweep's metric, and ``step``, the step at which the value was logged.
         curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
-        folder: Path of the run folder.
+        folder: Path to the run folder.
         diagnoses: Entries of ``doctor.json``, each with a symptom, its likely cause, and a flag to try.
         session: Package versions, hardware and code version of the run's last session, from ``provenance.json``.
         retryable: Whether the run failed because of its environment, not its settings, so that repeating the sweep

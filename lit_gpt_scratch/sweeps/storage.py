@@ -31,7 +31,7 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
     """Open the Optuna storage of a study, creating it if it does not exist, and return it with the study's locks.
 
     Args:
-        location: Path of a journal file, ``sqlite:///FILE`` or ``postgresql://...``; if None, a journal file in
+        location: Path to a journal file, ``sqlite:///FILE`` or ``postgresql://...``; if None, a journal file in
             ``folder`` is used.
         folder: Folder of the sweep.
         study: Name of the study in the storage.

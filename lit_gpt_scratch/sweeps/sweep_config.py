@@ -55,9 +55,8 @@ class SweepConfig:
         metric: Metric to optimize, a key in ``summary.json``; the value of a trial is the mean over its seeds.
         direction: Whether to ``minimize`` or ``maximize`` the metric.
         budget: Training budget per run, keyed by its unit: ``steps``, ``tokens`` or ``minutes``.
-        pruning: Class name of an Optuna pruner, mapped to its arguments. The metric is reported to the pruner each
-            time the run with the first seed is validated. If this run is pruned, the trial has no runs with the other
-            seeds.
+        pruning: Class name of an Optuna pruner, mapped to its arguments. The metric is reported to the pruner
+            after each validation of the first seed's run; if that run is pruned, the remaining seeds are skipped.
         baseline: Settings of the baseline that differ from the defaults. By default, the baseline uses the first choice
             of each list and the midpoint of each range. The baseline is always the first trial.
 

@@ -58,10 +58,10 @@ class Classification(GPTModule):
     tests_best = True
     metrics: MetricCollection
     weights: Tensor
-    """Weight of each class in the loss, (n_classes,) float32."""
+    """Weight of each class in the loss, float32 tensor of shape (n_classes,)."""
     confusion: Tensor
-    """Confusion matrix of the last evaluation, (n_classes, n_classes) int64: rows are true classes, columns are
-    predicted classes."""
+    """Confusion matrix of the last evaluation, int64 tensor of shape (n_classes, n_classes); rows are true classes, and
+    columns are predicted classes."""
 
     def __init__(
         self,
@@ -84,7 +84,9 @@ class Classification(GPTModule):
             raise UserError(f"model.pooling is {pooling}; it must be one of {', '.join(POOLINGS)}")
         for name, weight in class_weights.items() if isinstance(class_weights, dict) else ():
             if not 0.0 <= weight < float("inf"):
-                raise UserError(f"model.class_weights: the weight of {name} is {weight}; it must be 0 or more")
+                raise UserError(
+                    f"model.class_weights: the weight of {name} is {weight}; it must be finite and 0 or more"
+                )
         self.pooling = pooling
         self.class_weights = class_weights
 
@@ -120,12 +122,13 @@ class Classification(GPTModule):
         """Compute the class logits of each document.
 
         Args:
-            input_ids: (W, T) int64, right-padded.
-            lengths: (W,) int64, number of tokens in each window.
-            window_counts: (B,) int64, number of windows per document, or None if each document has one window.
+            input_ids: Right-padded token ids, int64 tensor of shape (W, T).
+            lengths: Number of tokens in each window, int64 tensor of shape (W,).
+            window_counts: Number of windows per document, int64 tensor of shape (B,), or None if each document has one
+                window.
 
         Returns:
-            Logits, (B, n_classes) float32.
+            Logits, float32 tensor of shape (B, n_classes).
         """
         return self.net.forward_pooled(input_ids, lengths, self.pooling, window_counts)
 

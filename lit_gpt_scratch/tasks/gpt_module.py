@@ -84,8 +84,8 @@ class GPTModule(L.LightningModule):
         schedule: Learning-rate schedule.
         init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
             Face folder.
-        lora: LoRA settings. If set, only the low-rank adapters and, if it is newly initialized, the output head are
-            trained.
+        lora: LoRA settings. If set, only the low-rank adapters are trained, plus the output head if it is newly
+            initialized.
         train_layers: Number of blocks to train, counted backward from the last block. If set, only these blocks, the
             final norm and the output head are trained. A head that is tied to the embedding stays frozen, unless it is
             newly initialized.
@@ -212,8 +212,8 @@ class GPTModule(L.LightningModule):
         """Add a batch to ``metrics``.
 
         Returns:
-            The loss of each label, (B, T), or (B,) if each row has a single label. Positions without a label have a
-            loss of 0. None if the loss is not a sum over labels. Callbacks receive the losses in the output of
+            The loss of each label, of shape (B, T), or (B,) if each row has a single label; None if the loss is not a
+            sum over labels. Positions without a label have a loss of 0. Callbacks receive the losses in the output of
             ``validation_step``.
         """
         raise NotImplementedError

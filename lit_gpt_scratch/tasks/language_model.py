@@ -31,7 +31,7 @@ class LanguageModel(GPTModule):
         return LikelihoodMetric()
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Compute next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
+        """Compute next-token logits of shape (B, T, vocab_size) from token ids of shape (B, T); see ``GPT.forward``."""
         logits: Tensor = self.net(input_ids, document_ids)
         return logits
 

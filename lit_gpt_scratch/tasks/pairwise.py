@@ -14,7 +14,7 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class PairComparison(NamedTuple):
-    """Losses and rewards of n pairs, each a float tensor of shape (n,); padding pairs are excluded.
+    """Losses and rewards of n pairs, as float tensors of shape (n,); padding pairs are excluded.
 
     Attributes:
         losses: Loss of each pair.
@@ -28,7 +28,7 @@ class PairComparison(NamedTuple):
 
 
 class PairwiseModule(GPTModule):
-    """Base class for a GPT trained on pairs of replies.
+    """Base class for a GPT trained on preference pairs.
 
     Subclasses define ``compare``. The validation and test metrics are ``PreferenceMetrics``.
     """
@@ -48,7 +48,8 @@ class PairwiseModule(GPTModule):
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if not self.data_info.has_pairs:
             name = self.data_info.name
-            raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} requires --data Preferences")
+            task = type(self).__name__
+            raise UserError(f"data: {name} does not provide preference pairs; {task} requires --data Preferences")
         return PreferenceMetrics()
 
     @override
@@ -66,11 +67,11 @@ def split_pairs(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Split rows into chosen and rejected rows, and drop padding pairs.
 
     Args:
-        rows: (2 B, ...), the chosen rows followed by the rejected rows.
-        lengths: (2 B,) int64, number of tokens in each row, which is 0 for padding pairs.
+        rows: Chosen rows followed by the rejected rows, of shape (2 B, ...).
+        lengths: Number of tokens in each row, or 0 for padding pairs, int64 tensor of shape (2 B,).
 
     Returns:
-        The chosen and the rejected rows, (n, ...) each.
+        The chosen and the rejected rows, each of shape (n, ...).
     """
     chosen, rejected = rows.chunk(2)
     real = lengths.chunk(2)[0] > 0

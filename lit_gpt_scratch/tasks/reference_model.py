@@ -64,11 +64,12 @@ class ReferenceModel(nn.Module):
         """Compute the log-probability of each label, without gradients.
 
         Args:
-            input_ids: (B, T) int64.
-            labels: (B, T) int64.
+            input_ids: Token ids, int64 tensor of shape (B, T).
+            labels: Labels, int64 tensor of shape (B, T).
 
         Returns:
-            Log-probabilities in nats, (B, T), in at least float32, with 0 where the label is ``IGNORE_INDEX`` (-100).
+            Log-probabilities in nats, in at least float32, of shape (B, T); 0 where the label is ``IGNORE_INDEX``
+            (-100).
         """
         with self.network() as net:
             return token_logprobs(net(input_ids), labels)

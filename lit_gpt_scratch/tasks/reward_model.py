@@ -41,11 +41,11 @@ class Reward(PairwiseModule):
         """Compute the reward of each conversation.
 
         Args:
-            input_ids: (B, T) int64, right-padded.
-            lengths: (B,) int64, number of tokens in each conversation.
+            input_ids: Right-padded token ids, int64 tensor of shape (B, T).
+            lengths: Number of tokens in each conversation, int64 tensor of shape (B,).
 
         Returns:
-            Rewards, (B,) float32.
+            Rewards, float32 tensor of shape (B,).
         """
         return self.net.forward_pooled(input_ids, lengths)
 

@@ -37,7 +37,7 @@ def require_moderate_expansion(where: str, stored: int, expanded: int) -> None:
     """Check that data does not expand too much when it is decompressed.
 
     Args:
-        where: Location of the data, for the error message.
+        where: Location of the data, used in error messages.
         stored: Size of the compressed data in bytes.
         expanded: Size of the decompressed data in bytes.
 
@@ -57,7 +57,7 @@ def plan_parquet_batches(file: Any, names: set[str], path: Path) -> tuple[int, l
     Args:
         file: ``pyarrow.parquet.ParquetFile``.
         names: Names of the columns to read.
-        path: Path of the file.
+        path: Path to the file.
 
     Returns:
         The number of rows per batch, and the schema paths of the list columns to read as references to a dictionary.
@@ -123,7 +123,7 @@ def limit_arrow_buffers(path: Path, source: Any) -> None:
     """Check the declared sizes of the compressed buffers in an Arrow stream, without decompressing them.
 
     Args:
-        path: Path of the file, for the error message.
+        path: Path to the file, used in error messages.
         source: Memory map of the file, positioned at the start of the stream.
 
     Raises:
@@ -186,7 +186,7 @@ def split_batch(batch: Any, names: set[str], path: Path, rows_before: int) -> It
     Args:
         batch: Record batch, in which several rows may refer to the same value.
         names: Names of the columns to convert.
-        path: Path of the file.
+        path: Path to the file.
         rows_before: Number of rows in the file that precede the batch.
 
     Raises:
@@ -215,7 +215,7 @@ def value_sizes(array: Any) -> Any:
     Values in dictionaries, lists and views are counted each time the array refers to them.
 
     Returns:
-        A float if all values have the same size; otherwise, an array of floats, (n,).
+        A float if all values have the same size; otherwise, an array of n floats.
 
     Raises:
         UserError: The array type is not supported, e.g. a union.

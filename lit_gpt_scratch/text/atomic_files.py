@@ -76,9 +76,9 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
     process that holds it is killed. On failure, the partial folder is deleted to free disk space.
 
     Args:
-        folder: Folder to create; an existing empty folder is treated as missing.
+        folder: Folder to create. If a non-empty folder already exists, it is left unchanged.
         fill: Function that receives the temporary path of the folder and writes the files in it.
-        flag: Command-line flag that sets the location of the folder, for error messages.
+        flag: Command-line flag that sets the location of the folder, used in error messages.
         purpose: String that identifies the inputs from which the folder is created. If set, the partial folder is kept
             if the call is interrupted (the process or one of its workers is killed, or Ctrl-C is pressed), and the next
             call with the same purpose passes this folder to ``fill``, which can complete it. If None, the next call
@@ -146,7 +146,7 @@ def is_unfinished(path: Path) -> bool:
 
 
 def find_unfinished(folder: Path, name: str | None = None) -> list[Path]:
-    """Return the temporary files and folders in a folder, which were created by running or killed processes.
+    """Return the temporary files and subfolders that running or killed processes have left in a folder.
 
     Args:
         folder: Folder to search; may be missing.

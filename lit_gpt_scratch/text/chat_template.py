@@ -51,8 +51,8 @@ class RenderedConversation(NamedTuple):
     """A tokenized conversation.
 
     Attributes:
-        ids: Token ids, (n,).
-        loss_mask: Loss mask, (n,): True for tokens of assistant messages, including the token that ends each message.
+        ids: Token ids of the conversation.
+        loss_mask: Whether each token belongs to an assistant message or is the token that ends one.
     """
 
     ids: list[int]

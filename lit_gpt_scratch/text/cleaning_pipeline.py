@@ -20,7 +20,7 @@ BATCH_BYTES: Final = 2**20
 """Approximate bytes of text per batch sent to a worker process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
 BATCH_DOCUMENTS: Final = 256
 SINGLE_PROCESS_BYTES: Final = 2**25
-"""Number of bytes of text to process before starting worker processes, which would not save time for less text."""
+"""Minimum size of the text in bytes for starting worker processes; for less text, they would not save time."""
 QUEUED_BATCHES: Final = 2
 """Number of batches queued per worker process."""
 
@@ -72,7 +72,7 @@ def run_pipeline(
 
     Args:
         items: The documents, in order.
-        steps: Per-document and deduplication steps.
+        steps: Cleaning steps to apply, in order: per-document and deduplication steps.
         final_sketch: Function that is called with each document that passes all steps; the result is stored in
             ``PipelineItem.sketch``.
         folder: Folder in which steps may store files.

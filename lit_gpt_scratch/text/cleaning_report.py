@@ -1,4 +1,4 @@
-"""Report of the documents that each cleaning step kept and rejected (``audit.json`` and ``audit.md``)."""
+"""Report on the documents kept and rejected by each cleaning step (``audit.json`` and ``audit.md``)."""
 
 import hashlib
 from collections import Counter

@@ -154,7 +154,7 @@ class CorpusSpec:
 
         Args:
             corpora: Folder that contains a subfolder for each corpus, named after a hash of its settings and sources.
-            flag: Name of the flag that sets ``corpora``, for error messages.
+            flag: Name of the flag that sets ``corpora``, used in error messages.
 
         Raises:
             UserError: A source cannot be read, no documents are left, or the folder is not writable.

@@ -68,7 +68,7 @@ def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
 def encode_batch(
     backend: Backend, encoding: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
 ) -> Iterator[NDArray[np.uint32]]:
-    """Yield the token ids of each string, (n,) uint32.
+    """Yield the token ids of each string as a uint32 array.
 
     Args:
         backend: Tokenizer to encode with.

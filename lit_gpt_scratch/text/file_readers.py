@@ -78,7 +78,7 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
     """Yield the rows of a table file; the id of the third row is ``name:3``.
 
     Args:
-        path: Path of the file.
+        path: Path to the file.
         name: Name of the file, which becomes part of the row ids.
         columns: Columns to read; if None, all columns are read.
 
@@ -411,7 +411,7 @@ def _select_fields(row: Any, columns: Columns | None, where: str, required_in: s
     Args:
         row: A parsed JSON value.
         columns: Columns to select; None selects all.
-        where: Location of the row, for error messages.
+        where: Location of the row, used in error messages.
         required_in: Location for the error message if a column is missing. If None, columns may be missing; only the
             first row must have all columns.
     """

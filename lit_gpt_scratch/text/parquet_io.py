@@ -50,7 +50,7 @@ class ParquetDocumentWriter:
 
 
 def row_group_sizes(path: Path) -> list[int]:
-    """Return the uncompressed size of each row group in bytes, which is approximately the size of its text."""
+    """Return the uncompressed size of each row group in bytes, which approximates its text size."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
@@ -61,7 +61,7 @@ def read_parquet_documents(path: Path, row_groups: range | None = None) -> Itera
     """Yield the documents in a file written by ``ParquetDocumentWriter``.
 
     Args:
-        path: Path of the Parquet file.
+        path: Path to the Parquet file.
         row_groups: Indices of the row groups to read; if None, all row groups are read.
     """
     import pyarrow.parquet as pq

@@ -34,7 +34,7 @@ class TrainValidationSplit:
     """Assignment of the documents in a corpus to the training or validation split.
 
     Attributes:
-        validation: True for validation documents, (n,) bool.
+        validation: Mask of the validation documents, bool array of shape (n,).
         tail: Fraction of each document, at its end, that is held out if all documents belong to a single cluster; None
             if whole documents are assigned to the splits.
         remarks: Sentences for the cleaning report about clusters that are too large, or that may be incomplete.
@@ -70,9 +70,9 @@ def split_by_cluster(
     the smallest cluster is held out. If there is only one cluster, the end of each document is held out instead.
 
     Args:
-        keys: Content hash of each document, (n,).
-        clusters: Cluster id of each document, (n,).
-        sizes: Size of each document in bytes, (n,).
+        keys: Content hash of each document, of shape (n,).
+        clusters: Cluster id of each document, of shape (n,).
+        sizes: Size of each document in bytes, of shape (n,).
         validation_share: Approximate fraction of the bytes to hold out, between 0 and 1.
     """
     ids, cluster, n_documents = np.unique(clusters, return_inverse=True, return_counts=True)
@@ -153,7 +153,7 @@ class DuplicateClusters:
             self._flush()
 
     def cluster_ids(self) -> NDArray[np.int64]:
-        """Return the cluster id of each document, (n,): the index of the first document in the cluster.
+        """Return the cluster id of each of n documents: the index of the first document in the cluster.
 
         A cluster is a connected component: its documents are linked by chains of near-duplicates.
         """
@@ -259,7 +259,7 @@ class DocumentIndex:
         self._clusters.add(signature)
 
     def select_by_weight(self, names: Sequence[str], weights: Sequence[float]) -> NDArray[np.bool_]:
-        """Select documents so that the bytes per source are proportional to the weights; return a mask, (n,) bool.
+        """Return a mask of documents selected so that the bytes per source are proportional to the weights.
 
         All documents of the source with the fewest bytes relative to its weight are selected. From every other source,
         documents are selected in order of their content hashes until their total size is as close as possible to the

@@ -26,9 +26,10 @@ def share_bytes(token_bytes: Int64Array, n_tokens: Int64Array, n_bytes: int) -> 
     """Return the number of text bytes that precede each of several positions in a document.
 
     Args:
-        token_bytes: Number of bytes to which the tokens before each position decode, (n,), ascending; the last position
-            is the end of the document.
-        n_tokens: Number of tokens before each position, (n,), ascending; used only if all ``token_bytes`` are 0.
+        token_bytes: Number of bytes to which the tokens before each position decode, ascending array of shape (n,);
+            the last position is the end of the document.
+        n_tokens: Number of tokens before each position, ascending array of shape (n,); used only if all ``token_bytes``
+            are 0.
         n_bytes: Size of the document in UTF-8 bytes.
     """
     weights = token_bytes if token_bytes[-1] else n_tokens

@@ -91,7 +91,7 @@ class TokenShard(PicklableMemmaps):
         Args:
             folder: Folder that contains the files.
             metadata: Parsed JSON value of the shard's ``metadata``.
-            name: Name of the metadata in the JSON file, for error messages.
+            name: Name of the metadata in the JSON file, used in error messages.
 
         Raises:
             ValueError: The metadata is invalid.
@@ -135,13 +135,13 @@ class TokenShard(PicklableMemmaps):
 
     @property
     def tokens(self) -> TokenIds:
-        """Token ids, (n_tokens,), memory-mapped read-only."""
+        """Token ids, read-only memory-mapped array of shape (n_tokens,)."""
         require_file_size(f"{self.folder}/{self.name}.tokens.npy", self.sizes["tokens"])
         return self._tokens
 
     @property
     def documents(self) -> NDArray[np.uint64]:
-        """Start position and number of text bytes of each document, (n_documents, 2), memory-mapped read-only."""
+        """Start position and text bytes of each document, read-only memory-mapped array of shape (n_documents, 2)."""
         require_file_size(f"{self.folder}/{self.name}.documents.npy", self.sizes["documents"])
         return self._documents
 

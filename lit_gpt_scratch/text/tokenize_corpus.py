@@ -54,7 +54,7 @@ class ShardJob:
 
     @property
     def marker(self) -> Path:
-        """Path of the metadata file, which is written with the shard and deleted once the token store is complete."""
+        """Path to the metadata file, which is written with the shard and deleted once the token store is complete."""
         return self.folder / f"{self.name}.json"
 
 

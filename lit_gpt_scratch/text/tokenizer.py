@@ -96,7 +96,7 @@ class Tokenizer:
         """Load a tokenizer, and verify its SHA-256 checksum if a checksum file is next to it.
 
         Args:
-            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or one of the file
+            path: Path to a ``tokenizer.json``, or to a folder that contains a ``tokenizer.json`` or one of the file
                 pairs in ``GPT2_FILES``.
             published: Settings of the published model that the tokenizer belongs to.
 
@@ -159,7 +159,7 @@ class Tokenizer:
             text: String to tokenize; it must contain all required special tokens, because none are added.
 
         Returns:
-            Token ids, (n,), and the character range ``(start, stop)`` that each token represents, (n,).
+            Token ids, of shape (n,), and the character range ``(start, stop)`` that each of the n tokens represents.
         """
         with _library_errors("the tokenizer cannot encode the text", self._has_pattern):
             encoding = self._parsing_backend.encode(text, add_special_tokens=False)
@@ -178,7 +178,7 @@ class Tokenizer:
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
-        """Yield the token ids of each string, (n,) uint32; they are identical to those returned by ``encode``.
+        """Yield the token ids of each string as a uint32 array, identical to those returned by ``encode``.
 
         Args:
             texts: Strings to encode.
@@ -293,11 +293,11 @@ class Tokenizer:
         """Distribute the bytes of a text over its tokens, in proportion to ``token_bytes``; see ``text.text_bytes``.
 
         Args:
-            ids: Token ids of the text, (n,).
+            ids: Token ids of the text, of shape (n,).
             n_bytes: Size of the text in UTF-8 bytes.
 
         Returns:
-            Number of bytes for each token, (n,), summing to ``n_bytes`` if there are any tokens.
+            Number of bytes for each token, of shape (n,), summing to ``n_bytes`` if there are any tokens.
         """
         sizes = self._token_bytes[np.asarray(ids, dtype=np.int64)]
         before = np.concatenate([[0], np.cumsum(sizes)])
@@ -325,7 +325,7 @@ class Tokenizer:
             )
 
     def _special_tokens_in_text(self) -> list[str]:
-        """Return the special tokens, except the unknown token, whose strings are encoded as the special token."""
+        """Return the special tokens that the tokenizer recognizes in ordinary text, excluding the unknown token."""
         found = {
             id_: name
             for name, id_ in self.special_tokens.items()

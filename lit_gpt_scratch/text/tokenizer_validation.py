@@ -85,8 +85,8 @@ def validate_tokenizer_json(text: str) -> None:
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         if isinstance(regex, str) and may_repeat_ambiguously(regex):
             raise UserError(
-                f"the pattern {describe(regex)} repeats a group that contains a repetition or a choice, which may take "
-                "too much time; use another tokenizer"
+                f"the pattern {describe(regex)} may have a quantified group that contains a quantifier or an "
+                "alternation, which may cause catastrophic backtracking; use another tokenizer"
             )
     plain = len(components) <= MAX_COMPONENTS and all(_is_plain(kind, part) for kind, part in components)
     if not plain or not _is_plain_model(model) or spec.get("padding") or spec.get("truncation"):
@@ -116,13 +116,13 @@ def _probe(text: str) -> None:
 
 
 def may_repeat_ambiguously(regex: str) -> bool:
-    """Return whether a regular expression repeats a group that matches texts of different lengths.
+    """Return whether a regular expression has a quantified group that contains a quantifier or an alternation.
 
     The result is also True for syntax that could hide such a group: group calls, backreferences, control escapes and
     comments.
     """
-    groups, position = [False], 0  # for each open group, whether it contains a repetition or a choice
-    closed = False  # whether the previous token closed a group that contains a repetition or a choice
+    groups, position = [False], 0  # for each open group, whether it contains a quantifier or an alternation
+    closed = False  # whether the previous token closed a group that contains a quantifier or an alternation
     quantifier = ""
     while position < len(regex):
         if regex[position] == "[":

@@ -133,7 +133,7 @@ def _initial_pieces(words: Iterable[str], alphabet: Iterable[str], prefix: str) 
 
 
 def _encode_letters(words: Iterable[str], ids: Mapping[str, int], starts: Int64Array, prefix: str) -> Int64Array:
-    """Return the concatenated letter ids of all words, (n,)."""
+    """Return the concatenated letter ids of all words, an array of shape (n,)."""
     letters = "".join(words)
     codes, letter = np.unique(np.frombuffer(letters.encode("utf-32-le"), "<u4"), return_inverse=True)
     forms = [[ids.get(form + chr(code), -1) for code in codes.tolist()] for form in (prefix, "")]
@@ -170,11 +170,11 @@ class _GrowableCounts:
 
     @property
     def values(self) -> Int64Array:
-        """All elements added so far, (n,)."""
+        """Array of all elements added so far."""
         return self._buffer[: self._length]
 
     def add(self, indices: Int64Array, numbers: Int64Array) -> None:
-        """Add each number to the element at its index, (n,) each; missing elements count as 0."""
+        """Add each of n numbers to the element at its index; missing elements count as 0."""
         if not len(indices):
             return
         self._length = max(self._length, int(indices.max()) + 1)

@@ -97,7 +97,7 @@ HOSTILE_YAML = {
     "deep": ("a: " + "[" * 5000 + "]" * 5000, "is nested more than 50 levels deep"),
     "recursive": ("a: &a {b: *a}", "contains a YAML alias inside the value that it refers to"),
     "aliases": (CHAIN, "has more than 100,000 values"),
-    "integer": (f"a: 0x{'f' * 20_000}", "contains an integer of more than 64 bits"),
+    "integer": (f"a: 0x{'f' * 20_000}", "contains an integer of more than 400 characters"),
     "large": ("a: " + "x" * 2**19, "is larger than 256 KB"),
 }
 

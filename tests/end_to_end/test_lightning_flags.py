@@ -49,18 +49,18 @@ FLAGS: dict[str, dict[str, str]] = {
     },
     "fast_dev_run": {"true": "", "2": "", "false": "", "-1": "must be 0 or more"},
     "max_epochs": {
-        f"1 {EPOCHS.replace('epochs=2', 'epochs=1')}": "", "-1": "", "null": "", "0": "no steps to train",
+        f"1 {EPOCHS.replace('epochs=2', 'epochs=1')}": "", "-1": "", "null": "", "0": "no training steps",
         "-2": "must be -1 or more",
     },
     "min_epochs": {f"2 {EPOCHS}": "", "-1": "must be 0 or more"},
-    "max_steps": {"3": "", "0": "no steps to train", "-2": "must be -1 or more", "many": "--trainer.max_steps"},
+    "max_steps": {"3": "", "0": "no training steps", "-2": "must be -1 or more", "many": "--trainer.max_steps"},
     "min_steps": {"3": "", "100": "", "-1": "must be 0 or more"},
     "max_time": {
         "00:00:00:05": "", "{minutes: 1}": "", "soon": "DD:HH:MM:SS", "{parsecs: 1}": "units",
         "{seconds: 0}": "positive",
     },
     "limit_train_batches": {
-        "1": "", "1.0": "", "0.5": "", "100000": "", "0": "no steps to train", "0.0": "no steps to train",
+        "1": "", "1.0": "", "0.5": "", "100000": "", "0": "no training steps", "0.0": "no training steps",
         "1.5": "fraction", "-1": "fraction", "nan": "got nan", ".nan": "fraction",
         "0.0001": "--trainer.limit_train_batches",
     },

@@ -161,7 +161,9 @@ def test_missing_files_are_reported_by_the_machine_that_lacks_them(machines: lis
     own = [flag for flag in small if not flag.startswith(("--data.source", "--data.cache"))]
     flags = [*own, "--data.source=my_texts", "--trainer.max_steps=2", *TWO]
     (machines[1].folder / "my_texts/00.txt").write_text("Something else.\n")
-    assert second(flags).endswith("my_texts differs between this machine and the machine of rank 0; copy it from there")
+    assert second(flags).endswith(
+        "my_texts on this machine differs from the copy on the machine that runs rank 0; copy it from that machine"
+    )
     assert "copy the run folder to every machine, or set --runs to a shared folder" in second(
         [*flags, "--ckpt_path=last"]
     )

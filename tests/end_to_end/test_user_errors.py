@@ -87,12 +87,12 @@ def one_line(outcome: Outcome, *expected: str) -> None:
         (["--trainer.val_check_interval=0"], ["--trainer.val_check_interval is 0"]),
         (["--trainer.accumulate_grad_batches=0"], ["--trainer.accumulate_grad_batches is 0"]),
         (["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=800"], ["val_check_interval"]),
-        (["--trainer.limit_train_batches=0"], ["--trainer.limit_train_batches is 0", "no steps to train"]),
+        (["--trainer.limit_train_batches=0"], ["--trainer.limit_train_batches is 0", "no training steps"]),
         (["--trainer.limit_val_batches=1.5"], ["--trainer.limit_val_batches is 1.5", "fraction"]),
         (["--trainer.callbacks=nope.Mine"], ["--trainer.callbacks: class nope.Mine not found", "no module nope"]),
         (["--trainer.callbacks=Nope"], ["--trainer.callbacks", "class Nope not found"]),
         (["--trainer.callbacks=EarlyStopping"], ["--trainer.callbacks", "monitor"]),
-        (["--trainer.max_steps=0"], ["no steps to train"]),
+        (["--trainer.max_steps=0"], ["no training steps"]),
     ],
 )
 def test_invalid_flags(

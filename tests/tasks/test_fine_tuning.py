@@ -414,7 +414,7 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
         ({"class_weights": {"animals": 0.0}}, "class animals does not exist; choose from"),
         ({"pooling": "first"}, "model.pooling is first"),
         ({"class_weights": {"no such": 1.0}}, "class no such does not exist"),
-        ({"class_weights": {"x": -1.0}}, "must be 0 or more"),
+        ({"class_weights": {"x": -1.0}}, "must be finite and 0 or more"),
     ],
 )
 def test_invalid_classification_settings_are_rejected(

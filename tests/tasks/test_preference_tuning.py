@@ -250,7 +250,9 @@ def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> Non
 
 def test_data_without_pairs_is_rejected(trainer: Build, start: Path, cache: Path) -> None:
     data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
-    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO requires --data Preferences"):
+    with pytest.raises(
+        UserError, match="Conversations does not provide preference pairs; DPO requires --data Preferences"
+    ):
         trainer().fit(DPO(init_from=str(start), compile=False), data)
 
 

@@ -38,7 +38,7 @@ class GRPO(OnPolicyModule):
 
     @override
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the number of replies in ``labels`` (N, T) as a scalar; the loss is averaged over replies."""
+        """Return the number of replies in ``labels``, of shape (N, T), by which the summed loss is divided."""
         return (labels != IGNORE_INDEX).any(1).sum()
 
     @override

@@ -116,8 +116,8 @@ class OnPolicyModule(GPTModule):
             raise UserError(f"model.unended_score is {unended_score}; it must be finite")
         if kl_target is not None and kl_coefficient == 0:
             raise UserError(
-                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and would stay 0, because it is "
-                "adapted by multiplication; set model.kl_coefficient to a positive initial value"
+                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and would stay 0, because the adaptive "
+                "update is multiplicative; set model.kl_coefficient to a positive initial value"
             )
         self.reward = reward
         self.unended_score = unended_score
@@ -139,11 +139,18 @@ class OnPolicyModule(GPTModule):
     # Methods for subclasses to override.
 
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        """Return ``advantages``, (N,) per reply or (N, T) per token, and any other tensors required by the loss."""
+        """Return a dict with ``advantages`` and any other tensors required by the loss.
+
+        The advantages have shape (N,) if computed per reply, or (N, T) if computed per token.
+        """
         raise NotImplementedError
 
     def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Return the critic's ``values`` (B, T) for hidden states (B, T, n_embd), or an empty dict without a critic."""
+        """Compute the critic's values from hidden states of shape (B, T, n_embd).
+
+        Returns:
+            A dict that contains ``values``, a tensor of shape (B, T); empty if there is no critic.
+        """
         return {}
 
     def count_labels(self, labels: Tensor) -> Tensor:
@@ -218,13 +225,18 @@ class OnPolicyModule(GPTModule):
     # Forward passes.
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities of the labels (B, T), logits (B, T, vocab_size) and hidden states (B, T, n_embd)."""
+        """Run the policy on a batch.
+
+        Returns:
+            The log-probabilities of the labels, of shape (B, T); the logits, of shape (B, T, vocab_size); and the
+            hidden states, of shape (B, T, n_embd).
+        """
         hidden = self.net.hidden_states(input_ids)
         logits = self.net.apply_head(hidden) / self.temperature
         return token_logprobs(logits, labels), logits, hidden
 
     def reference_logprobs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the log-probabilities of the labels under the initial policy, (B, T)."""
+        """Return the log-probabilities of the labels under the initial policy, a tensor of shape (B, T)."""
         with self.reference.network() as net:
             return token_logprobs(net(input_ids) / self.temperature, labels)
 
@@ -274,7 +286,7 @@ class OnPolicyModule(GPTModule):
         return rollouts
 
     def _evaluate_rollouts(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute log-probabilities and values of rollouts before training on them: (B, T) tensors keyed by name."""
+        """Compute the log-probabilities and values of rollouts before training, as (B, T) tensors keyed by name."""
         trimmed = trim_padding(rows)
         ids, labels = trimmed["input_ids"], trimmed["labels"]
         logprobs, _, hidden = self(ids, labels)

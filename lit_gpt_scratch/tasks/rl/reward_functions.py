@@ -19,7 +19,7 @@ class RewardFunction(Protocol):
     """Callable that computes the reward of each reply."""
 
     def __call__(self, replies: Replies) -> Tensor:
-        """Return the reward of each reply, (N,) float32 on the CPU."""
+        """Return the reward of each of N replies, float32 tensor of shape (N,) on the CPU."""
 
 
 def is_checkpoint_path(name: str | None) -> bool:
@@ -60,7 +60,7 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, replies: Replies) -> Tensor:
-        """Return the reward of each reply, (N,) float32 on the CPU.
+        """Return the reward of each of N replies, float32 tensor of shape (N,) on the CPU.
 
         Raises:
             UserError: A reward is not finite.
@@ -79,7 +79,7 @@ class TextFunctionScorer:
     """Reward function that calls a Python function with the prompt and reply texts.
 
     Args:
-        name: Name of the reward, for error messages.
+        name: Name of the reward, used in error messages.
         function: Callable that maps a list of prompts and a list of replies, one per prompt, to one number per reply.
     """
 
@@ -88,7 +88,7 @@ class TextFunctionScorer:
         self.function = function
 
     def __call__(self, replies: Replies) -> Tensor:
-        """Return the reward of each reply, (N,) float32 on the CPU.
+        """Return the reward of each of N replies, float32 tensor of shape (N,) on the CPU.
 
         Raises:
             UserError: The function does not return one finite number per reply.

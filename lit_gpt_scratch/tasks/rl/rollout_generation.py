@@ -41,9 +41,9 @@ class RolloutGenerator:
             seeds: Random seed of each reply.
 
         Returns:
-            Tensors keyed by name: ``input_ids`` and ``labels``, (N, block_size) int64; ``ended`` and ``scores``, (N,)
-            float32. If the data module defines a reply check, also ``true_reward``, (N,) float32: 1 for complete
-            replies that pass the check, otherwise 0.
+            Tensors keyed by name: ``input_ids`` and ``labels``, int64 tensors of shape (N, block_size); ``ended`` and
+            ``scores``, float32 tensors of shape (N,). If the data module defines a reply check, also ``true_reward``, a
+            float32 tensor of shape (N,), which is 1 for complete replies that pass the check and 0 otherwise.
 
         Raises:
             UserError: A score is not finite.

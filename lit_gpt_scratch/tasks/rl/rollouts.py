@@ -36,7 +36,7 @@ class Rollouts:
         phase: Index of the phase in the run.
         coefficient: KL coefficient in this phase.
         means: Metrics to log, averaged over all replies and keyed by name.
-        rows: (N, T) and (N,) tensors keyed by name; ``input_ids`` and ``labels`` are as in a ``Batch``.
+        rows: Tensors of shape (N, T) or (N,), keyed by name; ``input_ids`` and ``labels`` are as in a ``Batch``.
     """
 
     phase: int
@@ -57,7 +57,7 @@ class Rollouts:
         return cls(saved["phase"], saved["coefficient"], saved["figures"], rows)
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """Return the rows at ``indices``, (B,), as (B, T) and (B,) tensors trimmed to the longest row."""
+        """Return the rows with the given indices, with trailing padding trimmed (see ``trim_padding``)."""
         return trim_padding({name: values[indices] for name, values in self.rows.items()})
 
 
@@ -92,7 +92,7 @@ class Replies:
             fill: Token id used to pad ``input_ids``.
 
         Returns:
-            ``input_ids`` and ``labels``, (N, width) int64, and ``ended``, (N,) float32.
+            ``input_ids`` and ``labels``, int64 tensors of shape (N, width); ``ended``, a float32 tensor of shape (N,).
         """
         input_ids, labels = np.full((2, len(self.prompts), width), IGNORE_INDEX)
         input_ids[:] = fill
@@ -188,12 +188,12 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
     """Merge the rows of all ranks in the order of the rollout phase; the inverse of ``rank_rows``.
 
     Args:
-        own: (n, ...), the rows of this rank; only the shape is used.
-        ranks: (W, n, ...), the rows of all W ranks, in the order of the micro-batches.
+        own: Rows of this rank, of shape (n, ...); only the shape is used.
+        ranks: Rows of all W ranks, of shape (W, n, ...), in the order of the micro-batches.
         batch_size: Number of rows per micro-batch and rank.
 
     Returns:
-        The merged rows, (W * n, ...).
+        The merged rows, of shape (W * n, ...).
     """
     split = ranks.view(-1, len(own) // batch_size, batch_size, *own.shape[1:])  # (W, micro-batches, B, ...)
     return split.transpose(0, 1).flatten(0, 2)
