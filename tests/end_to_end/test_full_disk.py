@@ -77,6 +77,15 @@ def checkpoints_load(runs: Path) -> None:
         torch.load(path, weights_only=True)
 
 
+def run_interpreter(command: str, folder: Path, *flags: str, **env: str) -> Outcome:
+    """Run a command in a new interpreter, because Inductor reads its environment variables when it is imported."""
+    line = [sys.executable, "-m", f"lit_gpt_scratch.{command}", *flags]
+    done = subprocess.run(
+        line, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 def at_step_6(command: str) -> list[str]:
     """Flags that run a shell command in a run."""
     name = "--trainer.callbacks"
@@ -249,7 +258,7 @@ def test_compilers_on_temporary_disks_of_forty_sizes(
     for size in sizes(8_000_000)[eighth::8]:
         folder = disk(size)
         env = {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-        outcome = forked.run(["fit"], tmp_path, *compiled, f"--runs={tmp_path / 'runs'}", **env)
+        outcome = run_interpreter("fit", tmp_path, *compiled, f"--runs={tmp_path / 'runs'}", **env)
         assert ends_well(outcome) == "success"
         assert ("not compiled" in outcome.err) or size > 1_000_000
 
@@ -259,15 +268,15 @@ def test_broken_compiler_changes_no_bit(small: list[str], tmp_path: Path) -> Non
     flags = [flag for flag in small if "compile" not in flag]
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     runs = {name: tmp_path / name for name in ("default", "uncompiled", "required")}
-    outcome = forked.run(["fit"], tmp_path, *flags, f"--runs={runs['default']}", **broken)
+    outcome = run_interpreter("fit", tmp_path, *flags, f"--runs={runs['default']}", **broken)
     assert ends_well(outcome) == "success"
     assert outcome.err.count("not compiled, because the compiler failed") == 1
-    plain = forked.run(["fit"], tmp_path, *flags, "--model.compile=false", f"--runs={runs['uncompiled']}")
+    plain = run_interpreter("fit", tmp_path, *flags, "--model.compile=false", f"--runs={runs['uncompiled']}")
     assert plain.code == 0, plain.err
     states = [torch.load(next(runs[name].rglob("last.ckpt")), weights_only=True) for name in ("default", "uncompiled")]
     for name, weight in states[0]["state_dict"].items():
         assert torch.equal(weight, states[1]["state_dict"][name]), name
-    required = forked.run(["fit"], tmp_path, *flags, "--model.compile=true", f"--runs={runs['required']}", **broken)
+    required = run_interpreter("fit", tmp_path, *flags, "--model.compile=true", f"--runs={runs['required']}", **broken)
     assert required.code == 2
     assert "Traceback" not in required.err
     [error] = [line for line in required.err.splitlines() if line.startswith("error: ")]
@@ -279,7 +288,7 @@ def test_generation_with_a_broken_compiler_is_one_line(small: list[str], tmp_pat
     runs = tmp_path / "runs"
     assert forked.run(["fit"], tmp_path, *small, f"--runs={runs}").code == 0
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    outcome = forked.run(["generate"], tmp_path, f"--runs={runs}", "--prompt=a", "--compile", **broken)
+    outcome = run_interpreter("generate", tmp_path, f"--runs={runs}", "--prompt=a", "--compile", **broken)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
     [error] = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
