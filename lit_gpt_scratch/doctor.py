@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.doctor``: diagnose a run, check this machine, or test resuming and strategies."""
+"""``python -m lit_gpt_scratch.doctor``: diagnose a run, check or measure the machine, or test ``fit``."""
 
 from lit_gpt_scratch.cli import entrypoint
 

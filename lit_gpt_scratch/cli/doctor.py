@@ -1,4 +1,4 @@
-"""``doctor``: diagnose a run, check this machine, or test ``fit``.
+"""``doctor``: diagnose a run, check or measure this machine, or test ``fit``.
 
 One test checks that a run that was killed and resumed is identical to an uninterrupted run. The other test checks that
 all training strategies compute the same results.
@@ -14,6 +14,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 from tqdm import tqdm
 
+from lit_gpt_scratch.acceptance.scheduler import USUAL_MINUTES, AcceptanceRun
 from lit_gpt_scratch.callbacks.signal_handling import exit_on_signal
 from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
 from lit_gpt_scratch.cli.entrypoint import CommandParser
@@ -33,7 +34,10 @@ PARITY_DEFAULTS = (
     "--model.compile=false",
 )  # fmt: skip
 """Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
-OPTIONS = {"kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity"}
+OPTIONS = {
+    "kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity", "minutes": "--acceptance",
+    "out": "--acceptance", "text": "--acceptance",
+}  # fmt: skip
 """Flag that each option requires, keyed by option name."""
 
 
@@ -46,7 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "CPU in float32. With RUN: diagnose the curves of a run. With --resume: kill a run with SIGKILL at random "
         "times, resume it, and compare its last checkpoint and curves bit for bit with those of an uninterrupted run. "
         "With --parity: run the same steps in every layout of processes and micro-batches, and compare losses and "
-        "gradients.",
+        "gradients. With --acceptance: measure this machine's GPU within a time limit, from matrix products to "
+        "training, decoding and resuming, and write acceptance.json and acceptance.md after each row.",
         epilog=f"All other flags are passed to fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
         f"with --resume, and {' '.join(PARITY_DEFAULTS)} with --parity.",
     )
@@ -55,6 +60,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--resume", action="store_true", help="test that a resumed run is identical to an uninterrupted run"
     )
     tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same results")
+    tests.add_argument("--acceptance", action="store_true", help="measure and check everything on this machine's GPU")
     if not {"--resume", "--parity"} & set(args):  # with these flags, a positional word is the value of a flag of fit
         parser.add_argument(
             "run", metavar="RUN", nargs="?", type=Path, help="run folder, or any folder with TensorBoard events"
@@ -79,11 +85,20 @@ def main(args: Sequence[str] | None = None) -> None:
         default=list(LAYOUTS),
         help="layouts of processes and micro-batches to compare with a single process",
     )
+    acceptance = parser.add_argument_group("with --acceptance")
+    acceptance.add_argument("--minutes", type=float, default=USUAL_MINUTES, help="time limit of all rows together")
+    acceptance.add_argument("--out", type=Path, default=Path("acceptance"), help="folder for the reports")
+    acceptance.add_argument(
+        "--text", metavar="FILE", type=Path, help="tiny Shakespeare, for the time to nanoGPT's loss"
+    )
     given, fit_flags = parser.parse_known_args(args)
-    test = "--resume" if given.resume else "--parity" if given.parity else None
+    test = next((f"--{name}" for name in ("resume", "parity", "acceptance") if getattr(given, name)), None)
     for name, belongs_to in OPTIONS.items():
         if test != belongs_to and getattr(given, name) != parser.get_default(name):
             raise UserError(f"argument --{name} requires {belongs_to}; add {belongs_to}, or omit --{name}")
+    if test == "--acceptance":
+        _run_acceptance(given, fit_flags)
+        return
     if test is None:
         if fit_flags:
             raise UserError(f"unrecognized arguments: {' '.join(fit_flags)} (`fit` flags require --resume or --parity)")
@@ -102,6 +117,19 @@ def main(args: Sequence[str] | None = None) -> None:
         run_test = _test_parity if given.parity else _test_resume
         if not run_test(given, fit_flags, Path(folder)):
             sys.exit(1)
+
+
+def _run_acceptance(given: argparse.Namespace, fit_flags: Sequence[str]) -> None:
+    """Run the acceptance rows; exit with code 1 if a row failed."""
+    unknown = [*([str(given.run)] if given.run else []), *(["--json"] if given.json else []), *fit_flags]
+    if unknown:
+        raise UserError(f"unrecognized arguments with --acceptance: {' '.join(unknown)}; omit them")
+    from lit_gpt_scratch.acceptance.rows import ROWS  # imports everything that a row may measure
+
+    with exit_on_signal():
+        records = AcceptanceRun(ROWS, given.out, given.minutes, given.text).run()
+    if any(record["status"] == "failed" for record in records):
+        sys.exit(1)
 
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:

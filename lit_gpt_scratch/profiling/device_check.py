@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
+from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.kernels.onednn_linear import USE_ONEDNN
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -23,6 +25,8 @@ RELATIVE_TOLERANCES: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.f
 
 On GPUs, float32 matmuls may use TF32, which has a 10-bit mantissa.
 """
+FLOAT16_LOSS_SCALE: Final = 2.0**14
+"""Factor of the loss in float16, in which the gradients of the logits would otherwise underflow."""
 
 
 class DeviceComparison(NamedTuple):
@@ -86,33 +90,78 @@ def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
 
 def compare_devices() -> Iterator[DeviceComparison]:
     """Compare a training step of a small model on each device and in each dtype with the CPU in float32."""
-    expected = _training_step(torch.device("cpu"), torch.float32)
+    expected = training_step(torch.device("cpu"), torch.float32)
     for device in list_devices():
         for dtype in RELATIVE_TOLERANCES:
             if device.type == "cpu" and dtype != torch.bfloat16:
                 continue  # float32 is the reference, and CPUs cannot train in float16
             try:
-                loss, gradient = _training_step(device, dtype)
+                found = training_step(device, dtype)
             except (RuntimeError, NotImplementedError) as error:  # the device does not support the dtype
                 nan = float("nan")
                 yield DeviceComparison(device.type, dtype, nan, nan, str(error).splitlines()[0])
                 continue
-            difference = (gradient - expected[1]).norm() / expected[1].norm()
-            yield DeviceComparison(device.type, dtype, abs(loss - expected[0]) / expected[0], difference.item())
+            loss = abs(found.loss - expected.loss) / expected.loss
+            yield DeviceComparison(device.type, dtype, loss, relative_difference(found.gradient, expected.gradient))
 
 
-def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Return the loss of one batch, and its gradient as a float32 tensor of shape (n_parameters,) on the CPU."""
+class StepResult(NamedTuple):
+    """Result of a training step, in float32 on the CPU.
+
+    Attributes:
+        loss: Mean cross-entropy in nats.
+        logits: (B, T, vocab_size).
+        gradient: (n_parameters,), the gradient of the loss.
+    """
+
+    loss: float
+    logits: Tensor
+    gradient: Tensor
+
+
+def training_step(
+    device: torch.device,
+    dtype: torch.dtype,
+    config: GPTConfig = CHECK_CONFIG,
+    batch_size: int = BATCH,
+    block_size: int = BLOCK_SIZE,
+    documents: bool = False,
+    compile: bool = False,
+) -> StepResult:
+    """Compute the loss of a batch and its gradient; weights and batch depend only on the sizes.
+
+    Args:
+        device: Device that computes the step.
+        dtype: Autocast dtype; weights are in float32.
+        config: Architecture of the network.
+        batch_size: Number of sequences.
+        block_size: Number of tokens per sequence.
+        documents: Whether each sequence consists of three documents, which do not attend to each other.
+        compile: Whether to compile the blocks, as in training.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = GPT(CHECK_CONFIG, VOCAB_SIZE, BLOCK_SIZE)
-        ids = torch.randint(VOCAB_SIZE, (BATCH, BLOCK_SIZE + 1))
+        net = GPT(config, VOCAB_SIZE, block_size)
+        ids = torch.randint(VOCAB_SIZE, (batch_size, block_size + 1))
+        document_ids = torch.randint(3, (batch_size, block_size)).sort(dim=1).values if documents else None
     net, ids = net.to(device), ids.to(device)
+    if compile:
+        backend = CompilerBackend(required=True)
+        for block in net.blocks:
+            block.compile(backend=backend)
+    document_ids = None if document_ids is None else document_ids.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        nats, n_labels = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
-    (nats / n_labels).backward()  # type: ignore[no-untyped-call]  # not annotated in torch
+        logits = net(ids[:, :-1], document_ids)
+        nats, n_labels = token_cross_entropy(logits, ids[:, 1:].contiguous())
+    scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
+    (scale * nats / n_labels).backward()  # type: ignore[no-untyped-call]  # not annotated in torch
     gradient = torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
-    return (nats / n_labels).item(), gradient
+    return StepResult((nats / n_labels).item(), logits.detach().float().cpu(), gradient / scale)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference between two tensors relative to the norm of the expected tensor."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def _installed_version(library: str) -> str:

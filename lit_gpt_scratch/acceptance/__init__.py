@@ -1,0 +1,1 @@
+"""Acceptance of a machine: measurements and checks that run in separate processes within a time budget."""

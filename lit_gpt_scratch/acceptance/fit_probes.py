@@ -1,0 +1,179 @@
+"""Callbacks that acceptance rows add to ``fit``: the cost of all other callbacks, and the time to a validation loss."""
+
+import json
+import statistics
+import time
+from typing import Any, Final
+
+import lightning as L
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from typing_extensions import override
+
+from lit_gpt_scratch.acceptance.profiler_trace import STEP_MARK
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.metric_logging import MetricTap
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
+
+PROBE_FILE: Final = "probe.json"
+TRACE_FILE: Final = "probe_trace.json"
+
+
+class CallbackCost(RunDirCallback):
+    """Callback that profiles some steps, then times blocks of steps with and without all other callbacks.
+
+    It must be the first callback, so that its marks enclose the other callbacks; ``fit`` places the callbacks of
+    ``--trainer.callbacks`` first. The trace is saved as ``TRACE_FILE`` and the times as ``PROBE_FILE`` in the run
+    folder.
+
+    Args:
+        warmup: Number of steps before the profiled steps.
+        profiled: Number of profiled steps.
+        blocks: Number of timed blocks, half of them with the other callbacks; even.
+        block_steps: Number of steps per block.
+    """
+
+    def __init__(self, warmup: int = 12, profiled: int = 10, blocks: int = 6, block_steps: int = 10) -> None:
+        self.warmup, self.profiled = warmup, profiled
+        self.blocks, self.block_steps = blocks, block_steps
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        """Seconds per step of each block, keyed by whether the other callbacks ran."""
+        self._profiler: Any = None
+        self._others: list[L.Callback] = []
+        self._loggers: list[Any] = []
+        self._step_filter: Any = None
+        self._began = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of a run with this callback."""
+        return self.warmup + self.profiled + self.blocks * self.block_steps + 1
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        self._others = [callback for callback in callbacks if callback is not self]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step, last = trainer.global_step, self.warmup + self.profiled
+        if step == self.warmup:
+            self._profiler = profile(activities=_activities(pl_module.device))
+            self._profiler.start()
+        if self.warmup <= step <= last:
+            with record_function(f"{STEP_MARK}{step}"):
+                pass
+        if step == last:
+            self._profiler.stop()
+            if self.folder is not None:
+                self._profiler.export_chrome_trace(str(self.folder.path / TRACE_FILE))
+            self._profiler = None
+        if step >= last and (step - last) % self.block_steps == 0:
+            self._start_block(trainer, pl_module, (step - last) // self.block_steps)
+
+    def _start_block(self, trainer: L.Trainer, task: L.LightningModule, number: int) -> None:
+        """Record the block that has ended, and enable or disable the other callbacks for the next block."""
+        synchronize(task.device)
+        now = time.perf_counter()
+        if number == 0:
+            self._loggers = list(trainer.loggers)
+            self._step_filter = task.step_filter if isinstance(task, GPTModule) else None
+        else:
+            self.seconds[self._runs_others(number - 1)].append((now - self._began) / self.block_steps)
+        self._enable_others(trainer, task, number >= self.blocks or self._runs_others(number))
+        self._began = time.perf_counter()
+
+    @staticmethod
+    def _runs_others(number: int) -> bool:
+        return number % 4 in (0, 3)  # with, without, without, with: a drift of the clock rate affects both equally
+
+    def _enable_others(self, trainer: L.Trainer, task: L.LightningModule, enabled: bool) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        callbacks[:] = [self, *self._others] if enabled else [self]  # in place: the trainer is iterating over the list
+        if isinstance(task, GPTModule):
+            task.step_filter = self._step_filter if enabled else None
+        trainer.loggers = [logger for logger in self._loggers if enabled or not isinstance(logger, MetricTap)]
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._loggers:
+            self._enable_others(trainer, pl_module, True)
+        times = {name: self.seconds[runs] for name, runs in (("with", True), ("without", False))}
+        medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
+        _write(self, {"seconds_per_step": medians, "log_every_n_steps": _log_interval(trainer)})
+
+
+class TimeToLoss(RunDirCallback):
+    """Callback that measures the training time until the validation loss reaches a target, and then stops the run.
+
+    The clock stops during validation, sampling and saving at validations.
+
+    Args:
+        target: Validation loss in nats per token.
+    """
+
+    def __init__(self, target: float = 1.4697) -> None:
+        self.target = target
+        self.points: list[dict[str, float]] = []
+        """Step, validation loss and training time in seconds of each validation."""
+        self.seconds = 0.0
+        self.first_step_seconds = 0.0
+        self._since: float | None = None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.first_step_seconds:
+            self._stop_clock(pl_module.device)
+            self.first_step_seconds = self.seconds
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_clock(pl_module.device)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = trainer.callback_metrics["val/loss"].item()
+        self.points.append({"step": trainer.global_step, "loss": loss, "seconds": self.seconds})
+        reached = loss <= self.target
+        trainer.should_stop = trainer.should_stop or reached
+        _write(
+            self,
+            {"reached": reached, "points": self.points, "first_step_seconds": self.first_step_seconds},
+        )
+
+    def _stop_clock(self, device: torch.device) -> None:
+        if self._since is not None:
+            synchronize(device)
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished all submitted work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def _log_interval(trainer: L.Trainer) -> int:
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
+    return interval
+
+
+def _write(callback: RunDirCallback, content: dict[str, Any]) -> None:
+    if callback.folder is not None:
+        callback.folder.write_text(PROBE_FILE, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,178 @@
+"""Rows that run ``fit`` as a user would: precisions, compilation, resuming, time to a loss, RL, cost of callbacks."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lit_gpt_scratch.acceptance.fit_probes import PROBE_FILE, TRACE_FILE, CallbackCost
+from lit_gpt_scratch.acceptance.profiler_trace import COPY_TO_HOST, READ_SCALAR, count_by_step, read_trace
+from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
+from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.schema import read_json
+
+EXPERIMENT: Final = "acceptance"
+SMALL_SOURCE: Final = Path(__file__).parents[1] / "diagnostics"
+"""A small text that every installation has: the modules of one of this package's folders."""
+SMALL_DATA: Final = (
+    f"--data.source={SMALL_SOURCE}", "--data.vocab_size=300", "--data.block_size=32", "--data.batch_size=4",
+    "--data.validation_share=0.2",
+)  # fmt: skip
+SMALL_NETWORK: Final = ("--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=32")
+SMALL_FIT: Final = (*SMALL_DATA, *SMALL_NETWORK, "--model.compile=false", "--trainer.log_every_n_steps=2")
+"""Flags for a run that takes about a second on a CPU."""
+PROBES: Final = "lit_gpt_scratch.acceptance.fit_probes"
+TIME_SHARES: Final = ("data", "generation", "forward", "backward", "optimizer", "rest")
+
+
+def measure_fit(context: RowContext, flags: Sequence[str]) -> Iterator[Values]:
+    """Run ``fit``, and yield its speed, losses, memory, and the share of each phase in the time of a step.
+
+    Raises:
+        RowFailed: ``fit`` failed, or the final training loss is not finite.
+    """
+    summary, seconds = run_fit(context, *flags)
+    yield {"process s": seconds}
+    yield from describe_summary(summary)
+    if summary.get("train/loss") is None:
+        raise RowFailed("the training loss is not finite")
+
+
+def describe_summary(summary: dict[str, Any]) -> Iterator[Values]:
+    """Yield the values of a run's ``summary.json`` that the acceptance table shows."""
+    throughput = summary.get("throughput") or {}
+    yield {
+        "steps": summary["step"],
+        "training s": summary["seconds"],
+        "tokens/s": summary["tokens_per_second"],
+        "train loss": summary.get("train/loss"),
+        "val loss": summary.get("val/loss"),
+        "peak memory GB": throughput.get("peak_memory_gigabytes"),
+    }
+    yield {f"MFU of {peak} peak": share for peak, share in (throughput.get("model_flops_utilisation") or {}).items()}
+    yield {f"{phase} share": throughput[phase] for phase in TIME_SHARES if throughput.get(phase)}
+
+
+def measure_resume(context: RowContext, flags: Sequence[str], kills: int, seed: int = 0) -> Iterator[Values]:
+    """Kill ``fit`` with SIGKILL at random moments, resume it, and compare its checkpoints and curves bit by bit.
+
+    Raises:
+        RowFailed: A bit or a point of a curve differs.
+    """
+    folder = context.scratch / "resume"
+    report = ResumeStressTest([*flags, *_common_flags(context)], folder, seed).run(kills)
+    yield {"kills": report.kills.total(), "bits compared": report.bits, "values that differ": len(report.differences)}
+    if report.differences:
+        raise RowFailed(str(report))
+
+
+def measure_time_to_loss(context: RowContext, flags: Sequence[str], target: float) -> Iterator[Values]:
+    """Train on the user's text until the validation loss reaches a target, and yield the training time.
+
+    Args:
+        context: Where the row runs; ``context.text`` must be set.
+        flags: Flags of ``fit``.
+        target: Validation loss in nats per token.
+
+    Raises:
+        RowFailed: The run ended above the target.
+    """
+    probe = f"--trainer.callbacks={PROBES}.TimeToLoss"
+    run = start_fit(context, f"--data.source={context.text}", *flags, probe, f"{probe.split('=')[0]}.target={target}")
+    found = read_json(run.path / PROBE_FILE, dict[str, Any])
+    point = found["points"][-1]
+    yield {
+        "training s": point["seconds"],
+        "training s without first step": point["seconds"] - found["first_step_seconds"],
+        "steps": point["step"],
+        "val loss": point["loss"],
+    }
+    if not found["reached"]:
+        best = min(each["loss"] for each in found["points"])
+        raise RowFailed(f"the validation loss did not reach {target}; the lowest was {best:.4f}")
+
+
+def measure_callback_cost(
+    context: RowContext, flags: Sequence[str], warmup: int, profiled: int, blocks: int, block_steps: int
+) -> Iterator[Values]:
+    """Yield the share of the default callbacks in the time of a step, and the synchronizations per step.
+
+    Args:
+        context: Where the row runs.
+        flags: Flags of ``fit``.
+        warmup: See ``CallbackCost``.
+        profiled: See ``CallbackCost``.
+        blocks: See ``CallbackCost``.
+        block_steps: See ``CallbackCost``.
+    """
+    sizes = {"warmup": warmup, "profiled": profiled, "blocks": blocks, "block_steps": block_steps}
+    probe = f"--trainer.callbacks={PROBES}.CallbackCost"
+    settings = [f"--trainer.callbacks.{name}={value}" for name, value in sizes.items()]
+    run = start_fit(context, probe, *settings, *flags, f"--trainer.max_steps={CallbackCost(**sizes).steps}")
+    found = read_json(run.path / PROBE_FILE, dict[str, Any])
+    with_them, without = (found["seconds_per_step"][name] for name in ("with", "without"))
+    yield {
+        "ms per step": 1000 * with_them,
+        "ms per step without callbacks": 1000 * without,
+        "share of callbacks": (with_them - without) / with_them,
+    }
+    yield from describe_synchronizations(run.path / TRACE_FILE, found["log_every_n_steps"])
+
+
+def describe_synchronizations(trace: Path, log_every_n_steps: int) -> Iterator[Values]:
+    """Yield the number of synchronizations and of copies to the host, in ordinary steps and in logged steps.
+
+    Args:
+        trace: Trace of a run with ``CallbackCost``.
+        log_every_n_steps: Interval of logged steps. The step before each of its multiples is logged.
+    """
+    counts = count_by_step(read_trace(trace))
+    kinds = {
+        "ordinary": [found for step, found in counts.items() if (step + 1) % log_every_n_steps],
+        "logged": [found for step, found in counts.items() if not (step + 1) % log_every_n_steps],
+    }
+    for kind, steps in kinds.items():
+        for label, names in {
+            "cudaStreamSynchronize": ["cudaStreamSynchronize"],
+            "other synchronizations": ["cudaDeviceSynchronize", "cudaEventSynchronize"],
+            "item()": [READ_SCALAR],
+            "copies to host": [COPY_TO_HOST],
+        }.items():
+            if steps:
+                yield {f"{label} per {kind} step": sum(found[name] for found in steps for name in names) / len(steps)}
+
+
+# Runs
+
+
+def run_fit(context: RowContext, *flags: str) -> tuple[dict[str, Any], float]:
+    """Run ``fit``; return its ``summary.json`` and the duration of the process in seconds."""
+    began = time.monotonic()
+    run = start_fit(context, *flags)
+    return read_json(run.path / "summary.json", dict[str, Any]), time.monotonic() - began
+
+
+def start_fit(context: RowContext, *flags: str) -> RunFolder:
+    """Run ``fit`` in a new process and wait for it; return the folder of its run.
+
+    Raises:
+        RowFailed: ``fit`` failed; the message is its last line.
+    """
+    runs = context.scratch / "runs" / str(time.monotonic_ns())
+    command = [sys.executable, "-m", "lit_gpt_scratch.fit", f"--runs={runs}", f"--experiment={EXPERIMENT}"]
+    done = subprocess.run(
+        [*command, *_common_flags(context), *flags], stdout=sys.stdout, stderr=subprocess.PIPE, text=True
+    )
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+        raise RowFailed(f"fit failed with exit code {done.returncode}: {lines[-1]}")
+    return RunFolder(runs / EXPERIMENT / "version_0")
+
+
+def _common_flags(context: RowContext) -> list[str]:
+    """Return the flags for the device, and for the cache of token stores, which the rows share."""
+    return [f"--trainer.accelerator={'gpu' if context.on_cuda else 'cpu'}", f"--data.cache={context.scratch / 'cache'}"]

@@ -1,0 +1,183 @@
+"""Run a row in a process of its own, so that a crash, a full GPU memory or a hang costs only this row."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Final
+
+from typing_extensions import TypedDict
+
+from lit_gpt_scratch.acceptance.row import (
+    AcceptanceRow,
+    RowContext,
+    RowFailed,
+    RowRecord,
+    RowSkipped,
+    Status,
+    Values,
+    plain_values,
+)
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.schema import read_json
+from lit_gpt_scratch.terminal_output import quote_short
+from lit_gpt_scratch.text.atomic_files import write_atomically
+
+START_METHOD: Final = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""With ``forkserver``, the rows are forked from a process that has imported the libraries, but used no device."""
+PRELOADED: Final = ("lit_gpt_scratch.acceptance.rows",)
+KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
+EXIT_GRACE_SECONDS: Final = 3.0
+"""Number of seconds that a row has to end its own processes after SIGTERM, before it is killed."""
+REASON_LENGTH: Final = 300
+"""Maximum number of characters of a reason."""
+
+
+class _Progress(TypedDict):
+    """What the process of a row has written so far; ``status`` is empty until the row ends."""
+
+    status: str
+    reason: str
+    values: dict[str, Any]
+
+
+def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) -> RowRecord:
+    """Run a row in a new process, and kill the process and its children at the deadline.
+
+    Args:
+        row: The row; ``row.measure`` must be importable by its name.
+        context: Where the row runs.
+        seconds: Maximum duration in seconds, including the start of the process.
+        log: File for the output of the process.
+
+    Returns:
+        The record of the row, with the values that it had yielded when it ended or was killed.
+    """
+    began = time.monotonic()
+    progress_path = context.scratch / f"{log.stem}.json"
+    processes = multiprocessing.get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        processes.set_forkserver_preload(list(PRELOADED))
+    process = processes.Process(
+        target=_measure, args=(row.measure, context, row.sizes_on(context.device), progress_path, log), name=row.name
+    )
+    process.start()
+    try:
+        process.join(max(0.0, seconds))
+        in_time = not process.is_alive()
+    finally:
+        _kill(process)
+    found = _read_progress(progress_path)
+    if found["status"]:
+        status, reason = _checked_status(found["status"]), found["reason"]
+    elif in_time:
+        status, reason = "failed", _describe_exit(process.exitcode, log)
+    else:
+        status, reason = "out of time", f"stopped after {seconds:.0f} s"
+    return RowRecord(
+        row=row.name, status=status, reason=reason, seconds=round(time.monotonic() - began, 2), values=found["values"]
+    )
+
+
+def _checked_status(status: str) -> Status:
+    if status == "ok" or status == "failed" or status == "skipped":
+        return status
+    raise ValueError(f"unknown status {status}")
+
+
+def _kill(process: Any) -> None:
+    """End the process and its children: first with SIGTERM, so that it can end processes in groups of their own."""
+    if process.is_alive():
+        process.terminate()
+        process.join(EXIT_GRACE_SECONDS)
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):  # no process is left in its group
+            os.killpg(process.pid, KILL_SIGNAL)  # also children that have outlived the row
+    if process.is_alive():
+        process.kill()
+    process.join()
+
+
+def _read_progress(path: Path) -> _Progress:
+    try:
+        return read_json(path, _Progress)
+    except (OSError, ValueError):  # the process ended before its first value
+        return _Progress(status="", reason="", values={})
+
+
+def _describe_exit(code: int | None, log: Path) -> str:
+    """Describe a process that ended without a result: its signal or exit code, and the last line of its output."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = f": {quote_short(lines[-1], REASON_LENGTH)}" if lines else ""
+    if code is not None and code < 0:
+        return f"the process was killed by {signal.Signals(-code).name}{last}"
+    return f"the process ended with exit code {code}{last}"
+
+
+# In the process of the row
+
+
+def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, Any], path: Path, log: Path) -> None:
+    """Run a row in this process, and write its progress after each group of values."""
+    _lead_process_group()
+    _redirect_output(log)
+    signal.signal(signal.SIGTERM, _exit)
+    values: Values = {}
+
+    def write(status: str, reason: str = "") -> None:
+        progress = _Progress(status=status, reason=quote_short(reason, REASON_LENGTH), values=plain_values(values))
+        write_atomically(path, json.dumps(progress))
+
+    try:
+        for found in measure(context, **sizes):
+            values |= found
+            write("")
+        write("ok")
+    except RowSkipped as reason:
+        write("skipped", str(reason))
+    except (RowFailed, UserError) as reason:
+        traceback.print_exc()
+        write("failed", str(reason))
+    except Exception as error:
+        traceback.print_exc()
+        first_line = next(iter(str(error).splitlines()), "")
+        write("failed", f"{type(error).__name__}: {first_line}")
+
+
+def _lead_process_group() -> None:
+    """Make this process the leader of a group, and kill the group if the process that started it is killed."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpid(), KILL_SIGNAL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _redirect_output(log: Path) -> None:
+    """Send the output of this process and its children to a file, because the terminal shows the table."""
+    with log.open("wb") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
+
+
+def _exit(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)

@@ -1,0 +1,101 @@
+"""Run the rows of the acceptance table one after another until the time is used up, and report each when it ends."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from lit_gpt_scratch.acceptance.acceptance_report import HEADER, count_statuses, format_row, write_report
+from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowRecord
+from lit_gpt_scratch.acceptance.row_process import EXIT_GRACE_SECONDS, run_row
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.atomic_files import remove_unfinished
+
+USUAL_MINUTES: Final = 10.0
+"""Duration for which the time limits in the table are set."""
+MIN_ROW_SECONDS: Final = EXIT_GRACE_SECONDS + 2.0
+"""A row is not started if less time than this is left."""
+MAX_MINUTES: Final = 24 * 60.0
+
+
+@dataclass
+class AcceptanceRun:
+    """A run of the acceptance rows.
+
+    Args:
+        rows: The rows, the most valuable first.
+        out: Folder for the reports and for files that rows keep.
+        minutes: Time limit of the whole run.
+        text: Text of tiny Shakespeare, if the user gave one.
+        device: Device to measure; by default, the first CUDA GPU or, if there is none, the CPU.
+
+    Raises:
+        UserError: The time limit is not positive, the text is missing, or the folder is not writable.
+    """
+
+    rows: Sequence[AcceptanceRow]
+    out: Path
+    minutes: float = USUAL_MINUTES
+    text: Path | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= MAX_MINUTES:
+            raise UserError(f"argument --minutes is {self.minutes:g}; it must be above 0 and at most {MAX_MINUTES:g}")
+        if self.text is not None and not self.text.is_file():
+            raise UserError(f"argument --text: {self.text} is not a file; pass the text of tiny Shakespeare")
+        if self.device is None:
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.began = time.monotonic()
+        self.records: list[RowRecord] = []
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.out)  # of a run that was killed
+            self._write_report()
+        except OSError as error:
+            raise UserError(
+                f"argument --out: cannot write to {self.out} ({error.strerror}); use another folder"
+            ) from error
+
+    def run(self) -> list[RowRecord]:
+        """Run all rows, print each when it ends, and rewrite the reports after it; return the records."""
+        assert self.device is not None
+        print(HEADER, flush=True)
+        with tempfile.TemporaryDirectory(prefix="acceptance-", ignore_cleanup_errors=True) as scratch:
+            text = self.text.resolve() if self.text else None
+            context = RowContext(self.device, self.out.resolve(), Path(scratch), text)
+            for row in self.rows:
+                self.records.append(self._run_row(row, context))
+                print(format_row(self.records[-1]), flush=True)
+                self._write_report()
+        print(f"{count_statuses(self.records)}; {self.seconds:.0f} s; reports in {self.out}", flush=True)
+        return self.records
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run."""
+        return time.monotonic() - self.began
+
+    def _run_row(self, row: AcceptanceRow, context: RowContext) -> RowRecord:
+        record = RowRecord(row=row.name, status="skipped", reason="", seconds=0.0, values={})
+        if reason := row.reason_to_skip(context):
+            return RowRecord({**record, "reason": reason})
+        left = 60 * self.minutes - self.seconds
+        if left < MIN_ROW_SECONDS:
+            return RowRecord({**record, "status": "out of time", "reason": "not started"})
+        limit = min(left - EXIT_GRACE_SECONDS, row.seconds * self.minutes / USUAL_MINUTES)
+        logs = self.out / "logs"
+        logs.mkdir(exist_ok=True)
+        return run_row(row, context, limit, logs / f"{_file_name(row.name)}.log")
+
+    def _write_report(self) -> None:
+        facts = {"torch": torch.__version__, "device": str(self.device), "minutes": self.minutes}
+        write_report(self.out, {**facts, "seconds": round(self.seconds, 1)}, self.records)
+
+
+def _file_name(row: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in row)
