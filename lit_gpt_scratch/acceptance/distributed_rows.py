@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 
 from lit_gpt_scratch.acceptance.fit_rows import run_fit
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values

@@ -58,13 +58,12 @@ def time_by_kind(events: Sequence[Event]) -> dict[str, float]:
 
 def longest_events(events: Sequence[Event], count: int) -> list[tuple[str, float, int]]:
     """Return the kernels that take most time in total: name, seconds and number of calls of each."""
-    seconds: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
+    durations: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") in DEVICE_CATEGORIES:
-            seconds[event["name"]] += float(event["dur"]) / 1e6
-            calls[event["name"]] += 1
-    return [(name, taken, calls[name]) for name, taken in seconds.most_common(count)]
+            durations[event["name"]].append(float(event["dur"]) / 1e6)
+    totals = [(name, sum(seconds), len(seconds)) for name, seconds in durations.items()]
+    return sorted(totals, key=lambda total: -total[1])[:count]
 
 
 def count_by_step(events: Sequence[Event]) -> dict[int, Counter[str]]:

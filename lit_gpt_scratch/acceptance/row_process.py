@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from typing_extensions import TypedDict
 
@@ -33,7 +33,8 @@ from lit_gpt_scratch.text.atomic_files import write_atomically
 
 START_METHOD: Final = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 """With ``forkserver``, the rows are forked from a process that has imported the libraries, but used no device."""
-PRELOADED: Final = ("lit_gpt_scratch.acceptance.rows",)
+PRELOADED: Final = ("lit_gpt_scratch.acceptance.rows", "lit_gpt_scratch.cli.fit", "lit_gpt_scratch.data")
+"""Modules that the rows need; ``fit`` is named here, not imported, because commands may import this package."""
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 EXIT_GRACE_SECONDS: Final = 3.0
 """Number of seconds that a row has to end its own processes after SIGTERM, before it is killed."""
@@ -41,10 +42,13 @@ REASON_LENGTH: Final = 300
 """Maximum number of characters of a reason."""
 
 
+_End: TypeAlias = Literal["", "ok", "failed", "skipped"]
+
+
 class _Progress(TypedDict):
     """What the process of a row has written so far; ``status`` is empty until the row ends."""
 
-    status: str
+    status: _End
     reason: str
     values: dict[str, Any]
 
@@ -63,7 +67,7 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     """
     began = time.monotonic()
     progress_path = context.scratch / f"{log.stem}.json"
-    processes = multiprocessing.get_context(START_METHOD)
+    processes: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         processes.set_forkserver_preload(list(PRELOADED))
     process = processes.Process(
@@ -76,21 +80,13 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     finally:
         _kill(process)
     found = _read_progress(progress_path)
-    if found["status"]:
-        status, reason = _checked_status(found["status"]), found["reason"]
-    elif in_time:
-        status, reason = "failed", _describe_exit(process.exitcode, log)
-    else:
-        status, reason = "out of time", f"stopped after {seconds:.0f} s"
+    status: Status = found["status"] or ("failed" if in_time else "out of time")
+    reason = found["reason"]
+    if not found["status"]:
+        reason = _describe_exit(process.exitcode, log) if in_time else f"stopped after {seconds:.0f} s"
     return RowRecord(
         row=row.name, status=status, reason=reason, seconds=round(time.monotonic() - began, 2), values=found["values"]
     )
-
-
-def _checked_status(status: str) -> Status:
-    if status == "ok" or status == "failed" or status == "skipped":
-        return status
-    raise ValueError(f"unknown status {status}")
 
 
 def _kill(process: Any) -> None:
@@ -132,7 +128,7 @@ def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, 
     signal.signal(signal.SIGTERM, _exit)
     values: Values = {}
 
-    def write(status: str, reason: str = "") -> None:
+    def write(status: _End, reason: str = "") -> None:
         progress = _Progress(status=status, reason=quote_short(reason, REASON_LENGTH), values=plain_values(values))
         write_atomically(path, json.dumps(progress))
 

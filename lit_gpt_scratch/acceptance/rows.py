@@ -99,7 +99,7 @@ def decoding(name: str, seconds: float, compile: bool, **sizes: Any) -> Acceptan
         "config": GPT2, "vocab_size": GPT2_VOCABULARY, "block_size": 1024, "rows": (1, 64), "new_tokens": 128,
         "compile": compile, **sizes,
     }  # fmt: skip
-    small = {"config": TINY, "vocab_size": 300, "block_size": 32, "rows": (1, 2), "new_tokens": 8}
+    small = {"config": TINY, "vocab_size": 300, "block_size": 32, "rows": (1,) if compile else (1, 2), "new_tokens": 8}
     return AcceptanceRow(name, measure_decoding, seconds, full, small, (cuda,) if sizes.get("cuda_graphs") else ())
 
 
@@ -142,7 +142,7 @@ ROWS: Final = (
         {"flags": (*SMALL_FIT, "--trainer.max_steps=12", "--checkpoint.every_n_steps=2"), "kills": 1}, (FIT,),
     ),
     utilization("350M", 1024, 100),
-    fit_row("fit, compiled with the loss", 60, "--model.compile=true", on_cpu=("--model.compile=true",)),
+    fit_row("fit, compiled with the loss", 90, "--model.compile=true", on_cpu=("--model.compile=true",)),
     fit_row("fit, fp16 with a gradient scaler", 60, "--trainer.precision=16-mixed", cuda_only=True),
     AcceptanceRow(
         "FSDP2, one process", measure_fsdp2, 60, {"flags": ("--trainer.max_steps=30",), "devices": 1},
@@ -150,10 +150,11 @@ ROWS: Final = (
     ),
     AcceptanceRow(
         "PPO, generation share", measure_fit, 80,
-        {"flags": (*PPO_TASK, *PPO_SETTINGS, "--trainer.max_steps=16", "--data.batch_size=64")},
+        {"flags": (*PPO_TASK, *PPO_SETTINGS, "--trainer.max_steps=25", "--data.batch_size=64")},
         {"flags": (
             *PPO_TASK, *PPO_SETTINGS, *SMALL_NETWORK, "--model.compile=false", "--data.vocab_size=300",
-            "--data.reply_tokens=6", "--data.batch_size=4", "--trainer.max_steps=4", "--trainer.log_every_n_steps=2",
+            "--data.reply_tokens=6", "--data.batch_size=4", "--trainer.max_steps=6", "--trainer.log_every_n_steps=2",
+            "--model.steps_per_phase=1",
         )}, (FIT,),
     ),
     callback_cost("act", 60),

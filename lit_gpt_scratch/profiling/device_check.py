@@ -161,7 +161,7 @@ def training_step(
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference between two tensors relative to the norm of the expected tensor."""
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 def _installed_version(library: str) -> str:

@@ -1,0 +1,139 @@
+"""Every row of the table: its arguments on both kinds of device, its flags, and a tiny run on the CPU."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt_scratch.acceptance.decoding_rows import measure_decoding
+from lit_gpt_scratch.acceptance.fit_rows import measure_fit
+from lit_gpt_scratch.acceptance.hardware_rows import describe_hardware
+from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowFailed, RowSkipped, Values
+from lit_gpt_scratch.acceptance.row_process import run_row
+from lit_gpt_scratch.acceptance.rows import GPT2_VOCABULARY, ROWS, SIZES
+from lit_gpt_scratch.cli.fit import FitCLI
+from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS
+from lit_gpt_scratch.model import GPT
+from tests.acceptance.simulated_gpu import context_in
+
+ROOT = Path(__file__).parents[2]
+DEVICES = [torch.device("cpu"), torch.device("cuda")]
+FIT_ROWS = [row for row in ROWS if "flags" in row.sizes]
+
+
+def distinct_on_cpu() -> list[AcceptanceRow]:
+    """Rows that run without another process, once per function and arguments on a CPU; compiling is slow."""
+    found: dict[str, AcceptanceRow] = {}
+    for row in ROWS:
+        compiles = row.sizes.get("compile") or row.name == "all-reduce, two processes"
+        if row not in FIT_ROWS and not compiles and not (row.measure is measure_decoding and not row.sizes):
+            found.setdefault(f"{row.measure.__name__} {row.sizes_on(DEVICES[0])}", row)
+    return list(found.values())
+
+
+def runs_on_cpu(row: AcceptanceRow, folder: Path) -> bool:
+    return row.reason_to_skip(context_in(folder)) is None
+
+
+def test_names_are_unique_and_every_subject_has_a_row() -> None:
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    for subject in ("machine", "peak", "network", "fit", "MFU", "profile", "tiny Shakespeare", "decoding", "FSDP2",
+                    "all-reduce", "PPO", "callbacks", "resume"):  # fmt: skip
+        assert any(name.startswith(subject) for name in names), subject
+    assert len({re.sub(r"[^\w]", "-", name) for name in names}) == len(names)  # names of log files
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_sizes_are_arguments_of_the_function(row: AcceptanceRow, device: torch.device, tmp_path: Path) -> None:
+    if not row.sizes:
+        assert row.reason_to_skip(context_in(tmp_path)) or row.measure is describe_hardware
+        return
+    context = RowContext(device, tmp_path, tmp_path)
+    inspect.signature(row.measure).bind(context, **row.sizes_on(device))
+    assert row.seconds > 0
+
+
+def test_parameters_of_the_measured_networks() -> None:
+    """124M, 350M and 1.3B by hand: 12 * n_layer * n_embd ** 2, the token table and the positions."""
+    for name, expected in {"124M": 124e6, "350M": 355e6, "1.3B": 1.31e9}.items():
+        with torch.device("meta"):
+            net = GPT(SIZES[name], GPT2_VOCABULARY, 1024)
+        n, config = sum(p.numel() for p in net.parameters()), SIZES[name]
+        by_hand = 12 * config.n_layer * config.n_embd**2 + (50_304 + 1024) * config.n_embd
+        assert n == pytest.approx(by_hand, rel=2e-3)
+        assert n == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("row", FIT_ROWS, ids=lambda row: row.name)
+def test_flags_on_a_gpu_are_valid(row: AcceptanceRow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The parser accepts the flags of each row; the device is not used yet."""
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in row.sizes["flags"] if not flag.startswith("--trainer.accelerator")]
+    monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
+    cli = FitCLI([*flags, f"--data.source={ROOT / 'README.md'}"] if "--data=Prompts" not in flags else flags)
+    assert cli.config.trainer.max_steps > 0 or row.name.startswith("callbacks")
+
+
+def test_layouts_of_the_parity_row_exist() -> None:
+    row = next(row for row in ROWS if row.name == "layouts on two GPUs")
+    assert set(row.sizes["layouts"]) <= set(LAYOUTS)
+    assert set(row.sizes["cases"]) <= set(ARITHMETIC_CASES)
+
+
+@pytest.mark.parametrize("row", distinct_on_cpu(), ids=lambda row: row.name)
+def test_row_runs_on_a_cpu(row: AcceptanceRow, tmp_path: Path) -> None:
+    """Rows that require a GPU run, too, as far as the CPU has their kernels."""
+    values: Values = {}
+    try:
+        for found in row.measure(context_in(tmp_path), **row.sizes_on(torch.device("cpu"))):
+            values |= found
+    except (RowFailed, RowSkipped):
+        assert not runs_on_cpu(row, tmp_path)
+    assert values
+    json.dumps(values)
+
+
+def test_fit_rows_run_on_a_cpu(tmp_path: Path) -> None:
+    """The most important row of ``fit``, in a process as in a run; the slow test runs them all."""
+    row = next(row for row in ROWS if row.name == "fit, bf16-mixed")
+    found = run_row(row, context_in(tmp_path), 120, tmp_path / "fit.log")
+    assert (found["status"], found["reason"]) == ("ok", "")
+    assert found["values"]["steps"] == 6
+    assert found["values"]["tokens/s"] > 0
+    assert 5 < found["values"]["train loss"] < 6
+
+
+def test_mistake_in_a_flag_fails_the_row(tmp_path: Path) -> None:
+    row = AcceptanceRow("fit", measure_fit, 120, {"flags": ("--trainer.max_steps=1", "--data.block_size=0")})
+    found = run_row(row, context_in(tmp_path), 120, tmp_path / "fit.log")
+    assert found["status"] == "failed"
+    assert found["reason"].startswith("fit failed with exit code 2")
+    assert "block_size is 0" in found["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_command_on_a_cpu(tmp_path: Path) -> None:
+    """The whole command: all rows that can run do, the others state why not."""
+    (tmp_path / "text.txt").write_text("".join(f"line {n} of a text\n" for n in range(4000)), encoding="utf-8")
+    command = [sys.executable, "-m", "lit_gpt_scratch.doctor", "--acceptance", "--text=text.txt", "--out=out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    records = json.loads((tmp_path / "out" / "acceptance.json").read_text(encoding="utf-8"))["rows"]
+    assert [record["row"] for record in records] == [row.name for row in ROWS]
+    context = replace(context_in(tmp_path), text=tmp_path / "text.txt")
+    for record, row in zip(records, ROWS, strict=True):
+        reason = row.reason_to_skip(context)
+        assert (record["status"], record["reason"]) == (("skipped", reason) if reason else ("ok", "")), record
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "training_trace.json.gz").is_file()
