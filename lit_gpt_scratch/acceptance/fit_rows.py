@@ -177,4 +177,6 @@ def start_fit(context: RowContext, *flags: str) -> RunFolder:
 
 def _common_flags(context: RowContext) -> list[str]:
     """Return the flags for the device, and for the cache of token stores, which the rows share."""
-    return [f"--trainer.accelerator={'gpu' if context.on_cuda else 'cpu'}", f"--data.cache={context.scratch / 'cache'}"]
+    accelerator = "gpu" if context.on_cuda else "cpu"
+    cache = context.scratch / "cache"
+    return [f"--trainer.accelerator={accelerator}", "--trainer.devices=1", f"--data.cache={cache}"]

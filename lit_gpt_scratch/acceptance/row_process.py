@@ -35,6 +35,8 @@ START_METHOD: Final = "forkserver" if "forkserver" in multiprocessing.get_all_st
 """With ``forkserver``, the rows are forked from a process that has imported the libraries, but used no device."""
 PRELOADED: Final = ("lit_gpt_scratch.acceptance.rows", "lit_gpt_scratch.cli.fit", "lit_gpt_scratch.data")
 """Modules that the rows need; ``fit`` is named here, not imported, because commands may import this package."""
+FORK_SAFE_CUDA_CHECK: Final = ("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+"""Variable with which ``torch.cuda.is_available`` does not initialize CUDA, which cannot be used after a fork then."""
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 EXIT_GRACE_SECONDS: Final = 3.0
 """Number of seconds that a row has to end its own processes after SIGTERM, before it is killed."""
@@ -69,6 +71,7 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     progress_path = context.scratch / f"{log.stem}.json"
     processes: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
+        os.environ.setdefault(*FORK_SAFE_CUDA_CHECK)
         processes.set_forkserver_preload(list(PRELOADED))
     process = processes.Process(
         target=_measure, args=(row.measure, context, row.sizes_on(context.device), progress_path, log), name=row.name

@@ -35,7 +35,7 @@ SIZES: Final = {
     "350M": replace(PRESETS["gpt2_350m"], vocab_multiple=64),
     "1.3B": replace(GPT2, n_layer=24, n_head=16, n_embd=2048),  # GPT-3 XL with 16 heads of 128
 }
-FIRST_MICRO_BATCH: Final = {"124M": 16, "350M": 8, "1.3B": 4}
+FIRST_MICRO_BATCH: Final = {"124M": 32, "350M": 16, "1.3B": 8}
 """First micro-batch of the search at 1,024 tokens; half as many sequences at 2,048 tokens."""
 GPT2_VOCABULARY: Final = 50_257
 TINY: Final = GPTConfig(n_layer=1, n_head=2, n_embd=32)
@@ -45,6 +45,9 @@ TINY_SHAPE: Final = TrainingShape(TINY, vocab_size=300, block_size=32, compile=F
 
 DETERMINISTIC: Final = ("--trainer.deterministic=warn",)
 """On a GPU, the backward pass of attention adds in an order that varies, unless PyTorch is told not to."""
+FIT_124M: Final = (
+    "--preset=gpt2_124m", "--data.block_size=1024", "--data.batch_size=16", "--trainer.limit_val_batches=0",
+)  # fmt: skip
 PPO_TASK: Final = ("--model=PPO", "--data=Prompts")
 """The classes must precede their arguments."""
 PPO_SETTINGS: Final = (
@@ -105,7 +108,7 @@ def decoding(name: str, seconds: float, compile: bool, **sizes: Any) -> Acceptan
 
 def callback_cost(guard: str, seconds: float) -> AcceptanceRow:
     """Return a row that measures the default callbacks with a mode of the guard."""
-    full = {"warmup": 12, "profiled": 20, "blocks": 8, "block_steps": 20, "flags": (f"--guard={guard}",)}
+    full = {"warmup": 12, "profiled": 20, "blocks": 8, "block_steps": 20, "flags": (*FIT_124M, f"--guard={guard}")}
     small = {"warmup": 2, "profiled": 4, "blocks": 4, "block_steps": 2, "flags": (*SMALL_FIT, f"--guard={guard}")}
     return AcceptanceRow(f"callbacks, guard {guard}", measure_callback_cost, seconds, full, small, (FIT,))
 
@@ -136,14 +139,15 @@ ROWS: Final = (
         "tiny Shakespeare, not compiled", measure_time_to_loss, 60,
         {"flags": (*SHAKESPEARE, "--model.compile=false"), "target": SHAKESPEARE_LOSS}, {}, (text, cuda, FIT),
     ),
+    fit_row("fit, fp16 with a gradient scaler", 60, "--trainer.precision=16-mixed", cuda_only=True),
     AcceptanceRow(
         "resume after kills, bits", measure_resume, 100,
         {"flags": (*DETERMINISTIC, "--trainer.max_steps=100", "--checkpoint.every_n_steps=10"), "kills": 2},
         {"flags": (*SMALL_FIT, "--trainer.max_steps=12", "--checkpoint.every_n_steps=2"), "kills": 1}, (FIT,),
     ),
-    utilization("350M", 1024, 100),
+    callback_cost("act", 60),
     fit_row("fit, compiled with the loss", 90, "--model.compile=true", on_cpu=("--model.compile=true",)),
-    fit_row("fit, fp16 with a gradient scaler", 60, "--trainer.precision=16-mixed", cuda_only=True),
+    utilization("350M", 1024, 100),
     AcceptanceRow(
         "FSDP2, one process", measure_fsdp2, 60, {"flags": ("--trainer.max_steps=30",), "devices": 1},
         {"flags": (*SMALL_FIT, "--trainer.max_steps=4")}, (FIT,),
@@ -157,7 +161,6 @@ ROWS: Final = (
             "--model.steps_per_phase=1",
         )}, (FIT,),
     ),
-    callback_cost("act", 60),
     decoding("decoding, bf16, not compiled", 40, compile=False),
     decoding("decoding, bf16, CUDA graphs", 60, compile=True, cuda_graphs=True),
     AcceptanceRow("decoding, int8", measure_decoding, 60, requires=(int8_weights,)),

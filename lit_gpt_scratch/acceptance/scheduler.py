@@ -13,12 +13,14 @@ from lit_gpt_scratch.acceptance.acceptance_report import HEADER, count_statuses,
 from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowRecord
 from lit_gpt_scratch.acceptance.row_process import EXIT_GRACE_SECONDS, run_row
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.atomic_files import remove_unfinished
+from lit_gpt_scratch.text.atomic_files import remove_unfinished, write_atomically
 
 USUAL_MINUTES: Final = 10.0
 """Duration for which the time limits in the table are set."""
 MIN_ROW_SECONDS: Final = EXIT_GRACE_SECONDS + 2.0
 """A row is not started if less time than this is left."""
+LOG_FILE: Final = "acceptance.log"
+"""File for the output of all rows, for example of ``fit``."""
 MAX_MINUTES: Final = 24 * 60.0
 
 
@@ -56,6 +58,7 @@ class AcceptanceRun:
             self.out.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.out)  # of a run that was killed
             self._write_report()
+            write_atomically(self.out / LOG_FILE, "")
         except OSError as error:
             raise UserError(
                 f"argument --out: cannot write to {self.out} ({error.strerror}); use another folder"
@@ -88,9 +91,11 @@ class AcceptanceRun:
         if left < MIN_ROW_SECONDS:
             return RowRecord({**record, "status": "out of time", "reason": "not started"})
         limit = min(left - EXIT_GRACE_SECONDS, row.seconds * self.minutes / USUAL_MINUTES)
-        logs = self.out / "logs"
-        logs.mkdir(exist_ok=True)
-        return run_row(row, context, limit, logs / f"{_file_name(row.name)}.log")
+        log = context.scratch / f"{_file_name(row.name)}.log"
+        record = run_row(row, context, limit, log)
+        with (self.out / LOG_FILE).open("ab") as file:
+            file.write(f"\n== {row.name}\n".encode() + log.read_bytes())
+        return record
 
     def _write_report(self) -> None:
         facts = {"torch": torch.__version__, "device": str(self.device), "minutes": self.minutes}

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lit_gpt_scratch.acceptance.profiler_trace import longest_events, read_trace, time_by_kind
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.batch_types import Batch, BatchLayout, DataInfo
+from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.profiling.flops_and_memory import activation_bytes, state_bytes, training_flops_per_token
@@ -37,7 +38,7 @@ class TrainingShape:
         config: Architecture.
         vocab_size: Number of token ids.
         block_size: Tokens per sequence.
-        compile: See ``GPTModule``.
+        compile: Whether to compile the blocks, the head and the loss, if this machine supports it.
         warmup: Number of steps before the clock starts, in which the network is compiled.
     """
 
@@ -101,6 +102,8 @@ class StepClock(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.context.synchronize()
         self.seconds = time.perf_counter() - self._began
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()  # otherwise, the trainer copies it to the host
 
 
 class StepProfile(L.Callback):
@@ -139,16 +142,18 @@ class TrainedSteps:
         tokens_per_second: Training speed after the warm-up.
         flops_per_token: Floating-point operations per token.
         parameters: Number of parameters.
+        compiled: Whether the network was compiled.
         peak_bytes: Peak memory, or None if it is not known.
-        planned_bytes: Memory that the plan of ``fit`` predicts: weights, gradients, optimizer state and activations.
+        state_bytes: Memory of weights, gradients and optimizer state that the plan of ``fit`` predicts.
     """
 
     batch_size: int
     tokens_per_second: float
     flops_per_token: int
     parameters: int
+    compiled: bool
     peak_bytes: int | None
-    planned_bytes: int
+    state_bytes: int
 
 
 def measure_utilization(
@@ -159,31 +164,35 @@ def measure_utilization(
     Args:
         context: Where the row runs.
         shape: What is trained.
-        batch_size: First micro-batch of the search.
+        batch_size: First micro-batch of the search; if it does not fit into the memory, it is halved until it does.
         max_batch_size: Largest micro-batch of the search.
         steps: Number of measured steps with the fastest micro-batch.
 
     Raises:
-        RowFailed: The first micro-batch does not fit into the memory.
+        RowFailed: Not even one sequence fits into the memory.
     """
     best: TrainedSteps | None = None
-    size = batch_size
-    while size <= max_batch_size:
+    size, largest = batch_size, max_batch_size
+    while 1 <= size <= largest:
         try:
             found = train_steps(context, shape, size, TRIAL_STEPS)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             yield {"out of memory at micro-batch": size}
-            break
+            largest, size = size - 1, size // 2 if best is None else size
+            continue
         if best is not None and found.tokens_per_second < MIN_GAIN * best.tokens_per_second:
             break
         best = found
         yield from describe_steps(context, best)
         size *= 2
     if best is None:
-        raise RowFailed(f"a micro-batch of {batch_size} does not fit into the memory")
+        raise RowFailed("not even a micro-batch of 1 fits into the memory")
     yield from describe_steps(context, train_steps(context, shape, best.batch_size, steps))
+    sizes = shape.vocab_size, shape.block_size, best.batch_size
+    kept = activation_bytes(shape.config, *sizes, context.device, torch.float32, autocast=True)
+    yield {"planned memory GB": (best.state_bytes + kept) / 1e9}
 
 
 def describe_steps(context: RowContext, found: TrainedSteps) -> Iterator[Values]:
@@ -194,13 +203,11 @@ def describe_steps(context: RowContext, found: TrainedSteps) -> Iterator[Values]
         "micro-batch": found.batch_size,
         "tokens/s": found.tokens_per_second,
         "model TFLOP/s": flops / 1e12,
+        "compiled": found.compiled,
     }
     for name, peak in peak_flops(context.device, torch.bfloat16).items():
         yield {f"MFU of {PEAK_NAMES[name]}": flops / peak}
-    yield {
-        "peak memory GB": None if found.peak_bytes is None else found.peak_bytes / 1e9,
-        "planned memory GB": found.planned_bytes / 1e9,
-    }
+    yield {"peak memory GB": None if found.peak_bytes is None else found.peak_bytes / 1e9}
 
 
 def profile_training(
@@ -240,7 +247,8 @@ def train_steps(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(context.device)
     clock = StepClock(context, shape.warmup)
-    task = LanguageModel(gpt=shape.config, optimizer=AdamW(lr=1e-4), compile=shape.compile)
+    compile = shape.compile and explain_no_compile(context.device, requested=True) is None
+    task = LanguageModel(gpt=shape.config, optimizer=AdamW(lr=1e-4), compile=compile)
     trainer = L.Trainer(
         accelerator="gpu" if context.on_cuda else "cpu", devices=1, precision="bf16-mixed", gradient_clip_val=1.0,
         max_steps=shape.warmup + steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -248,16 +256,14 @@ def train_steps(
         default_root_dir=context.scratch,
     )  # fmt: skip
     trainer.fit(task, datamodule=RandomTokens(shape, batch_size, shape.warmup + steps, context.on_cuda))
-    kept = activation_bytes(
-        shape.config, shape.vocab_size, shape.block_size, batch_size, context.device, torch.float32, autocast=True
-    )
     return TrainedSteps(
         batch_size=batch_size,
         tokens_per_second=steps * batch_size * shape.block_size / clock.seconds,
         flops_per_token=training_flops_per_token(task.net),
         parameters=sum(p.numel() for p in task.net.parameters()),
+        compiled=compile,
         peak_bytes=peak_memory(context.device),
-        planned_bytes=state_bytes(trainer.optimizers[0]) + kept,
+        state_bytes=state_bytes(trainer.optimizers[0]),
     )
 
 

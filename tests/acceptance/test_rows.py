@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt_scratch.acceptance import fit_rows
 from lit_gpt_scratch.acceptance.decoding_rows import measure_decoding
-from lit_gpt_scratch.acceptance.fit_rows import measure_fit
+from lit_gpt_scratch.acceptance.fit_rows import start_fit
 from lit_gpt_scratch.acceptance.hardware_rows import describe_hardware
 from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowFailed, RowSkipped, Values
-from lit_gpt_scratch.acceptance.row_process import run_row
+from lit_gpt_scratch.acceptance.row_process import PRELOADED, run_row
 from lit_gpt_scratch.acceptance.rows import GPT2_VOCABULARY, ROWS, SIZES
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT
-from tests.acceptance.simulated_gpu import context_in
+from tests.acceptance.simulated_gpu import SimulatedGPU, context_in
 
 ROOT = Path(__file__).parents[2]
 DEVICES = [torch.device("cpu"), torch.device("cuda")]
@@ -112,12 +114,56 @@ def test_fit_rows_run_on_a_cpu(tmp_path: Path) -> None:
     assert 5 < found["values"]["train loss"] < 6
 
 
-def test_mistake_in_a_flag_fails_the_row(tmp_path: Path) -> None:
-    row = AcceptanceRow("fit", measure_fit, 120, {"flags": ("--trainer.max_steps=1", "--data.block_size=0")})
-    found = run_row(row, context_in(tmp_path), 120, tmp_path / "fit.log")
-    assert found["status"] == "failed"
-    assert found["reason"].startswith("fit failed with exit code 2")
-    assert "block_size is 0" in found["reason"]
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (SystemExit(0), ""), (SystemExit(None), ""), (None, ""), (SystemExit(3), "exit code 3: see the log"),
+        (UserError("--data.block_size is 0"), "exit code 2: --data.block_size is 0"),
+    ],
+)  # fmt: skip
+def test_exit_code_of_fit(
+    end: BaseException | None, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``fit`` ends with ``SystemExit``, whose context is the error that it has printed as one line."""
+    commands: list[list[str]] = []
+
+    def run(module: str) -> None:
+        commands.append([module, *sys.argv[1:]])
+        if isinstance(end, UserError):
+            try:
+                raise end
+            except UserError:
+                sys.exit(2)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(fit_rows, "run_module", run)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    found = ""
+    try:
+        folder = start_fit(SimulatedGPU(torch.device("cpu"), tmp_path, tmp_path), "--x=1", "--trainer.devices=2")
+        assert folder.path.is_relative_to(tmp_path)
+    except RowFailed as failure:
+        found = str(failure)
+    assert found.endswith(reason)
+    assert bool(found) == bool(reason)
+    [command] = commands
+    assert command[0] == "lit_gpt_scratch.fit"
+    assert command[-2:] == ["--x=1", "--trainer.devices=2"]  # the row's flags override the common ones
+    assert {"--trainer.accelerator=gpu", "--trainer.devices=1", f"--data.cache={tmp_path}/cache"} <= set(command)
+
+
+def test_preloaded_modules_do_not_use_a_gpu() -> None:
+    """Rows are forked from a process that has imported them; if it had initialized CUDA, no row could use a GPU."""
+    lines = [
+        "import torch",
+        "def used(*args, **options): raise AssertionError('a GPU is used at import')",
+        "names = ['is_available', 'device_count', 'init', '_lazy_init', 'current_device', 'get_device_properties']",
+        "for name in names: setattr(torch.cuda, name, used)",
+        f"import {', '.join(PRELOADED)}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)
 
 
 @pytest.mark.slow

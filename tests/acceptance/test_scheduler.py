@@ -42,6 +42,8 @@ def test_rows_run_in_order_and_a_failure_stops_none(tmp_path: Path, capsys: pyte
     table = (tmp_path / "new" / "out" / "acceptance.md").read_text(encoding="utf-8")
     assert "| on a GPU | skipped | 0 | requires a CUDA GPU |" in table
     assert "2 ok, 2 failed, 1 skipped" in table
+    log = (tmp_path / "new" / "out" / "acceptance.log").read_text(encoding="utf-8")
+    assert log.startswith("\n== succeed\nto the log\n\n== crash\nabout to crash\n\n== fail\n")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["row", "status", "s", "result"]
     assert [line.split()[0] for line in printed if not line.startswith(" ")][1:-1] == [
@@ -56,6 +58,7 @@ def test_time_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def take(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) -> dict[str, object]:
         limits.append(seconds)
+        log.touch()
         now[0] += seconds
         return {"row": row.name, "status": "ok", "reason": "", "seconds": seconds, "values": {}}
 
