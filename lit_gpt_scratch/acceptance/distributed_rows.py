@@ -1,6 +1,7 @@
 """Rows about several processes: FSDP2, parity of layouts, and the bandwidth of all-reduce."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -77,7 +78,8 @@ def measure_all_reduce(context: RowContext, processes: int, n_bytes: int, repeat
     """
     result = context.scratch / "all_reduce.json"
     arguments = (processes, context, n_bytes, repeats, result)
-    start_processes(_all_reduce, arguments, nprocs=processes, start_method="spawn")  # type: ignore[no-untyped-call]  # not annotated in torch
+    method = "fork" if sys.platform == "linux" else "spawn"  # this process has not used a GPU, so it can be forked
+    start_processes(_all_reduce, arguments, nprocs=processes, start_method=method)  # type: ignore[no-untyped-call]  # not annotated in torch
     found = read_json(result, dict[str, Any])
     yield {"backend": found["backend"], "processes": processes, "ms": 1000 * found["seconds"]}
     moved = 2 * (processes - 1) / processes * n_bytes  # bytes that each process sends in a ring

@@ -149,22 +149,39 @@ def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, 
         traceback.print_exc()
         first_line = next(iter(str(error).splitlines()), "")
         write("failed", f"{type(error).__name__}: {first_line}")
+    finally:
+        if not _parent_is_alive():
+            _kill_own_group()
 
 
 def _lead_process_group() -> None:
-    """Make this process the leader of a group, and kill the group if the process that started it is killed."""
+    """Make this process the leader of a group, and end the group if the process that started it is killed."""
     if hasattr(os, "setsid"):
         os.setsid()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def watch() -> None:
-        wait([parent.sentinel])
-        if hasattr(os, "killpg"):
-            os.killpg(os.getpid(), KILL_SIGNAL)
-        os._exit(1)
+        wait([_parent().sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)  # so that the row ends processes in groups of their own
+        time.sleep(EXIT_GRACE_SECONDS)
+        _kill_own_group()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _parent() -> Any:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    return parent
+
+
+def _parent_is_alive() -> bool:
+    return not wait([_parent().sentinel], timeout=0)
+
+
+def _kill_own_group() -> None:
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpid(), KILL_SIGNAL)
+    os._exit(1)
 
 
 def _redirect_output(log: Path) -> None:

@@ -73,8 +73,8 @@ class AcceptanceRun:
             context = RowContext(self.device, self.out.resolve(), Path(scratch), text)
             for row in self.rows:
                 self.records.append(self._run_row(row, context))
-                print(format_row(self.records[-1]), flush=True)
                 self._write_report()
+                print(format_row(self.records[-1]), flush=True)
         print(f"{count_statuses(self.records)}; {self.seconds:.0f} s; reports in {self.out}", flush=True)
         return self.records
 

@@ -63,6 +63,18 @@ def hang(context: RowContext) -> Iterator[Values]:
     time.sleep(600)
 
 
+def hang_with_a_session(context: RowContext) -> Iterator[Values]:
+    """Hang with a process in a session of its own, which ends when the row does, as in the row about resuming."""
+    child = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = subprocess.Popen(child, start_new_session=True)
+    (context.out / "child.pid").write_text(str(process.pid), encoding="utf-8")
+    yield {"before": 1}
+    try:
+        time.sleep(600)
+    finally:
+        process.kill()
+
+
 def hang_deaf(context: RowContext) -> Iterator[Values]:
     """Hang, and ignore SIGTERM, as a process in a driver call does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -84,4 +96,7 @@ if __name__ == "__main__":  # a run that tests kill
     from lit_gpt_scratch.acceptance.scheduler import AcceptanceRun
 
     row_process.PRELOADED = ()
-    AcceptanceRun([AcceptanceRow(f"doze {n}", doze, 60) for n in range(40)], Path(sys.argv[1])).run()
+    measured = [AcceptanceRow(f"doze {n}", doze, 60) for n in range(40)]
+    if sys.argv[2:] == ["hang"]:
+        measured[1] = AcceptanceRow("hang", hang_with_a_session, 60)
+    AcceptanceRun(measured, Path(sys.argv[1])).run()

@@ -11,7 +11,6 @@ from lit_gpt_scratch.acceptance.row import RowFailed, Values
 from tests.acceptance.simulated_gpu import context_in
 
 
-@pytest.mark.slow  # two interpreters import PyTorch
 def test_all_reduce_of_two_processes(tmp_path: Path) -> None:
     values: Values = {}
     for found in measure_all_reduce(context_in(tmp_path), processes=2, n_bytes=2**16, repeats=2):

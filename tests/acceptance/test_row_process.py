@@ -55,7 +55,7 @@ def test_numbers_that_json_lacks_become_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-@pytest.mark.parametrize("function", [sample_rows.hang, sample_rows.hang_deaf])
+@pytest.mark.parametrize("function", [sample_rows.hang, sample_rows.hang_with_a_session, sample_rows.hang_deaf])
 def test_row_and_its_children_are_killed_at_the_deadline(tmp_path: Path, function: Any) -> None:
     run(sample_rows.succeed, tmp_path)  # starts the server from which processes are forked
     began = time.monotonic()

@@ -84,10 +84,12 @@ def test_killed_run_leaves_valid_reports_and_no_processes(tmp_path: Path) -> Non
     draw = random.Random(0)
     counts = []
     mark = f"ACCEPTANCE_TEST={tmp_path.name}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCEPTANCE_TEST": tmp_path.name}
-    for _ in range(3):
+    names = {"PYTHONPATH": str(ROOT), "ACCEPTANCE_TEST": tmp_path.name, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **names}
+    for number in range(3):
+        hangs = ["hang"] if number == 2 else []  # a row that has started a process in a session of its own
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.acceptance.sample_rows", str(tmp_path)],
+            [sys.executable, "-m", "tests.acceptance.sample_rows", str(tmp_path), *hangs],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -97,10 +99,10 @@ def test_killed_run_leaves_valid_reports_and_no_processes(tmp_path: Path) -> Non
         process.send_signal(signal.SIGKILL)
         process.communicate()
         found = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))
-        names = [record["row"] for record in found["rows"]]
-        assert names == [f"doze {n}" for n in range(len(names))]
+        rows = [record["row"] for record in found["rows"]]
+        assert rows == [f"doze {n}" for n in range(len(rows))]
         assert (tmp_path / "acceptance.md").read_text(encoding="utf-8").startswith("# Acceptance\n")
-        counts.append(len(names))
+        counts.append(len(rows))
         deadline = time.monotonic() + 10
         while (left := processes_with(mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
