@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -69,6 +69,7 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     """
     began = time.monotonic()
     progress_path = context.scratch / f"{log.stem}.json"
+    log.touch()
     processes: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         os.environ.setdefault(*FORK_SAFE_CUDA_CHECK)
@@ -126,9 +127,9 @@ def _describe_exit(code: int | None, log: Path) -> str:
 
 def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, Any], path: Path, log: Path) -> None:
     """Run a row in this process, and write its progress after each group of values."""
+    signal.signal(signal.SIGTERM, _exit)
     _lead_process_group()
     _redirect_output(log)
-    signal.signal(signal.SIGTERM, _exit)
     values: Values = {}
 
     def write(status: _End, reason: str = "") -> None:
@@ -136,9 +137,10 @@ def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, 
         write_atomically(path, json.dumps(progress))
 
     try:
-        for found in measure(context, **sizes):
-            values |= found
-            write("")
+        with closing(measure(context, **sizes)) as groups:  # a row that is interrupted ends its own processes
+            for found in groups:
+                values |= found
+                write("")
         write("ok")
     except RowSkipped as reason:
         write("skipped", str(reason))
@@ -159,10 +161,15 @@ def _lead_process_group() -> None:
     if hasattr(os, "setsid"):
         os.setsid()
 
+    if not _parent_is_alive():
+        _kill_own_group()
+    main = threading.get_ident()
+
     def watch() -> None:
         wait([_parent().sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)  # so that the row ends processes in groups of their own
-        time.sleep(EXIT_GRACE_SECONDS)
+        if hasattr(signal, "pthread_kill"):  # interrupts the main thread, which then ends processes in other groups
+            signal.pthread_kill(main, signal.SIGTERM)
+            time.sleep(EXIT_GRACE_SECONDS)
         _kill_own_group()
 
     threading.Thread(target=watch, daemon=True).start()

@@ -67,9 +67,9 @@ def hang_with_a_session(context: RowContext) -> Iterator[Values]:
     """Hang with a process in a session of its own, which ends when the row does, as in the row about resuming."""
     child = [sys.executable, "-c", "import time; time.sleep(600)"]
     process = subprocess.Popen(child, start_new_session=True)
-    (context.out / "child.pid").write_text(str(process.pid), encoding="utf-8")
-    yield {"before": 1}
     try:
+        (context.out / "child.pid").write_text(str(process.pid), encoding="utf-8")
+        yield {"before": 1}
         time.sleep(600)
     finally:
         process.kill()

@@ -160,7 +160,8 @@ def test_preloaded_modules_do_not_use_a_gpu() -> None:
         "def used(*args, **options): raise AssertionError('a GPU is used at import')",
         "names = ['is_available', 'device_count', 'init', '_lazy_init', 'current_device', 'get_device_properties']",
         "for name in names: setattr(torch.cuda, name, used)",
-        f"import {', '.join(PRELOADED)}",
+        f"import {', '.join(PRELOADED)}, threading",
+        "assert threading.active_count() == 1",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -83,11 +84,9 @@ def test_killed_run_leaves_valid_reports_and_no_processes(tmp_path: Path) -> Non
     """kill -9 at random moments, in one folder; each report is complete, and the next run continues to write it."""
     draw = random.Random(0)
     counts = []
-    mark = f"ACCEPTANCE_TEST={tmp_path.name}"
-    names = {"PYTHONPATH": str(ROOT), "ACCEPTANCE_TEST": tmp_path.name, "TMPDIR": str(tmp_path)}
-    environment = {**os.environ, **names}
-    for number in range(3):
-        hangs = ["hang"] if number == 2 else []  # a row that has started a process in a session of its own
+    mark = f"ACCEPTANCE_TEST={uuid.uuid4()}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), **dict([mark.split("=")])}
+    for hangs in ([], ["hang"]):  # then a row that has started a process in a session of its own
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.acceptance.sample_rows", str(tmp_path), *hangs],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -96,6 +95,8 @@ def test_killed_run_leaves_valid_reports_and_no_processes(tmp_path: Path) -> Non
         process.stdout.readline()  # the header
         process.stdout.readline()  # the first row
         time.sleep(draw.uniform(0, 1.0))
+        while hangs and not (tmp_path / "child.pid").exists():
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         found = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))
