@@ -83,7 +83,7 @@ def describe_environment_error(error: BaseException) -> str | None:
 
 
 def is_environment_failure(error: BaseException) -> bool:
-    """Return whether the machine, its disks or the network caused an exception, so that a retry may succeed.
+    """Return whether an exception was caused by the machine, its disks or the network, so a retry may succeed.
 
     In addition to the errors that ``describe_environment_error`` recognizes, this includes every ``OSError`` (such as a
     missing file), ``MemoryError``, and exceptions whose message reports a lost connection.

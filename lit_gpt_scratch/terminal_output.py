@@ -141,7 +141,7 @@ class OutputStream:
         raise UserError(f"cannot write to standard output: {self._failure.strerror}") from self._failure
 
     def _redirect_to_null(self) -> None:
-        """Discard the unwritten text, which the interpreter would otherwise try to write again when it exits."""
+        """Discard buffered output, which the interpreter would otherwise try to flush again at exit."""
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())

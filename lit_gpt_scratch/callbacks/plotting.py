@@ -46,7 +46,7 @@ def heat_map(
 
     Args:
         shares: Color value of each cell, from 0 (white) to 1 (blue), of shape (n, m).
-        texts: Text of each cell, of shape (n, m).
+        texts: Text in each cell, nested sequence of shape (n, m).
         rows: Names of the n rows.
         columns: Names of the m columns.
         title: Title above the plot.

@@ -271,7 +271,7 @@ class SpikeGuard(RunDirCallback):
 
 
 def guard_gave_up(trainer: L.Trainer) -> bool:
-    """Return whether ``SpikeGuard`` has stopped the run of a trainer; the result is the same on every rank."""
+    """Return whether ``SpikeGuard`` has stopped the training; the result is the same on every rank."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return any(isinstance(callback, SpikeGuard) and callback.gave_up for callback in callbacks)
 

@@ -38,7 +38,7 @@ class GeneratesBatches(Protocol):
     """Protocol for tasks that generate their own training data, such as RL policies."""
 
     def take_generation_seconds(self) -> float:
-        """Return the time in seconds spent on generating and scoring replies since the last call."""
+        """Return the time in seconds spent generating and scoring replies since the last call."""
 
 
 class Throughput(Callback):
@@ -48,7 +48,7 @@ class Throughput(Callback):
     - ``tokens_per_second``: training tokens per second since the previous logged value.
     - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: fraction of the step
       time that each phase takes on rank 0; the fractions add up to 1. ``data`` is the time spent waiting for the next
-      batch, ``generation`` the time spent on generating and scoring replies in RL, ``optimizer`` the time from the end
+      batch, ``generation`` the time spent generating and scoring replies in RL, ``optimizer`` the time from the end
       of the backward pass to the end of the step (clipping, update, schedule), and ``rest`` the time spent in callbacks
       and loggers between steps. On a GPU, these are fractions of device time, so waiting for data while the device is
       busy does not count. They are not logged on other accelerators, whose timers cannot be read without
@@ -269,7 +269,7 @@ class DataLoaderTimer:
         self.profiler.stop(action_name)
 
     def take(self) -> float:
-        """Return the time in seconds spent on fetching batches since the last call."""
+        """Return the time in seconds spent fetching batches since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 

@@ -76,9 +76,9 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements.
+    """Read a run's TensorBoard scalars and text as (step, value) pairs keyed by tag, excluding wall-clock measurements.
 
-    Each row in a table of diagnoses becomes one point, at the step that the row contains.
+    Each row in a table of diagnoses becomes one pair, with the step that the row contains.
 
     Raises:
         UserError: An event file is corrupted.
@@ -99,7 +99,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def _split_diagnoses(tables: Sequence[str]) -> list[tuple[int, str]]:
-    """Split tables of diagnoses into distinct rows, without diagnoses that are based on wall-clock measurements."""
+    """Split tables of diagnoses into distinct rows, excluding diagnoses that are based on wall-clock measurements."""
     found = set()
     for row in (row for table in tables for row in table.splitlines()[2:]):
         _, step, symptom, _ = row.split("|", maxsplit=3)

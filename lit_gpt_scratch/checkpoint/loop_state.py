@@ -55,7 +55,8 @@ def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: Bat
     so that no row is used twice in an epoch.
 
     Args:
-        fit_loop: ``checkpoint["loops"]["fit_loop"]`` after ``normalize_progress``.
+        fit_loop: State of the training loop, ``checkpoint["loops"]["fit_loop"]``, as normalized by
+            ``normalize_progress``.
         before: The batch layout when the checkpoint was saved.
         now: The batch layout of the resumed run.
     """

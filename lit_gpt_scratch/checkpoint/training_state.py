@@ -168,7 +168,7 @@ def validate_like(saved: Any, fresh: Any, name: str) -> None:
 
 
 def _find_counts(loops: Any) -> Iterator[int]:
-    """Yield all integers in nested mappings.
+    """Yield all integers in nested dictionaries.
 
     Raises:
         ValueError: One of Lightning's progress counts is not an integer.

@@ -31,7 +31,7 @@ def collect_preferences(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Reply twice to each prompt, ask which reply is better, and append the answer to the file.
+    """Generate two replies to each prompt, ask the user which one is better, and append the pair to a file.
 
     Replies that are truncated, identical or blank are sampled again. Each answer is flushed to disk before the next
     prompt, so that no answer is lost if the command is interrupted.

@@ -236,7 +236,7 @@ def restore_defaults_0_1(config: Namespace, saved: Mapping[str, Any]) -> None:
 
     Args:
         config: Parsed config of the run.
-        saved: The run's ``config.yaml`` as nested mappings, before parsing.
+        saved: The run's ``config.yaml`` as nested dictionaries, before conversion to a ``Namespace``.
     """
     for name, key in (("optimizer", "class_path"), ("schedule", "decay")):
         part, arguments = saved, config.get(f"model.init_args.{name}")

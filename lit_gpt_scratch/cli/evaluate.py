@@ -75,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> None:
     asked.add_argument(
         "--data.source", dest="source", help="data to evaluate on: a text file, a folder, a file of rows, or 'stdlib'"
     )
-    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks to run (requires the extra [eval])")
+    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks to run (requires the [eval] extra)")
     asked.add_argument("--text", action="append", help="text to classify; may be repeated")
     flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():

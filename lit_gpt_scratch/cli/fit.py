@@ -348,7 +348,7 @@ class FitCLI(LightningCLI):
             exit_rank(self.trainer, GAVE_UP_EXIT_CODE)
 
     def _checkpoint_to_test(self) -> Path | None:
-        """Return the checkpoint with the lowest validation loss if the task tests it, or None for the final weights."""
+        """Return the checkpoint to test: the one with the lowest validation loss, or None to test the final weights."""
         saving = self.trainer.checkpoint_callback
         tests_best = isinstance(self.model, GPTModule) and self.model.tests_best
         best = saving.best_checkpoint() if tests_best and isinstance(saving, Checkpointing) else None

@@ -74,7 +74,7 @@ class Flag:
 
     Attributes:
         name: Name without dashes, such as ``model.gpt.n_layer``.
-        values: Abbreviated type or choices of the value.
+        values: Placeholder for the value, such as ``N``, or its choices; an empty string if the flag takes no value.
         default: Default value as text, or an empty string if there is no default.
         help: Help text, one or more sentences.
     """

@@ -45,7 +45,7 @@ class SplitCounts(NamedTuple):
 
     Attributes:
         items: Number of documents or records.
-        tokens: Number of tokens without padding.
+        tokens: Number of tokens, excluding padding.
         n_bytes: Number of UTF-8 bytes of text, or None if not counted.
     """
 
@@ -240,7 +240,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def order_seed(self) -> int:
-        """Seed for the row order."""
+        """Seed for the row order: ``seed``, or the global seed if ``seed`` is None."""
         return self.seed if self.seed is not None else global_seed()
 
     @property

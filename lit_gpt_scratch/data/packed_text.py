@@ -334,8 +334,8 @@ class PackedText(BaseDataModule):
         """Return the validation tokens of all stores, and the number of UTF-8 bytes that they represent.
 
         Args:
-            rows: Number of validation windows to read, starting with the first; None reads all tokens. The bytes of the
-                first token are not counted, because this token is not a label.
+            rows: Number of validation windows to read, from the start; None reads all tokens. Unless all are read, the
+                byte count excludes the first token of each store, which is never predicted.
         """
         if rows is None or rows >= len(self.validation_dataset):
             return self.store.validation.read(0, self.store.validation.n_tokens), self.store.validation.n_bytes

@@ -345,7 +345,7 @@ class InMemoryPlan(_BinPackingPlan):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Packing cost of the plan."""
+        """Packing cost of the plan, summed over its shards."""
         return sum((cost for _, _, cost in self._parts), PackingCost())
 
     @cached_property

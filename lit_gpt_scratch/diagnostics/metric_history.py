@@ -88,7 +88,7 @@ class MetricHistory:
             self[name].add(step, value)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add text that was logged under a name at a step."""
+        """Add the text logged as ``name`` at ``step``."""
         self._texts.setdefault(name, {})[step] = text
 
     def drop_from(self, step: int) -> None:
@@ -108,5 +108,5 @@ class MetricHistory:
         return self[name].last
 
     def text(self, name: str, step: int) -> str:
-        """Return the text logged under a name at a step, or an empty string if there is none."""
+        """Return the text logged as ``name`` at ``step``, or an empty string if there is none."""
         return self._texts.get(name, {}).get(step, "")

@@ -93,7 +93,7 @@ class RuleEngine:
         self.pending.update(values)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add text that was logged under a name at a step."""
+        """Add the text logged as ``name`` at ``step``."""
         self.history.add_text(step, name, text)
 
     def evaluate(self) -> None:

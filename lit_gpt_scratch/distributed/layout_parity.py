@@ -121,7 +121,7 @@ class LayoutParity:
         return [first, *(name for name in self.layouts if name != first)]
 
     def run(self, on_run: Callable[[], object] = lambda: None) -> None:
-        """Run all layouts and cases.
+        """Run every case in every layout.
 
         Args:
             on_run: Callback that is called after each run.

@@ -129,7 +129,7 @@ class RankMonitor:
             raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
-        """Return the other ranks that have stored no new heartbeat for more than ``seconds``."""
+        """Return the other ranks that have not updated their heartbeat for more than ``seconds``."""
         known = self._answered_at or time.monotonic()
         if time.monotonic() - known > seconds:
             late = {0}  # the heartbeats of other ranks are unknown

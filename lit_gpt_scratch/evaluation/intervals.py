@@ -160,8 +160,7 @@ def jackknife_standard_errors(
     Args:
         metrics: Function that computes the metrics over a subset of parts, given an intp array of their indices.
         indices: Indices of the parts to include, array of shape (m,).
-        unit: Index of the sampling unit that each part belongs to, array of shape (n,). All parts of a unit are left
-            out together.
+        unit: Sampling-unit index of each part, array of shape (n,). All parts of a unit are in the same group.
 
     Returns:
         Standard errors keyed by metric, or None if there are fewer than two sampling units.

@@ -1,4 +1,4 @@
-"""Run ``lm-eval`` benchmarks on models of this package; requires the extra ``[eval]``.
+"""Run ``lm-eval`` benchmarks on models of this package; requires the ``[eval]`` extra.
 
 No other module imports ``lm_eval``, and this module is only imported to run a benchmark.
 """
@@ -213,7 +213,7 @@ def run_lm_eval(
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
     """Collect the metrics of a task or task group, such as ``acc,none``, with their confidence intervals.
 
-    An interval is computed from the rows. If the rows do not reproduce the metric, its interval is computed from its
+    An interval is computed from the rows or, if the rows yield a different metric value than the reported one, from the
     standard error, such as ``acc_stderr,none``.
     """
     metrics: dict[str, float] = {}
@@ -231,7 +231,7 @@ def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], ro
 
 
 def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
-    """Compute a confidence interval with ``summarize``; return None if the rows do not reproduce the metric."""
+    """Compute an interval with ``summarize``; return None if aggregating the rows does not yield ``value``."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None

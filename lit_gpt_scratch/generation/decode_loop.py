@@ -53,9 +53,9 @@ def generate(
             after that token.
         compile: Whether to compile the decoding step. The first call then takes many seconds, but a single row decodes
             faster afterwards.
-        logprobs: One list per prompt, to which the log-probability in nats of each sampled token is appended, including
-            the end-of-text token. The log-probability is computed at the sampling temperature, or at temperature 1 for
-            greedy decoding, without the repetition penalty, top-k, top-p and min-p.
+        logprobs: If given, one list per prompt, to which the log-probability of each sampled token in nats is appended,
+            including that of the end-of-text token. Log-probabilities are computed at the sampling temperature (1 for
+            greedy decoding), before the repetition penalty, top-k, top-p and min-p are applied.
 
     Yields:
         The index of a prompt and its next token, or None instead of a token when the row has ended.

@@ -36,7 +36,7 @@ Each module has a weight and a bias.
 
 
 class GPT2Family(ModelFamily):
-    """GPT-2: learned position embeddings, pre-LayerNorm, GELU, and biases in all layers."""
+    """GPT-2 models with learned position embeddings, pre-LayerNorm, GELU, and biases in all layers."""
 
     model_type, architecture, prefix, context_field = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
     tied_by_default = has_dropout = True

@@ -96,7 +96,7 @@ class LlamaLikeFamily(ModelFamily):
 
 
 class LlamaFamily(LlamaLikeFamily):
-    """Llama 1 to 3 (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783)."""
+    """Llama 1, 2 and 3 models (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783)."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
     configurable = LlamaLikeFamily.configurable | {"bias"}

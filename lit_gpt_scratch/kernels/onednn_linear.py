@@ -41,7 +41,7 @@ class OneDNNLinear(nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer, input: (..., in_features) -> (..., out_features)."""
+        """Map an input of shape (..., in_features) to an output of shape (..., out_features)."""
         return linear(input, self.weight, self.bias)
 
 

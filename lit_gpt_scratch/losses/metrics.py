@@ -41,7 +41,7 @@ def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
 
 
 class LikelihoodMetric(Metric):
-    """Loss, perplexity and bits per byte, computed from the total number of nats, tokens and bytes.
+    """Loss, perplexity and bits per byte, computed from the total log-likelihood and the token and byte counts.
 
     Bits per byte are comparable between tokenizers. Losses per token are not: with a larger vocabulary, text is split
     into fewer tokens, which are harder to predict.
@@ -64,7 +64,7 @@ class LikelihoodMetric(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor, n_bytes: Tensor) -> None:
-        """Add the summed nats (float scalar), number of tokens and number of text bytes (int64 scalars) of a batch."""
+        """Add a batch's negative log-likelihood in nats (float scalar) and token and byte counts (int64 scalars)."""
         self.nat_units += (nats.nan_to_num(0.0, 0.0, 0.0) * UNITS_PER_NAT).round().long()
         self.not_finite += ~nats.isfinite()
         self.tokens += tokens
@@ -117,7 +117,7 @@ class ReplyLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add the summed nats (float scalar) and the number of reply tokens (int64 scalar) of a batch."""
+        """Add a batch's negative log-likelihood in nats (float scalar) and number of reply tokens (int64 scalar)."""
         self.nats += nats
         self.tokens += tokens
 
@@ -171,7 +171,7 @@ class PreferenceMetrics(Metric):
         }
 
     def reset(self) -> None:
-        """Reset all states."""
+        """Reset the metric, including its calibration metric."""
         super().reset()
         self.calibration.reset()
 

@@ -317,7 +317,7 @@ class Attention(nn.Module):
         value_embedding: Tensor | None = None,
         layer_cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
-        """Apply self-attention, x: (B, T, n_embd) -> (B, T, n_embd); for the other arguments see ``Block.forward``."""
+        """Apply self-attention to ``x`` of shape (B, T, n_embd); for the other arguments, see ``Block.forward``."""
         B, T, _ = x.shape  # below, -1 is the number of heads, because a tensor-parallel process holds only some heads
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)

@@ -109,7 +109,7 @@ class LoRALinear(nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer and its adapter, input: (..., in_features) -> (..., out_features)."""
+        """Apply the layer and, unless it is disabled, its adapter: (..., in_features) -> (..., out_features)."""
         if self.unmerged is not None:
             return linear(input, self.weight if self.enabled else self.unmerged, self.bias)
         out = linear(input, self.weight, self.bias)

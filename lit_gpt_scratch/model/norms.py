@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension, x: (..., width) -> (..., width), without changing the dtype."""
+        """Normalize a tensor of shape (..., width) over its last dimension, preserving its shape and dtype."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).type_as(x)
 
 

@@ -49,7 +49,7 @@ class PositionEncoding(nn.Module):
                 )
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add position embeddings to token embeddings, x: (B, T, n_embd) -> (B, T, n_embd)."""
+        """Add position embeddings to token embeddings of shape (B, T, n_embd)."""
         return x
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -57,7 +57,7 @@ class PositionEncoding(nn.Module):
         return None
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Rotate queries or keys by their positions, x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
+        """Rotate queries or keys of shape (B, H, T, head_dim) by their positions."""
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:

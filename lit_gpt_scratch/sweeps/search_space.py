@@ -49,7 +49,7 @@ class SearchDimension(ABC):
 
     @abstractmethod
     def contains(self, setting: Setting) -> bool:
-        """Return whether a setting is in this dimension."""
+        """Return whether ``setting`` is a valid value for this dimension."""
 
     @abstractmethod
     def example_settings(self) -> Sequence[Setting]:
@@ -77,7 +77,7 @@ class Choices(SearchDimension):
         return next(iter(self.options))
 
     def grid(self) -> Sequence[Setting]:
-        """Return all labels, in the order of the sweep file."""
+        """Return the labels of all choices, in the order in which the sweep file lists them."""
         return list(self.options)
 
     def to_flags(self, setting: Setting) -> FitFlags:
@@ -89,7 +89,7 @@ class Choices(SearchDimension):
         return setting in self.options
 
     def example_settings(self) -> Sequence[Setting]:
-        """Return all labels."""
+        """Return the labels of all choices."""
         return list(self.options)
 
 

@@ -73,7 +73,7 @@ class DPO(PairwiseModule):
         return self.reference.networks
 
     def logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Return the log-probability of each reply, (2 B,) in nats, and its number of tokens, (2 B,) int64."""
+        """Return each reply's log-probability in nats and its number of tokens (int64), both of shape (2 B,)."""
         return sequence_logprobs(self.net(batch["input_ids"]), batch["labels"])
 
     @override

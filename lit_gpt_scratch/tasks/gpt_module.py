@@ -497,7 +497,7 @@ class GPTModule(L.LightningModule):
         self.log_metrics("val")
 
     def on_validation_end(self) -> None:
-        """Switch back from the averaged weights to the current weights, after the hooks of all callbacks."""
+        """Switch back to the current weights, once the ``on_validation_end`` hooks of all callbacks have run."""
         self._use_ema(False)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:

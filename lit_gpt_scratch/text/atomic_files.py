@@ -150,7 +150,7 @@ def find_unfinished(folder: Path, name: str | None = None) -> list[Path]:
 
     Args:
         folder: Folder to search; may be missing.
-        name: Final name to match; None matches all names.
+        name: Name that the file or folder has once it is complete; None matches all names.
     """
     if not folder.is_dir():
         return []
@@ -179,7 +179,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _checksum(name: str, token: str) -> str:
-    """Return the checksum that distinguishes a temporary name from the names of other files."""
+    """Return the checksum in a temporary name, by which the name is recognized as temporary."""
     return hashlib.sha256(f"lit_gpt_scratch {token} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -98,8 +98,8 @@ class ImportedChatTemplate(ChatTemplate):
     """Chat template of a published model; produces the same token ids as ``transformers``.
 
     As with ``ChatTemplate``, messages cannot contain special tokens: special token strings in messages are replaced
-    with marks before rendering, and encoded as ordinary text afterwards. The template cannot read the current time, so
-    resuming a run on another day does not change the token ids.
+    with placeholders before rendering, and encoded as ordinary text afterwards. The template cannot read the current
+    time, so resuming a run on another day does not change the token ids.
 
     Args:
         tokenizer: Tokenizer of the published model.
@@ -159,7 +159,7 @@ class ImportedChatTemplate(ChatTemplate):
         return self._encode(self._render([(messages, True)])[0])[0]
 
     def _render(self, requests: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """Render pairs of messages and ``add_generation_prompt`` flags as text with marks."""
+        """Render each (messages, add_generation_prompt) pair to text, after applying ``_mark`` to the messages."""
         contexts = [
             {
                 **self._variables,
@@ -182,7 +182,7 @@ class ImportedChatTemplate(ChatTemplate):
         return marked
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of a text with marks, and the character range that each token represents."""
+        """Return the token ids of a text from ``_render``, and the character range that each token represents."""
         ids: list[int] = []
         ranges: list[tuple[int, int]] = []
         at = 0

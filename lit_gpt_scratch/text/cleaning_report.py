@@ -98,7 +98,7 @@ class CleaningReport:
                 self._sampled_bytes = sum(len(texts[0].encode()) for texts in self._sample.values())
 
     def add_later_step(self, id_: str, text: str, n_bytes: int, index: int, reason: str | None) -> None:
-        """Count a document at ``later_steps[index]``; ``reason`` is None if the document passed this step."""
+        """Count a document as passed by ``later_steps[index]`` if ``reason`` is None, or else as rejected by it."""
         step = self.steps[self._first_later + index]
         if reason is not None:
             step.record_rejected(id_, text, n_bytes, reason)
@@ -108,7 +108,7 @@ class CleaningReport:
             texts.append(texts[-1])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the statistics, without token counts, as a JSON-serializable dictionary."""
+        """Return the statistics, excluding token counts, as a JSON-serializable dictionary."""
         first, last = self.steps[0], self.steps[-1]
         return {
             "documents_in": first.documents_in,

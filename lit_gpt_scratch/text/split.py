@@ -146,7 +146,7 @@ class DuplicateClusters:
         """Number of documents that ``cluster_ids`` did not compare with all of their candidates."""
 
     def add(self, signature: NDArray[np.uint32]) -> None:
-        """Add the MinHash signature of the next document, (PERMUTATIONS,)."""
+        """Add the MinHash signature of the next document, an array of shape (PERMUTATIONS,)."""
         self._pending.append(signature)
         self.n_documents += 1
         if len(self._pending) == CHUNK_DOCUMENTS:

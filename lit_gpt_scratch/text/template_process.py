@@ -42,7 +42,7 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the template; a copy of this object starts its own process."""
+        """Return the state to pickle: only the template, because a copy starts its own process."""
         return {"template": self.template, "_process": None}
 
     def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:

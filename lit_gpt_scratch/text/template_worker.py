@@ -44,7 +44,7 @@ class PublicNamespace(Namespace):
     """Namespace that rejects attributes with a leading underscore, as ``transformers`` does."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Set an attribute."""
+        """Set an attribute; raise an error if its name begins with an underscore."""
         if name.startswith("_"):
             raise jinja2.TemplateError(f"the attribute {name} of a namespace begins with an underscore")
         super().__setitem__(name, value)

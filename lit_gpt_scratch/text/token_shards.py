@@ -251,7 +251,7 @@ class ShardedTokenStream:
         return tokens[:length], tokens[1:]
 
     def count_labels(self, starts: Int64Array, lengths: Int64Array) -> Int64Array:
-        """Count the labels in each span, (n,) -> (n,); every token except the last of the stream has a label."""
+        """Count the labels in each of n spans; every token except the last of the stream has a label."""
         counts: Int64Array = np.minimum(lengths, self.n_tokens - 1 - starts)
         return counts
 

@@ -290,7 +290,7 @@ class Tokenizer:
         return np.array(self.token_bytes(), dtype=np.int64)
 
     def distribute_bytes(self, ids: Sequence[int] | NDArray[np.integer[Any]], n_bytes: int) -> NDArray[np.int64]:
-        """Distribute the bytes of a text over its tokens, in proportion to ``token_bytes``; see ``text.text_bytes``.
+        """Distribute a text's byte count over its tokens, in proportion to ``token_bytes``; see ``text.text_bytes``.
 
         Args:
             ids: Token ids of the text, of shape (n,).
@@ -321,7 +321,8 @@ class Tokenizer:
         self._backend.pre_tokenizer = pre_tokenizers.Sequence([before, split]) if before else split
         if names := self._special_tokens_in_text():
             raise UserError(
-                f"text may be encoded as the special token {names[0]!r}; rename the token in the tokenizer file"
+                f"ordinary text that contains {names[0]!r} may be encoded as this special token; rename the token in "
+                "the tokenizer file"
             )
 
     def _special_tokens_in_text(self) -> list[str]:

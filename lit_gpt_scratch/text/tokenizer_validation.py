@@ -70,8 +70,8 @@ def validate_tokenizer_json(text: str) -> None:
     longest = model.get("max_input_chars_per_word", 0)
     if not isinstance(longest, int) or longest > MAX_WORD_CHARACTERS:
         raise UserError(
-            f"max_input_chars_per_word is {describe(longest)}; the maximum is {MAX_WORD_CHARACTERS}, because encoding "
-            "a word takes quadratic time"
+            f"max_input_chars_per_word is {describe(longest)}; it must be an integer up to {MAX_WORD_CHARACTERS}, "
+            "because the time to encode a word is quadratic in its length"
         )
     components = [(kind, part) for kind in PLAIN_COMPONENTS for part in _list_components(spec.get(kind))]
     for _, part in components:

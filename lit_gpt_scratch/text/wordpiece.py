@@ -106,7 +106,7 @@ class _PairCounts:
         self.sequences[_ranges(self.starts[words], self.lengths[words])] = pieces
 
     def _count_pairs(self, pieces: Int64Array, word: Int64Array, changed: NDArray[np.bool_], sign: int) -> None:
-        """Add or subtract the pairs that contain a changed piece; all arrays are (n,)."""
+        """Add or subtract the pairs that contain a changed piece; all arrays have shape (n,)."""
         at = np.flatnonzero((changed[:-1] | changed[1:]) & (word[:-1] == word[1:]))
         keys, first, pair = np.unique(pieces[at] * MAX_PIECES + pieces[at + 1], return_index=True, return_inverse=True)
         by_pair = np.split(word[at][np.argsort(pair, kind="stable")], np.cumsum(np.bincount(pair))[:-1])
@@ -124,7 +124,7 @@ class _PairCounts:
 
 
 def _initial_pieces(words: Iterable[str], alphabet: Iterable[str], prefix: str) -> dict[str, None]:
-    """Return all pieces that consist of one letter: the letters of the alphabet, and those that occur in the words."""
+    """Return the single-character pieces: both forms of each alphabet character, and those that occur in the words."""
     pieces = {piece: None for symbol in alphabet for piece in (symbol, prefix + symbol)}
     for word in words:
         pieces.setdefault(word[0])
@@ -133,7 +133,7 @@ def _initial_pieces(words: Iterable[str], alphabet: Iterable[str], prefix: str) 
 
 
 def _encode_letters(words: Iterable[str], ids: Mapping[str, int], starts: Int64Array, prefix: str) -> Int64Array:
-    """Return the concatenated letter ids of all words, an array of shape (n,)."""
+    """Return the single-character piece ids of all words, concatenated into an array of shape (n,)."""
     letters = "".join(words)
     codes, letter = np.unique(np.frombuffer(letters.encode("utf-32-le"), "<u4"), return_inverse=True)
     forms = [[ids.get(form + chr(code), -1) for code in codes.tolist()] for form in (prefix, "")]

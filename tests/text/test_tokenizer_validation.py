@@ -91,10 +91,10 @@ def test_hostile_tokenizer_is_refused(
 
 @pytest.mark.parametrize("longest", [10**9, 201, 1e9, "x", None])
 def test_length_of_a_word_is_bounded(trained: dict[str, Tokenizer], longest: object) -> None:
-    """Encoding a word with WordPiece takes quadratic time: days for 100,000 letters."""
+    """The time to encode a word with WordPiece is quadratic in its length: days for 100,000 characters."""
     spec = json.loads(trained["wordpiece"].to_json())
     assert Tokenizer.from_json(json.dumps(spec | {"model": spec["model"] | {"max_input_chars_per_word": 200}}))
-    with pytest.raises(UserError, match=r"max_input_chars_per_word is .*; the maximum is 200"):
+    with pytest.raises(UserError, match=r"max_input_chars_per_word is .*; it must be an integer up to 200"):
         Tokenizer.from_json(json.dumps(spec | {"model": spec["model"] | {"max_input_chars_per_word": longest}}))
 
 
