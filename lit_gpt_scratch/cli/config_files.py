@@ -25,6 +25,7 @@ from lit_gpt_scratch.cli.error_formatting import parser_keys
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 from lit_gpt_scratch.errors import UserError, describe_yaml_error, exception_chain
 from lit_gpt_scratch.lightning_compat import restrict_imports
+from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.tasks.rl.reward_functions import is_checkpoint_path
 from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_REWARDS
 from lit_gpt_scratch.trust import (
@@ -97,7 +98,8 @@ class FitParser(LightningArgumentParser):
         class default to ``None``, so that a flag that selects another class also selects the defaults of that class.
         Arguments that are not changed by a flag are resolved to the same defaults again.
         """
-        _require_mapping(content, path)
+        groups = {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
+        _require_mappings(content, path, groups)
         try:
             config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
         except ArgumentError as error:
@@ -109,8 +111,10 @@ class FitParser(LightningArgumentParser):
         return config
 
 
-def _require_mapping(content: str, path: Any) -> None:
-    """Check that a config file is a YAML mapping; the parser's own error messages would quote the whole file.
+def _require_mappings(content: str, path: Any, groups: set[str]) -> None:
+    """Check that a config file and its groups of flags are YAML mappings; a group may also be a path to another file.
+
+    The parser's own error messages would quote the whole file, and it accepts numbers and lists as groups.
 
     Raises:
         UserError: The file is not a config.
@@ -123,6 +127,11 @@ def _require_mapping(content: str, path: Any) -> None:
         raise _invalid_yaml(path, error) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{_flag_of(path)} is not a config; it must be a YAML mapping of flags to values")
+    for group in sorted(groups & loaded.keys()):
+        if not isinstance(loaded[group], dict | str):
+            raise UserError(
+                f"{_flag_of(path)}: {group} is {describe(loaded[group])}; it must be a mapping of flags to values"
+            )
 
 
 def _invalid_yaml(path: Any, error: yaml.YAMLError) -> UserError:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_gpt_scratch.cli.trainer_flags import find_component, name_flags
 from lit_gpt_scratch.errors import UserError, exception_chain
+from lit_gpt_scratch.terminal_output import quote_short
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ REQUESTED_OUTPUT: Final = frozenset({"callbacks", "profilers", "tuner"})
 """Lightning subpackages whose log messages a flag requests, such as a profiler's report."""
 REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_dev_run")
 """Pattern of messages about a mode that a flag has enabled; they are shown regardless of the module that logs them."""
+
+MAX_LENGTH: Final = 1000
+"""Maximum number of characters of a message from a library, which may quote a whole config."""
 
 
 class RequestedOutput(logging.Handler):
@@ -152,5 +156,14 @@ def _plain(message: str, prefix: str) -> str:
         lambda match: "required; set " + ", ".join(f"--{prefix}.{name}" for name in match[1].split(", ")),
         message,
     )
+    message = re.sub(
+        r"Not a valid subclass of (\w+)\. Got value: (.*?)\nSubclass types expect one of:.*",
+        lambda match: (
+            f"expected the name of a {match[1]}, or a mapping of class_path and init_args, got {quote_short(match[2])}"
+        ),
+        message,
+        flags=re.DOTALL,
+    )
     message = name_flags(message)
-    return message.replace("arguments: --", f"arguments: --{prefix}.") if prefix else message
+    message = message.replace("arguments: --", f"arguments: --{prefix}.") if prefix else message
+    return quote_short(message, MAX_LENGTH)

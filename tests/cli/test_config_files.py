@@ -1,6 +1,7 @@
 """The parser reads flags in the same way in every environment."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentError
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+from lit_gpt_scratch.cli import fit
 from lit_gpt_scratch.cli.config_files import FitParser, find_writers, parse_run_config, read_config
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.errors import UserError
@@ -124,3 +126,26 @@ def test_yaml_without_bounds_is_refused_once(tmp_path: Path) -> None:
     content = {"a": [{"name": "2024-01-01", "values": list(range(1000))}] * 3}
     (tmp_path / "config.yaml").write_text("day: 2024-01-01\n" + yaml.safe_dump(content), encoding="utf-8")
     assert read_config(str(tmp_path / "config.yaml"))["a"] == content["a"]
+
+
+@pytest.mark.parametrize("value", ["[1]", "3", "null"])
+@pytest.mark.parametrize("group", ["trainer", "checkpoint", "inspect"])
+def test_groups_of_flags_must_be_mappings(tmp_path: Path, group: str, value: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{group}: {value}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"config.yaml: {group} is .*; it must be a mapping of flags to values"):
+        fit.main([f"--config={path}", "--print_config"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ('--data={"class_path": "PackedText", "init_args": {}, "other": 1}',
+         r"--data: expected the name of a LightningDataModule, or a mapping of class_path and init_args, got \{.*\}"),
+        ("--data.seed=\x1b[31m\x00\n", r"--data.seed: expected int, got \\x1b\[31m\\x00"),
+    ],
+)  # fmt: skip
+def test_messages_of_the_parser_are_one_line(flag: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        fit.main([flag, "--print_config"])
+    assert re.fullmatch(message, str(error.value))
