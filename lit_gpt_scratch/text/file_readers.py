@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import unique_keys
+from lit_gpt_scratch.terminal_output import escape_line
 from lit_gpt_scratch.text import arrow_limits
 from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, ClassIndex, Document, TableRow, get_text
 
@@ -151,8 +152,8 @@ def shorten(text: str, length: int) -> str:
 
 
 def _shorten_name(name: str) -> str:
-    """Shorten a column name and escape its unpaired surrogates, for an error message."""
-    return shorten(name, MAX_NAME_CHARACTERS).encode(errors="backslashreplace").decode()
+    """Shorten a column name, and escape its control characters and unpaired surrogates, for an error message."""
+    return escape_line(shorten(name, MAX_NAME_CHARACTERS).encode(errors="backslashreplace").decode())
 
 
 def _format_suffix(path: Path) -> str:
