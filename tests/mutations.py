@@ -253,16 +253,18 @@ def fuzz(
     seeds: Iterable[int],
     attempt: Callable[[int, random.Random], object],
     max_seconds: float = MAX_SECONDS,
+    cache: Path | None = None,
 ) -> None:
     """Give mutations to a reader, print the counts, and fail if any of them is not zero.
 
     Args:
         name: Name of the format.
-        folder: The only folder in which files may be written.
+        folder: Folder in which files may be written.
         seeds: Seed of each mutation.
         attempt: Function of a seed and its random number generator that reads a mutated file. It may raise a
             ``UserError`` of one line.
         max_seconds: Processor time after which a reader hangs.
+        cache: Another folder in which files may be written.
     """
     n, refused = 0, 0
     faults: dict[str, list[str]] = {"tracebacks": [], "hangs": [], "written outside": [], "bad messages": []}
@@ -288,7 +290,7 @@ def fuzz(
             faults["hangs"].append(f"seed {seed}: {seconds:.1f} s of processor time")
         if error is not None and ("\n" in error or len(error) > MAX_MESSAGE):
             faults["bad messages"].append(f"seed {seed}: {error[:500]!r}")
-        outside = [path for path in written if not _is_inside(path, folder)]
+        outside = [path for path in written if not any(_is_inside(path, each) for each in (folder, cache) if each)]
         faults["written outside"] += [f"seed {seed}: {path}" for path in outside]
     counts = {"format": name, "mutations": n, "refused": refused, **{what: len(each) for what, each in faults.items()}}
     print(json.dumps(counts))

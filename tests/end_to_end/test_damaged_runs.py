@@ -23,9 +23,9 @@ FILES = (*["config.yaml"] * 3, "provenance.json", "summary.json", "tokenizer.jso
     ids=["20", "500"],
 )
 def test_mutated_run_folders(
-    trained: Trained, small: list[str], tmp_path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, small: list[str], cache: Path, tmp_path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is finished, so it is only resumed if its config is mutated accordingly."""
+    """The run is finished, so it is only resumed if its config is mutated accordingly, and then only for seconds."""
     folder = tmp_path / "in"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def test_mutated_run_folders(
                 raise NotWritableError from error
         path.write_bytes(mutated)
         with suppress(SystemExit):
-            main([f"--ckpt_path={run}"])
+            main([f"--ckpt_path={run}", "--trainer.max_time=00:00:00:05"])
 
     # Without data.source, the run prepares the default corpus.
-    fuzz("run folder, resumed", folder, seeds, attempt, max_seconds=60.0)
+    fuzz("run folder, resumed", folder, seeds, attempt, max_seconds=60.0, cache=cache)
