@@ -398,6 +398,19 @@ def test_csv_errors_in_plain_words(tmp_path: Path, text: str, message: str) -> N
     assert read(tmp_path / "a.csv") == [{"text": "a\rb\r\nc", "n": "1"}]
 
 
+@pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1b", "\x1c", "\x85", "\u2028"])
+def test_control_characters_in_column_names_are_escaped(tmp_path: Path, character: str) -> None:
+    for text, columns in (
+        (f"te{character}xt,b\n1,2\n", {"text_column": "text"}),
+        (f"a{character},a{character}\n1,2\n", None),
+    ):
+        (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError) as error:
+            read(tmp_path / "a.csv", columns)
+        assert len(str(error.value).splitlines()) == 1
+        assert repr(character)[1:-1] in str(error.value)
+
+
 def test_class_labels_of_hostile_metadata(tmp_path: Path) -> None:
     """Names that are no list of strings are ignored, and a label without a name has none."""
     for names, expected in ((["a"], None), ("ab", 7), ([1], 7), ({}, 7)):
