@@ -10,13 +10,49 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
+from lit_gpt_scratch.acceptance.live_values import report
 from lit_gpt_scratch.acceptance.profiler_trace import STEP_MARK
+from lit_gpt_scratch.acceptance.row import Values
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
+MS_PER_STEP: Final = ("ms per step", "ms per step without callbacks")
 PROBE_FILE: Final = "probe.json"
+LOGGED_VALUES: Final = {"tokens_per_second": "tokens/s", "train/loss": "train loss", "val/loss": "val loss"}
+"""Metrics of ``fit`` that a row shows while ``fit`` is running, with the names of the values."""
 TRACE_FILE: Final = "probe_trace.json"
+
+
+class FitProgress(L.Callback):
+    """Callback that reports the progress at every logged step and after every validation, in case the row is stopped.
+
+    The losses and the speed are those that were logged last, before the current step.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 1 or trainer.global_step % _log_interval(trainer) == 0:
+            self._report(trainer)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(trainer)
+
+    def _report(self, trainer: L.Trainer) -> None:
+        logged = trainer.logged_metrics
+        values: Values = {"steps": trainer.global_step, "training s": time.perf_counter() - self._began}
+        report(values | {label: float(logged[name]) for name, label in LOGGED_VALUES.items() if name in logged})
 
 
 class CallbackCost(RunDirCallback):
@@ -82,6 +118,7 @@ class CallbackCost(RunDirCallback):
             self._step_filter = task.step_filter if isinstance(task, GPTModule) else None
         else:
             self.seconds[self._runs_others(number - 1)].append((now - self._began) / self.block_steps)
+            report({name: 1000 * seconds for name, seconds in self._medians(MS_PER_STEP).items()})
         self._enable_others(trainer, task, number >= self.blocks or self._runs_others(number))
         self._began = time.perf_counter()
 
@@ -100,9 +137,13 @@ class CallbackCost(RunDirCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._loggers:
             self._enable_others(trainer, pl_module, True)
-        times = {name: self.seconds[runs] for name, runs in (("with", True), ("without", False))}
-        medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
+        medians = self._medians(("with", "without"))
         _write(self, {"seconds_per_step": medians, "log_every_n_steps": _log_interval(trainer)})
+
+    def _medians(self, names: tuple[str, str]) -> dict[str, float]:
+        """Return the median seconds per step with and without the other callbacks, under the given names."""
+        times = zip(names, (self.seconds[True], self.seconds[False]), strict=True)
+        return {name: statistics.median(seconds) for name, seconds in times if seconds}
 
 
 class TimeToLoss(RunDirCallback):
@@ -145,6 +186,8 @@ class TimeToLoss(RunDirCallback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = trainer.callback_metrics["val/loss"].item()
         self.points.append({"step": trainer.global_step, "loss": loss, "seconds": self.seconds})
+        report({"training s": self.seconds, "steps": trainer.global_step, "val loss": loss})
+        report({"loss by training s": ", ".join(f"{p['loss']:.4f} at {p['seconds']:.1f}" for p in self.points)})
         reached = loss <= self.target
         trainer.should_stop = trainer.should_stop or reached
         _write(

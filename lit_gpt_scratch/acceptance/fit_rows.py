@@ -1,12 +1,14 @@
 """Rows that run ``fit`` as a user would: precisions, compilation, resuming, time to a loss, RL, cost of callbacks."""
 
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.acceptance.fit_probes import PROBE_FILE, TRACE_FILE, CallbackCost
+from lit_gpt_scratch.acceptance.fit_probes import MS_PER_STEP, PROBE_FILE, TRACE_FILE, CallbackCost
+from lit_gpt_scratch.acceptance.live_values import report
 from lit_gpt_scratch.acceptance.profiler_trace import COPY_TO_HOST, READ_SCALAR, count_by_step, read_trace
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
@@ -26,6 +28,8 @@ SMALL_NETWORK: Final = ("--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--mode
 SMALL_FIT: Final = (*SMALL_DATA, *SMALL_NETWORK, "--model.compile=false", "--trainer.log_every_n_steps=2")
 """Flags for a run that takes about a second on a CPU."""
 PROBES: Final = "lit_gpt_scratch.acceptance.fit_probes"
+STOPPED: Final = 128 + signal.SIGTERM
+"""Exit code of ``fit`` after SIGTERM, with which a row is stopped at its deadline."""
 TIME_SHARES: Final = ("data", "generation", "forward", "backward", "optimizer", "rest")
 
 
@@ -35,7 +39,7 @@ def measure_fit(context: RowContext, flags: Sequence[str]) -> Iterator[Values]:
     Raises:
         RowFailed: ``fit`` failed, or the final training loss is not finite.
     """
-    summary, seconds = run_fit(context, *flags)
+    summary, seconds = run_fit(context, f"--trainer.callbacks={PROBES}.FitProgress", *flags)
     yield {"command s": seconds}
     yield from describe_summary(summary)
     if summary.get("train/loss") is None:
@@ -64,10 +68,11 @@ def measure_resume(context: RowContext, flags: Sequence[str], kills: int, seed: 
         RowFailed: A bit or a point of a curve differs.
     """
     folder = context.scratch / "resume"
-    report = ResumeStressTest([*flags, *_common_flags(context)], folder, seed).run(kills)
-    yield {"kills": report.kills.total(), "bits compared": report.bits, "values that differ": len(report.differences)}
-    if report.differences:
-        raise RowFailed(str(report))
+    test = ResumeStressTest([*flags, *_common_flags(context)], folder, seed)
+    found = test.run(kills, lambda: report({"kills": test.report.kills.total()}))
+    yield {"kills": found.kills.total(), "bits compared": found.bits, "values that differ": len(found.differences)}
+    if found.differences:
+        raise RowFailed(str(found))
 
 
 def measure_time_to_loss(context: RowContext, flags: Sequence[str], target: float) -> Iterator[Values]:
@@ -116,8 +121,8 @@ def measure_callback_cost(
     found = read_json(run.path / PROBE_FILE, dict[str, Any])
     with_them, without = (found["seconds_per_step"][name] for name in ("with", "without"))
     yield {
-        "ms per step": 1000 * with_them,
-        "ms per step without callbacks": 1000 * without,
+        MS_PER_STEP[0]: 1000 * with_them,
+        MS_PER_STEP[1]: 1000 * without,
         "share of callbacks": (with_them - without) / with_them,
     }
     yield from describe_synchronizations(run.path / TRACE_FILE, found["log_every_n_steps"])
@@ -163,6 +168,7 @@ def start_fit(context: RowContext, *flags: str) -> RunFolder:
 
     Raises:
         RowFailed: ``fit`` failed; the message is its error.
+        SystemExit: ``fit`` was stopped by SIGTERM.
     """
     runs = context.scratch / "runs" / str(time.monotonic_ns())
     arguments = [f"--runs={runs}", f"--experiment={EXPERIMENT}", *_common_flags(context), *flags]
@@ -170,6 +176,8 @@ def start_fit(context: RowContext, *flags: str) -> RunFolder:
     try:
         run_module(FIT_MODULE)
     except SystemExit as end:
+        if end.code == STOPPED:  # not a failure
+            raise
         if end.code:
             raise RowFailed(f"fit failed with exit code {end.code}: {end.__context__ or 'see the log'}") from end
     return RunFolder(runs / EXPERIMENT / "version_0")

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from typing_extensions import TypedDict
 
+from lit_gpt_scratch.acceptance.live_values import listening
 from lit_gpt_scratch.acceptance.row import (
     AcceptanceRow,
     RowContext,
@@ -80,14 +81,17 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     process.start()
     try:
         process.join(max(0.0, seconds))
-        in_time = not process.is_alive()
+        in_time = not process.is_alive() or bool(_read_progress(progress_path)["status"])
     finally:
         _kill(process)
     found = _read_progress(progress_path)
-    status: Status = found["status"] or ("failed" if in_time else "out of time")
-    reason = found["reason"]
-    if not found["status"]:
-        reason = _describe_exit(process.exitcode, log) if in_time else f"stopped after {seconds:.0f} s"
+    status: Status
+    if found["status"] and (in_time or found["status"] == "ok"):
+        status, reason = found["status"], found["reason"]
+    elif in_time:
+        status, reason = "failed", _describe_exit(process.exitcode, log)
+    else:  # a failure that the row has written since then is the effect of being stopped
+        status, reason = "out of time", f"stopped after {seconds:.0f} s"
     return RowRecord(
         row=row.name, status=status, reason=reason, seconds=round(time.monotonic() - began, 2), values=found["values"]
     )
@@ -136,11 +140,15 @@ def _measure(measure: Callable[..., Any], context: RowContext, sizes: dict[str, 
         progress = _Progress(status=status, reason=quote_short(reason, REASON_LENGTH), values=plain_values(values))
         write_atomically(path, json.dumps(progress))
 
+    def add(found: Values) -> None:
+        values.update(found)
+        write("")
+
     try:
-        with closing(measure(context, **sizes)) as groups:  # a row that is interrupted ends its own processes
+        # A row that is interrupted ends its own processes.
+        with listening(add), closing(measure(context, **sizes)) as groups:
             for found in groups:
-                values |= found
-                write("")
+                add(found)
         write("ok")
     except RowSkipped as reason:
         write("skipped", str(reason))

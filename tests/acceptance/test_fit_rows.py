@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lit_gpt_scratch.acceptance.fit_rows import (
     measure_resume,
     measure_time_to_loss,
 )
+from lit_gpt_scratch.acceptance.live_values import listening
 from lit_gpt_scratch.acceptance.profiler_trace import STEP_MARK
 from lit_gpt_scratch.acceptance.row import RowFailed, Values
 from lit_gpt_scratch.checkpoint.resume_stress_test import StressTestReport
@@ -67,11 +68,16 @@ def test_differing_bits_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, di
             assert flags[0] == "--x=1"
             assert "--trainer.devices=1" in flags
 
-        def run(self, kills: int) -> StressTestReport:
+        def run(self, kills: int, on_kill: Callable[[], object]) -> StressTestReport:
+            self.report = StressTestReport(Counter({"while saving": 1}), 0, 0, Counter())
+            on_kill()
             return StressTestReport(Counter({"while saving": kills}), 1, 1000, Counter(differences))
 
     monkeypatch.setattr(fit_rows, "ResumeStressTest", Resumed)
-    values, reason = collect(measure_resume(context_in(tmp_path), ("--x=1",), kills=3))
+    live: list[Values] = []
+    with listening(live.append):
+        values, reason = collect(measure_resume(context_in(tmp_path), ("--x=1",), kills=3))
+    assert live == [{"kills": 1}]  # kept if the row is stopped
     assert values == {"kills": 3, "bits compared": 1000, "values that differ": len(differences)}
     assert ("/state_dict/head (3)" in reason) == bool(differences)
     assert bool(reason) == bool(differences)

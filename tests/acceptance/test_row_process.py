@@ -1,5 +1,6 @@
 """A row that crashes, hangs or raises costs only itself, and keeps the values that it had yielded."""
 
+import atexit
 import os
 import time
 from pathlib import Path
@@ -9,14 +10,15 @@ import pytest
 import torch
 
 from lit_gpt_scratch.acceptance import row_process
-from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowRecord
+from lit_gpt_scratch.acceptance.live_values import report
+from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowFailed, RowRecord
 from lit_gpt_scratch.acceptance.row_process import run_row
 from tests.acceptance import sample_rows
 
 
 @pytest.fixture(autouse=True)
 def _light_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_process, "PRELOADED", ("tests.acceptance.sample_rows",))
+    monkeypatch.setattr(row_process, "PRELOADED", ("tests.acceptance.sample_rows", __name__))
     monkeypatch.setattr(row_process, "EXIT_GRACE_SECONDS", 0.3)
 
 
@@ -76,3 +78,40 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def write_failure_when_stopped(context: RowContext) -> Any:
+    """A row that turns its end into a failure, as a library may do."""
+    yield {"before": 1}
+    try:
+        time.sleep(600)
+    except SystemExit as end:
+        raise RowFailed("the effect of being stopped") from end
+
+
+def test_failure_after_the_deadline_is_not_the_rows(tmp_path: Path) -> None:
+    found = run(write_failure_when_stopped, tmp_path, seconds=2)
+    assert (found["status"], found["reason"]) == ("out of time", "stopped after 2 s")
+
+
+def fail_and_linger(context: RowContext) -> Any:
+    atexit.register(time.sleep, 600)
+    yield {"before": 1}
+    raise RowFailed("its own")
+
+
+def test_failure_before_the_deadline_is_the_rows(tmp_path: Path) -> None:
+    """Also if the process has not ended by then."""
+    found = run(fail_and_linger, tmp_path, seconds=4)
+    assert (found["status"], found["reason"]) == ("failed", "its own")
+
+
+def hang_in_fit(context: RowContext) -> Any:
+    report({"steps": 7})
+    time.sleep(600)
+    yield {}
+
+
+def test_values_reported_while_running_are_kept(tmp_path: Path) -> None:
+    found = run(hang_in_fit, tmp_path, seconds=2)
+    assert (found["status"], found["values"]) == ("out of time", {"steps": 7})

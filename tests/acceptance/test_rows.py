@@ -114,6 +114,32 @@ def test_fit_rows_run_on_a_cpu(tmp_path: Path) -> None:
     assert 5 < found["values"]["train loss"] < 6
 
 
+def test_stopped_fit_is_out_of_time_and_keeps_its_values(tmp_path: Path) -> None:
+    """A real run that does not end before the deadline."""
+    row = next(row for row in ROWS if row.name == "fit, bf16-mixed")
+    endless = [*row.cpu_sizes["flags"], "--trainer.max_steps=1000000"]
+    endless_row = replace(row, cpu_sizes={"flags": endless})
+    found = run_row(endless_row, context_in(tmp_path), 20, tmp_path / "fit.log")
+    assert (found["status"], found["reason"]) == ("out of time", "stopped after 20 s")
+    assert found["values"]["steps"] > 2
+    assert found["values"]["tokens/s"] > 0
+    assert 0 < found["values"]["train loss"] < 6
+
+
+def test_stopped_time_to_loss_keeps_its_validations(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"line {n} of a text\n" for n in range(4000)), encoding="utf-8")
+    row = next(row for row in ROWS if row.name == "tiny Shakespeare")
+    flags = [*row.cpu_sizes["flags"], "--trainer.max_steps=1000000", "--trainer.val_check_interval=4"]
+    endless = replace(row, cpu_sizes={"flags": flags, "target": 0.0})
+    context = replace(context_in(tmp_path), text=tmp_path / "text.txt")
+    found = run_row(endless, context, 20, tmp_path / "fit.log")
+    assert found["status"] == "out of time"
+    assert found["values"]["steps"] % 4 == 0
+    points = found["values"]["loss by training s"].split(", ")
+    assert len(points) == found["values"]["steps"] // 4
+    assert 3 < float(points[0].split(" at ")[0]) < 7
+
+
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
