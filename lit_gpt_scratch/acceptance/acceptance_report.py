@@ -13,6 +13,7 @@ from lit_gpt_scratch.text.atomic_files import write_atomically
 from lit_gpt_scratch.text.markdown import format_compact_table
 
 NAME_WIDTH, STATUS_WIDTH, SECONDS_WIDTH = 34, 12, 6
+REPORT_FILE: Final = "acceptance.json"
 HEADER: Final = f"{'row':{NAME_WIDTH}}{'status':{STATUS_WIDTH}}{'s':>{SECONDS_WIDTH}}  result"
 MIN_RESULT_WIDTH = 40
 
@@ -61,7 +62,7 @@ def write_report(folder: Path, facts: Mapping[str, Any], records: Sequence[RowRe
         records: The rows that have ended, in their order.
     """
     content = json.dumps({**facts, "rows": list(records)}, indent=2, allow_nan=False)
-    write_atomically(folder / "acceptance.json", content + "\n")
+    write_atomically(folder / REPORT_FILE, content + "\n")
     table = [["row", "status", "seconds", "result"]]
     table += [[r["row"], r["status"], f"{r['seconds']:.0f}", describe_result(r)] for r in records]
     head = ", ".join(f"{name}: {format_value(value)}" for name, value in facts.items())

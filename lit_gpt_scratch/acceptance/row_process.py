@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+import torch
 from typing_extensions import TypedDict
 
 from lit_gpt_scratch.acceptance.live_values import listening
@@ -41,6 +42,8 @@ FORK_SAFE_CUDA_CHECK: Final = ("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 EXIT_GRACE_SECONDS: Final = 3.0
 """Number of seconds that a row has to end its own processes after SIGTERM, before it is killed."""
+START_SECONDS: Final = 60.0
+"""Maximum number of seconds for the imports of the server from which rows are forked, and a first use of the device."""
 REASON_LENGTH: Final = 300
 """Maximum number of characters of a reason."""
 
@@ -56,7 +59,9 @@ class _Progress(TypedDict):
     values: dict[str, Any]
 
 
-def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) -> RowRecord:
+def run_row(
+    row: AcceptanceRow, context: RowContext, seconds: float, log: Path, start_method: str = START_METHOD
+) -> RowRecord:
     """Run a row in a new process, and kill the process and its children at the deadline.
 
     Args:
@@ -64,6 +69,7 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
         context: Where the row runs.
         seconds: Maximum duration in seconds, including the start of the process.
         log: File for the output of the process.
+        start_method: Start method of ``multiprocessing``.
 
     Returns:
         The record of the row, with the values that it had yielded when it ended or was killed.
@@ -71,8 +77,8 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     began = time.monotonic()
     progress_path = context.scratch / f"{log.stem}.json"
     log.touch()
-    processes: Any = multiprocessing.get_context(START_METHOD)
-    if START_METHOD == "forkserver":
+    processes: Any = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
         os.environ.setdefault(*FORK_SAFE_CUDA_CHECK)
         processes.set_forkserver_preload(list(PRELOADED))
     process = processes.Process(
@@ -80,7 +86,7 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     )
     process.start()
     try:
-        process.join(max(0.0, seconds))
+        process.join(max(0.0, began + seconds - time.monotonic()))
         in_time = not process.is_alive() or bool(_read_progress(progress_path)["status"])
     finally:
         _kill(process)
@@ -95,6 +101,25 @@ def run_row(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) 
     return RowRecord(
         row=row.name, status=status, reason=reason, seconds=round(time.monotonic() - began, 2), values=found["values"]
     )
+
+
+def choose_start_method(context: RowContext) -> tuple[str, str]:
+    """Return the start method with which rows can use the device, and why another one cannot be used, if any.
+
+    Also starts the server from which rows are forked, so that its imports do not count towards the first row. A library
+    that initializes CUDA when it is imported makes the GPU unusable in all forked processes.
+    """
+    row = AcceptanceRow("device", use_device, START_SECONDS)
+    found = run_row(row, context, START_SECONDS, context.scratch / "device.log")
+    if found["status"] == "ok" or START_METHOD == "spawn":
+        return START_METHOD, ""
+    return "spawn", f"{START_METHOD}: {found['reason']}"
+
+
+def use_device(context: RowContext) -> Iterator[Values]:
+    """Allocate a tensor on the device."""
+    torch.zeros(1, device=context.device)
+    yield {}
 
 
 def _kill(process: Any) -> None:

@@ -36,7 +36,7 @@ PARITY_DEFAULTS = (
 """Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
 OPTIONS = {
     "kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity", "minutes": "--acceptance",
-    "out": "--acceptance", "text": "--acceptance",
+    "out": "--acceptance", "text": "--acceptance", "rows": "--acceptance",
 }  # fmt: skip
 """Flag that each option requires, keyed by option name."""
 
@@ -91,6 +91,14 @@ def main(args: Sequence[str] | None = None) -> None:
     acceptance.add_argument(
         "--text", metavar="FILE", type=Path, help="tiny Shakespeare, for the time to nanoGPT's loss"
     )
+    acceptance.add_argument(
+        "--rows",
+        metavar="PATTERN",
+        nargs="+",
+        default=[],
+        help="measure only the rows whose names match one of these regular expressions, and keep the other rows of "
+        "the reports in the folder",
+    )
     given, fit_flags = parser.parse_known_args(args)
     test = next((f"--{name}" for name in ("resume", "parity", "acceptance") if getattr(given, name)), None)
     for name, belongs_to in OPTIONS.items():
@@ -127,7 +135,7 @@ def _run_acceptance(given: argparse.Namespace, fit_flags: Sequence[str]) -> None
     from lit_gpt_scratch.acceptance.rows import ROWS  # imports everything that a row may measure
 
     with exit_on_signal():
-        records = AcceptanceRun(ROWS, given.out, given.minutes, given.text).run()
+        records = AcceptanceRun(ROWS, given.out, given.minutes, given.text, patterns=given.rows).run()
     if any(record["status"] == "failed" for record in records):
         sys.exit(1)
 

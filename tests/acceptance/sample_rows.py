@@ -87,6 +87,20 @@ def doze(context: RowContext) -> Iterator[Values]:
         yield {"number": number}
 
 
+def is_forked() -> bool:
+    return "multiprocessing.forkserver" in " ".join(Path("/proc/self/cmdline").read_text().split("\0"))
+
+
+def use_device_unless_forked(context: RowContext) -> Iterator[Values]:
+    if is_forked():
+        raise RuntimeError("CUDA error: initialization error")
+    yield {}
+
+
+def name_start_method(context: RowContext) -> Iterator[Values]:
+    yield {"forked": is_forked()}
+
+
 def rows(*functions: Any, seconds: float = 60) -> list[AcceptanceRow]:
     return [AcceptanceRow(function.__name__, function, seconds) for function in functions]
 

@@ -1,6 +1,7 @@
 """A row that crashes, hangs or raises costs only itself, and keeps the values that it had yielded."""
 
 import atexit
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -115,3 +116,19 @@ def hang_in_fit(context: RowContext) -> Any:
 def test_values_reported_while_running_are_kept(tmp_path: Path) -> None:
     found = run(hang_in_fit, tmp_path, seconds=2)
     assert (found["status"], found["values"]) == ("out of time", {"steps": 7})
+
+
+def test_start_of_a_process_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that starts after its deadline is stopped at once."""
+    processes = multiprocessing.get_context(row_process.START_METHOD)
+    start = processes.Process.start
+
+    def start_slowly(self: Any) -> None:
+        start(self)
+        time.sleep(2)
+
+    monkeypatch.setattr(processes.Process, "start", start_slowly)
+    began = time.monotonic()
+    found = run(sample_rows.hang, tmp_path, seconds=2)
+    assert found["status"] == "out of time"
+    assert time.monotonic() - began < 3.5

@@ -57,13 +57,14 @@ def test_time_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, limits = [0.0], []
     monkeypatch.setattr(scheduler.time, "monotonic", lambda: now[0])
 
-    def take(row: AcceptanceRow, context: RowContext, seconds: float, log: Path) -> dict[str, object]:
+    def take(row: AcceptanceRow, context: RowContext, seconds: float, log: Path, method: str) -> dict[str, object]:
         limits.append(seconds)
         log.touch()
         now[0] += seconds
         return {"row": row.name, "status": "ok", "reason": "", "seconds": seconds, "values": {}}
 
     monkeypatch.setattr(scheduler, "run_row", take)
+    monkeypatch.setattr(scheduler, "choose_start_method", lambda context: ("spawn", ""))
     rows = [AcceptanceRow(str(n), sample_rows.succeed, 100) for n in range(5)]
     records = AcceptanceRun(rows, tmp_path, minutes=2, device=torch.device("cpu")).run()
     assert limits == [20.0] * 5
@@ -122,6 +123,73 @@ def processes_with(variable: str) -> list[int]:
         if variable.encode() in content and is_alive(int(path.parent.name)):
             found.append(int(path.parent.name))
     return found
+
+
+def test_selected_rows_replace_their_records(tmp_path: Path) -> None:
+    """A second run measures two rows, in the order of the table; the record of the third row is kept."""
+    cpu_device = torch.device("cpu")
+    table = sample_rows.rows(sample_rows.fail, sample_rows.leave, sample_rows.skip)
+    AcceptanceRun(table, tmp_path, device=cpu_device).run()
+    before = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))["rows"]
+    repaired = [AcceptanceRow(row.name, sample_rows.succeed, 60) for row in table]
+    run = AcceptanceRun(repaired, tmp_path, device=cpu_device, patterns=["^sk", "a.l$"])
+    kept = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))["rows"]
+    assert kept == before  # a run that is killed in its first row keeps all records
+    assert [record["row"] for record in run.run()] == ["fail", "skip"]
+    after = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))["rows"]
+    assert [(each["row"], each["status"]) for each in after] == [("fail", "ok"), ("leave", "failed"), ("skip", "ok")]
+    assert after[1] == before[1]
+    log = (tmp_path / "acceptance.log").read_text(encoding="utf-8")
+    assert log.count("== fail") == 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["succ", "x"], "no row matches 'x'; the rows are: succeed; fail$"),
+        (["("], "'\\(' is not a regular expression"),
+    ],
+)
+def test_mistakes_in_patterns(tmp_path: Path, patterns: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AcceptanceRun(sample_rows.rows(sample_rows.succeed, sample_rows.fail), tmp_path, patterns=patterns)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"torch": torch.__version__, "device": "cuda", "rows": []}, "measured with device cuda, not cpu"),
+        ({"torch": "2.0", "device": "cpu", "rows": []}, "measured with torch 2.0, not"),
+        ({"torch": "2.0"}, "cannot read"),
+    ],
+)
+def test_reports_that_cannot_be_continued(tmp_path: Path, content: object, message: str) -> None:
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        AcceptanceRun(sample_rows.rows(sample_rows.succeed), tmp_path, device=torch.device("cpu"), patterns=["succeed"])
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+
+
+def test_rows_are_spawned_if_forked_processes_cannot_use_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that a forked process inherits makes the device unusable there, and only there."""
+    monkeypatch.setattr(row_process, "use_device", sample_rows.use_device_unless_forked)
+    rows = sample_rows.rows(sample_rows.name_start_method)
+    [record] = AcceptanceRun(rows, tmp_path, device=torch.device("cpu")).run()
+    assert record["values"] == {"forked": False}
+    written = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))
+    reason = "forkserver: RuntimeError: CUDA error: initialization error"
+    assert written["start method"] == f"spawn ({reason})"
+
+
+def test_rows_are_forked_if_they_can_use_the_device(tmp_path: Path) -> None:
+    rows = sample_rows.rows(sample_rows.name_start_method)
+    [record] = AcceptanceRun(rows, tmp_path, device=torch.device("cpu")).run()
+    assert record["values"] == {"forked": row_process.START_METHOD == "forkserver"}
+    written = json.loads((tmp_path / "acceptance.json").read_text(encoding="utf-8"))
+    assert written["start method"] == row_process.START_METHOD
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
