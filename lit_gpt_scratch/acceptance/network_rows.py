@@ -1,6 +1,6 @@
 """Rows that compare the network with itself in float32 on the CPU, by attention backend, precision and compilation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final
@@ -19,6 +19,41 @@ SDPA_BACKENDS: Final = {
 }
 """Kernels of scaled dot-product attention, each of which is used alone."""
 PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compare_backends(
+    context: RowContext,
+    config: GPTConfig,
+    backends: Mapping[str, Sequence[str]],
+    batch_size: int,
+    block_size: int,
+    documents: Collection[str] = (),
+) -> Iterator[Values]:
+    """Compare several attention backends with the CPU in one row, not compiled.
+
+    Args:
+        context: Where the row runs.
+        config: Architecture; its weights must have gradients from the first step.
+        backends: Names of precisions, keyed by backend.
+        batch_size: Sequences in the batch.
+        block_size: Tokens per sequence.
+        documents: Backends for which sequences consist of several documents.
+
+    Raises:
+        RowFailed: At least one combination failed; the message names them.
+    """
+    problems = []
+    for backend, precisions in backends.items():
+        compared = compare_network(
+            context, config, backend, precisions, [False], batch_size, block_size, backend in documents
+        )
+        try:
+            for found in compared:
+                yield {f"{backend}, {name}": value for name, value in found.items()}
+        except RowFailed as failure:
+            problems.append(f"{backend}: {failure}")
+    if problems:
+        raise RowFailed("; ".join(problems))
 
 
 def compare_network(

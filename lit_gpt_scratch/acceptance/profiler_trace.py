@@ -14,12 +14,13 @@ DEVICE_CATEGORIES: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 """Categories of events on a GPU; on a CPU, the time of operators is counted instead."""
 CPU_CATEGORIES: Final = frozenset({"cpu_op"})
 KINDS: Final = {
+    "compiled elementwise": r"^triton_(poi|red|per)_",  # their names list the fused operators, also attention
     "attention": r"flash|fmha|attention|sdpa|cudnn.*mha",
     "matmul": r"gemm|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|linear|matmul)$|onednn|mkldnn",
     "communication": r"nccl|all_?reduce|all_?gather|reduce_?scatter",
     "optimizer": r"multi_tensor|foreach|adam",
     "copies": r"memcpy|memset|aten::(copy_|to|_to_copy)$",
-    "compiled elementwise": r"triton",
+    "other compiled": r"triton",
 }
 """Patterns of kernel and operator names, case-insensitive; the first kind that matches counts, otherwise ``other``."""
 STEP_MARK: Final = "acceptance step "

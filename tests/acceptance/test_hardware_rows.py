@@ -83,14 +83,26 @@ def test_fp8_requires_its_tensor_cores(tmp_path: Path, monkeypatch: pytest.Monke
     called = []
 
     def multiply(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
-        called.append((a.dtype, b.dtype, b.stride(), options["out_dtype"]))
+        called.append((a.dtype, b.dtype, b.stride(), options["out_dtype"], options["use_fast_accum"]))
         return a
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "_scaled_mm", multiply)
     assert measure_fp8_flops(gpu, 32, 3) > 0
-    assert len(called) == 4
-    assert called[0] == (torch.float8_e4m3fn, torch.float8_e4m3fn, (1, 32), torch.bfloat16)
+    assert len(called) == hardware_rows.WARMUP_CALLS + 3
+    assert called[0] == (torch.float8_e4m3fn, torch.float8_e4m3fn, (1, 32), torch.bfloat16, False)
+    values = collect(measure_peaks(gpu, copy_bytes=2**20, fp8_size=32, repeats=1))
+    assert {"fp8 TFLOP/s", "fp8 TFLOP/s, fast accumulation"} <= values.keys()
+    assert [each[-1] for each in called].count(True) == hardware_rows.WARMUP_CALLS + 1
+
+
+def test_fp8_product_is_right() -> None:
+    """The layout and the scales of the call are those that give the product, as far as this CPU has the operator."""
+    a, b = (torch.randn(32, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones(())
+    for fast in (False, True):
+        found = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+        torch.testing.assert_close(found.float(), a.float() @ b.t().float(), rtol=1e-2, atol=1e-1)
 
 
 def test_copies_count_bytes_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +110,8 @@ def test_copies_count_bytes_read_and_written(tmp_path: Path, monkeypatch: pytest
     assert measure_copy_bandwidth(context_in(tmp_path), 1000, 3) == 2 * 1000 / 0.5
 
 
-def test_median_of_calls_without_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    durations, now = iter([100.0, 1.0, 9.0, 2.0]), [0.0]
+def test_median_of_calls_without_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durations, now = iter([*[100.0] * hardware_rows.WARMUP_CALLS, 1.0, 9.0, 2.0]), [0.0]
 
     def call() -> None:
         now[0] += next(durations)

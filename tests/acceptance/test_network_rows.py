@@ -1,5 +1,6 @@
 """Comparisons of the network: exact where both sides are the same, failed where they are not."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_gpt_scratch.acceptance import network_rows
-from lit_gpt_scratch.acceptance.network_rows import compare_network
+from lit_gpt_scratch.acceptance.network_rows import compare_backends, compare_network
 from lit_gpt_scratch.acceptance.row import RowFailed, Values
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.profiling import device_check
@@ -72,6 +73,20 @@ def test_a_combination_that_is_wrong_fails_the_row_but_not_the_others(
     assert reason == "fp16 exceeds its tolerance of 0.01; bf16 exceeds its tolerance of 0.05"
     assert float(str(values["bf16: gradient"])) == pytest.approx(0.2, rel=1e-3)
     assert float(str(values["fp32: gradient"])) < 1e-5
+
+
+def test_backends_in_one_row(tmp_path: Path) -> None:
+    """The backend that a CPU lacks fails the row after the others, which follow it."""
+    backends = {"cudnn": ["fp32"], "flash": ["fp32"], "manual": ["fp32", "bf16"]}
+    values: Values = {}
+    compared = compare_backends(context_in(tmp_path), CONFIG, backends, 2, 24)
+    for found in itertools.islice(compared, 4):
+        values |= found
+    with pytest.raises(RowFailed, match=r"^cudnn: fp32$"):
+        next(compared)
+    assert float(str(values["flash, fp32: gradient"])) < 1e-5
+    assert float(str(values["manual, bf16: logits"])) > 1e-4
+    assert str(values["cudnn, fp32"]).startswith("failed: ")
 
 
 def test_gradient_of_float16_is_scaled() -> None:

@@ -46,6 +46,23 @@ def test_time_by_kind_of_a_gpu() -> None:
     assert next(iter(found)) == "matmul"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_poi_fused__scaled_dot_product_flash_attention_add_3", "compiled elementwise"),
+        ("triton_red_fused_addmm_native_layer_norm_sdpa_5", "compiled elementwise"),
+        ("triton_per_fused__to_copy_copy_adam_1", "compiled elementwise"),
+        ("triton_tem_fused_flex_attention_backward_12", "attention"),
+        ("triton_tem_fused_mm_2", "other compiled"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matmul"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
+    ],
+)
+def test_kind_of_a_kernel(name: str, kind: str) -> None:
+    assert time_by_kind([event(name, 0, 10)]) == pytest.approx({kind: 1e-5, "idle": 0})
+
+
 def test_longest_events() -> None:
     twice = [*GPU_STEP, event("nvjet_tst_128x256_64x4_TNT", 400, 10)]
     found = longest_events(twice, 2)

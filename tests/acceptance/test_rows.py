@@ -18,11 +18,11 @@ from lit_gpt_scratch.acceptance.fit_rows import start_fit
 from lit_gpt_scratch.acceptance.hardware_rows import describe_hardware
 from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowFailed, RowSkipped, Values
 from lit_gpt_scratch.acceptance.row_process import PRELOADED, run_row
-from lit_gpt_scratch.acceptance.rows import GPT2_VOCABULARY, ROWS, SIZES
+from lit_gpt_scratch.acceptance.rows import FIT_124M, GPT2_VOCABULARY, ROWS, SIZES
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model import GPT, GPTConfig
 from tests.acceptance.simulated_gpu import SimulatedGPU, context_in
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,17 @@ def test_parameters_of_the_measured_networks() -> None:
         by_hand = 12 * config.n_layer * config.n_embd**2 + (50_304 + 1024) * config.n_embd
         assert n == pytest.approx(by_hand, rel=2e-3)
         assert n == pytest.approx(expected, rel=0.01)
+
+
+def test_fit_of_124m_has_the_size_of_gpt2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The vocabulary of the tokenizer does not matter, because the table is padded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FitCLI, "instantiate_classes", lambda self: None)
+    config = FitCLI([*FIT_124M, f"--data.source={ROOT / 'README.md'}"]).config.model.init_args.gpt
+    fields = {name: value for name, value in vars(config).items() if name in GPTConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        net = GPT(GPTConfig(**fields), 1000, 1024)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(124.5e6, rel=1e-3)
 
 
 @pytest.mark.parametrize("row", FIT_ROWS, ids=lambda row: row.name)

@@ -61,11 +61,12 @@ def test_doubling_ends_when_memory_ends(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert values["peak memory GB"] == 10
     assert values["compiled"] is True
     kept = activation_bytes(SHAPE.config, 97, 16, 8, torch.device("cpu"), torch.float32, autocast=True)
-    assert values["planned memory GB"] == pytest.approx(20 + kept / 1e9)
+    assert values["planned memory GB, not compiled"] == pytest.approx(20 + kept / 1e9)
+    assert values["measured memory of planned"] == pytest.approx(10**10 / (2 * 10**10 + kept))
 
 
 def test_doubling_ends_when_it_gains_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    values, tried = search(monkeypatch, tmp_path, {2: 100.0, 4: 190.0, 8: 191.0})
+    values, tried = search(monkeypatch, tmp_path, {2: 100.0, 4: 190.0, 8: 195.0})
     assert tried == [(2, 5), (4, 5), (8, 5), (4, 30)]
     assert values["micro-batch"] == 4
 
@@ -94,6 +95,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     [
         (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (ValueError("x"), False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )  # fmt: skip
@@ -112,6 +114,35 @@ def test_trained_steps_match_a_hand_count(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert 0 < found.tokens_per_second < 1e9
     assert found.state_bytes == 4 * 4 * found.parameters  # weights, gradients and two moments in float32
     assert not found.compiled
+
+
+class Watch(L.Callback):
+    """Keeps the task and the optimizer, as a traceback does; raises an exception in a step, if one is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.task, self.optimizer = pl_module, trainer.optimizers[0]
+        if self.error and trainer.global_step == 2:
+            raise self.error
+
+
+def test_memory_of_a_trial_is_free_at_its_end(tmp_path: Path) -> None:
+    watch = Watch()
+    found = train_steps(context_in(tmp_path), SHAPE, 3, 4, watch)
+    assert all(parameter.grad is None for parameter in watch.task.parameters())
+    assert not watch.optimizer.state
+    assert found.parameters > 0
+
+
+def test_memory_of_a_trial_is_free_after_an_exception(tmp_path: Path) -> None:
+    watch = Watch(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_steps(context_in(tmp_path), SHAPE, 3, 4, watch)
+    assert sum(parameter.nbytes for parameter in watch.task.parameters()) == 0
+    assert all(parameter.grad is None for parameter in watch.task.parameters())
+    assert not watch.optimizer.state
 
 
 def test_clock_counts_the_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
