@@ -4,7 +4,8 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 
 log = logging.getLogger(__name__)
 
+LAZINESS_SETTING: Final = "force_non_lazy_backward_lowering"
 Compile = Callable[[fx.GraphModule, list[Any]], Any]
 
 
@@ -43,8 +45,7 @@ class CompilerBackend:
         original = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor modifies the graph
         if not self.failed:
             try:
-                # By default, a backward pass is compiled on first use, when a step can no longer be repeated.
-                with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                with _compile_backward_pass_at_once():
                     compiled: Callable[..., Any] = self._compile(graph, list(example_inputs))
                 return compiled
             except Exception as error:
@@ -56,6 +57,19 @@ class CompilerBackend:
                 self.failed = True
                 log.warning("not compiled, because the compiler failed: %s", reason)
         return original
+
+
+def _compile_backward_pass_at_once() -> AbstractContextManager[None]:
+    """Compile backward passes with their forward passes, not on first use, when a step can no longer be repeated.
+
+    A version of PyTorch without this setting compiles a backward pass on first use. If the compiler fails then, the run
+    ends with the compiler's error instead of continuing uncompiled; a failure in the forward pass is handled as usual.
+    """
+    config = torch._functorch.config
+    if not hasattr(config, LAZINESS_SETTING):
+        return nullcontext()
+    patched: AbstractContextManager[None] = config.patch({LAZINESS_SETTING: True})
+    return patched
 
 
 def _compile_with_inductor(graph: fx.GraphModule, example_inputs: list[Any]) -> Any:

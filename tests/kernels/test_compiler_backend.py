@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError, exception_chain
+from lit_gpt_scratch.kernels import compiler_backend
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.model import GPT, GPTConfig
 
@@ -88,3 +89,24 @@ def test_failure_of_a_required_compiler_is_one_line() -> None:
     [error] = [each for each in exception_chain(caught.value) if isinstance(each, UserError)]
     assert "No space left on device" in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_versions_without_the_setting_for_backward_passes(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting is on while a graph is compiled, and a version of PyTorch that lacks it compiles all the same."""
+    setting, seen = compiler_backend.LAZINESS_SETTING, []
+
+    def compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(getattr(torch._functorch.config, setting))
+        return graph
+
+    if not known:
+        monkeypatch.setattr(compiler_backend, "LAZINESS_SETTING", "no_such_setting")
+    torch._dynamo.reset()
+    before = getattr(torch._functorch.config, setting)
+    module = nn.Linear(3, 3)
+    compiled = torch.compile(module, backend=CompilerBackend(required=True, compile=compile))
+    x = torch.ones(2, 3)
+    assert torch.equal(compiled(x), module(x))
+    assert seen == [known or before]
+    assert getattr(torch._functorch.config, setting) == before
