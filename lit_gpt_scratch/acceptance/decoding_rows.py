@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch._dynamo.utils import counters
 
-from lit_gpt_scratch.acceptance.row import RowContext, Values
+from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -37,7 +37,11 @@ def measure_decoding(
         new_tokens: Tokens per row.
         compile: Whether the decoding step is compiled; compilation is not counted.
         cuda_graphs: Whether Inductor replays the step as a CUDA graph; yields how often it could not.
+
+    Raises:
+        RowFailed: A step was not replayed as a CUDA graph, although it should have been.
     """
+    skipped_before = counters["inductor"]["cudagraph_skips"]
     torch.manual_seed(0)
     net = GPT(config, vocab_size, block_size).to(context.device, torch.bfloat16).eval()
     yield {"weights MB": sum(p.nbytes for p in net.parameters()) / 1e6}
@@ -54,7 +58,10 @@ def measure_decoding(
             streams = "1 stream" if n == 1 else f"{n} streams"
             yield {f"tokens/s, {streams}": count / seconds, f"first call s, {streams}": first}
     if cuda_graphs:
-        yield {"skipped CUDA graphs": counters["inductor"]["cudagraph_skips"]}
+        skipped = counters["inductor"]["cudagraph_skips"] - skipped_before
+        yield {"skipped CUDA graphs": skipped}
+        if skipped:
+            raise RowFailed("a decoding step was not replayed as a CUDA graph; the log states the reason")
 
 
 def _inductor_settings(settings: dict[str, Any]) -> AbstractContextManager[None]:

@@ -164,6 +164,8 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
     cache = KVCache(len(texts), capacity, weight.device, weight.dtype, fixed)
     with torch.compiler.set_stance("force_eager"):  # otherwise, each prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
+        if fixed:
+            cache.mark_static()
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
         return cache, model.apply_head(last)[:, -1]
 

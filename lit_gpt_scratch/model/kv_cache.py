@@ -112,6 +112,14 @@ class KVCache:
         counts = self._counts or [self._tokens] * len(self.lengths)
         self.lengths = [n + new for n, new in zip(self.lengths, counts, strict=True)]
 
+    def mark_static(self) -> None:
+        """Promise CUDA graphs that keys and values stay where they are, because a graph cannot modify other inputs.
+
+        A graph is recorded again if the promise is broken. Without CUDA graphs, this has no effect.
+        """
+        for tensor in (*self._keys, *self._values):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
     def select_rows(self, rows: list[int]) -> None:
         """Keep only the rows with the given indices, in the given order."""
         index = torch.tensor(rows, device=self._rows.device)
