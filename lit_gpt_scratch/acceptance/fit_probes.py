@@ -1,6 +1,7 @@
 """Callbacks that acceptance rows add to ``fit``: the cost of all other callbacks, and the time to a validation loss."""
 
 import json
+import re
 import statistics
 import time
 from typing import Any, Final
@@ -21,7 +22,7 @@ MS_PER_STEP: Final = ("ms per step", "ms per step without callbacks")
 PROBE_FILE: Final = "probe.json"
 LOGGED_VALUES: Final = {"tokens_per_second": "tokens/s", "train/loss": "train loss", "val/loss": "val loss"}
 """Metrics of ``fit`` that a row shows while ``fit`` is running, with the names of the values."""
-TRACE_FILE: Final = "probe_trace.json"
+TRACE_FILE: Final = "probe_trace.json.gz"
 
 
 class FitProgress(L.Callback):
@@ -56,7 +57,9 @@ class FitProgress(L.Callback):
 
 
 class CallbackCost(RunDirCallback):
-    """Callback that profiles some steps, then times blocks of steps with and without all other callbacks.
+    """Callback that profiles and times steps with and without all other callbacks.
+
+    It profiles some steps with the other callbacks and as many without, then times blocks of steps.
 
     It must be the first callback, so that its marks enclose the other callbacks; ``fit`` places the callbacks of
     ``--trainer.callbacks`` first. The trace is saved as ``TRACE_FILE`` and the times as ``PROBE_FILE`` in the run
@@ -64,7 +67,7 @@ class CallbackCost(RunDirCallback):
 
     Args:
         warmup: Number of steps before the profiled steps.
-        profiled: Number of profiled steps.
+        profiled: Number of profiled steps with the other callbacks, and without.
         blocks: Number of timed blocks, half of them with the other callbacks; even.
         block_steps: Number of steps per block.
     """
@@ -78,12 +81,13 @@ class CallbackCost(RunDirCallback):
         self._others: list[L.Callback] = []
         self._loggers: list[Any] = []
         self._step_filter: Any = None
+        self._actions: Any = None
         self._began = 0.0
 
     @property
     def steps(self) -> int:
         """Number of steps of a run with this callback."""
-        return self.warmup + self.profiled + self.blocks * self.block_steps + 1
+        return self.warmup + 2 * self.profiled + self.blocks * self.block_steps + 1
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,15 +98,21 @@ class CallbackCost(RunDirCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step, last = trainer.global_step, self.warmup + self.profiled
+        step, without, last = trainer.global_step, self.warmup + self.profiled, self.warmup + 2 * self.profiled
         if step == self.warmup:
+            self._loggers = list(trainer.loggers)
+            self._step_filter = pl_module.step_filter if isinstance(pl_module, GPTModule) else None
+            self._actions = AnnotatedActions(trainer)
             self._profiler = profile(activities=_activities(pl_module.device))
             self._profiler.start()
+        if self.warmup < step == without:
+            self._enable_others(trainer, pl_module, False)
         if self.warmup <= step <= last:
             with record_function(f"{STEP_MARK}{step}"):
                 pass
         if step == last:
             self._profiler.stop()
+            self._actions.remove()
             if self.folder is not None:
                 self._profiler.export_chrome_trace(str(self.folder.path / TRACE_FILE))
             self._profiler = None
@@ -113,10 +123,7 @@ class CallbackCost(RunDirCallback):
         """Record the block that has ended, and enable or disable the other callbacks for the next block."""
         synchronize(task.device)
         now = time.perf_counter()
-        if number == 0:
-            self._loggers = list(trainer.loggers)
-            self._step_filter = task.step_filter if isinstance(task, GPTModule) else None
-        else:
+        if number > 0:
             self.seconds[self._runs_others(number - 1)].append((now - self._began) / self.block_steps)
             report({name: 1000 * seconds for name, seconds in self._medians(MS_PER_STEP).items()})
         self._enable_others(trainer, task, number >= self.blocks or self._runs_others(number))
@@ -137,13 +144,42 @@ class CallbackCost(RunDirCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._loggers:
             self._enable_others(trainer, pl_module, True)
-        medians = self._medians(("with", "without"))
-        _write(self, {"seconds_per_step": medians, "log_every_n_steps": _log_interval(trainer)})
+        found = {"seconds_per_step": self._medians(("with", "without")), "log_every_n_steps": _log_interval(trainer)}
+        _write(self, {**found, "first_step_without": self.warmup + self.profiled})
 
     def _medians(self, names: tuple[str, str]) -> dict[str, float]:
         """Return the median seconds per step with and without the other callbacks, under the given names."""
         times = zip(names, (self.seconds[True], self.seconds[False]), strict=True)
         return {name: statistics.median(seconds) for name, seconds in times if seconds}
+
+
+class AnnotatedActions:
+    """Annotates the trainer's actions, such as hooks of callbacks, in the trace of ``torch.profiler``.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._profiler: Any = trainer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
+        self._start, self._stop = self._profiler.start, self._profiler.stop
+        self._open: dict[str, list[Any]] = {}
+        self._profiler.start, self._profiler.stop = self._enter, self._leave
+
+    def remove(self) -> None:
+        """Restore the profiler of the trainer."""
+        self._profiler.start, self._profiler.stop = self._start, self._stop
+
+    def _enter(self, name: str) -> None:
+        self._start(name)
+        annotation = record_function(re.sub(r"\{.*\}", "", name))  # without the arguments of a callback
+        self._open.setdefault(name, []).append(annotation)
+        annotation.__enter__()
+
+    def _leave(self, name: str) -> None:
+        if self._open.get(name):
+            self._open[name].pop().__exit__(None, None, None)
+        self._stop(name)
 
 
 class TimeToLoss(RunDirCallback):

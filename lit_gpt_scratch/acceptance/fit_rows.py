@@ -1,5 +1,6 @@
 """Rows that run ``fit`` as a user would: precisions, compilation, resuming, time to a loss, RL, cost of callbacks."""
 
+import shutil
 import signal
 import sys
 import time
@@ -9,7 +10,14 @@ from typing import Any, Final
 
 from lit_gpt_scratch.acceptance.fit_probes import MS_PER_STEP, PROBE_FILE, TRACE_FILE, CallbackCost
 from lit_gpt_scratch.acceptance.live_values import report
-from lit_gpt_scratch.acceptance.profiler_trace import COPY_TO_HOST, READ_SCALAR, count_by_step, read_trace
+from lit_gpt_scratch.acceptance.profiler_trace import (
+    COPY_TO_HOST,
+    READ_SCALAR,
+    SYNCHRONIZATIONS,
+    count_by_step,
+    find_origins,
+    read_trace,
+)
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -18,6 +26,14 @@ from lit_gpt_scratch.sweeps.run_process import run_module
 
 FIT_MODULE: Final = "lit_gpt_scratch.fit"
 EXPERIMENT: Final = "acceptance"
+SYNCHRONIZING_CALLS: Final = {
+    "cudaStreamSynchronize": SYNCHRONIZATIONS[:1],
+    "other synchronizations": SYNCHRONIZATIONS[1:],
+    "item()": (READ_SCALAR,),
+    "copies to host": (COPY_TO_HOST,),
+}
+NAMED_ORIGINS: Final = 6
+"""Maximum number of places that synchronize which a row names."""
 SMALL_SOURCE: Final = Path(__file__).parents[1] / "diagnostics"
 """A small text that every installation has: the modules of one of this package's folders."""
 SMALL_DATA: Final = (
@@ -102,7 +118,7 @@ def measure_time_to_loss(context: RowContext, flags: Sequence[str], target: floa
 
 
 def measure_callback_cost(
-    context: RowContext, flags: Sequence[str], warmup: int, profiled: int, blocks: int, block_steps: int
+    context: RowContext, flags: Sequence[str], warmup: int, profiled: int, blocks: int, block_steps: int, trace: str
 ) -> Iterator[Values]:
     """Yield the share of the default callbacks in the time of a step, and the synchronizations per step.
 
@@ -113,6 +129,7 @@ def measure_callback_cost(
         profiled: See ``CallbackCost``.
         blocks: See ``CallbackCost``.
         block_steps: See ``CallbackCost``.
+        trace: Name of the trace that is kept in ``context.out``, without its ending.
     """
     sizes = {"warmup": warmup, "profiled": profiled, "blocks": blocks, "block_steps": block_steps}
     probe = f"--trainer.callbacks={PROBES}.CallbackCost"
@@ -125,30 +142,38 @@ def measure_callback_cost(
         MS_PER_STEP[1]: 1000 * without,
         "share of callbacks": (with_them - without) / with_them,
     }
-    yield from describe_synchronizations(run.path / TRACE_FILE, found["log_every_n_steps"])
+    kept = context.out / f"{trace}.json.gz"
+    shutil.copyfile(run.path / TRACE_FILE, kept)
+    yield {"trace": kept.name, "trace MB": kept.stat().st_size / 1e6}
+    yield from describe_synchronizations(kept, found["log_every_n_steps"], found["first_step_without"])
 
 
-def describe_synchronizations(trace: Path, log_every_n_steps: int) -> Iterator[Values]:
-    """Yield the number of synchronizations and of copies to the host, in ordinary steps and in logged steps.
+def describe_synchronizations(trace: Path, log_every_n_steps: int, first_step_without: int) -> Iterator[Values]:
+    """Yield the number of synchronizations and of copies to the host, and where steps with callbacks synchronize.
 
     Args:
         trace: Trace of a run with ``CallbackCost``.
         log_every_n_steps: Interval of logged steps. The step before each of its multiples is logged.
+        first_step_without: First step without the other callbacks.
     """
-    counts = count_by_step(read_trace(trace))
-    kinds = {
-        "ordinary": [found for step, found in counts.items() if (step + 1) % log_every_n_steps],
-        "logged": [found for step, found in counts.items() if not (step + 1) % log_every_n_steps],
-    }
-    for kind, steps in kinds.items():
-        for label, names in {
-            "cudaStreamSynchronize": ["cudaStreamSynchronize"],
-            "other synchronizations": ["cudaDeviceSynchronize", "cudaEventSynchronize"],
-            "item()": [READ_SCALAR],
-            "copies to host": [COPY_TO_HOST],
-        }.items():
-            if steps:
-                yield {f"{label} per {kind} step": sum(found[name] for found in steps for name in names) / len(steps)}
+    events = read_trace(trace)
+    counts = count_by_step(events)
+    for kind in ("ordinary", "logged"):
+        steps = [step for step in counts if bool((step + 1) % log_every_n_steps) == (kind == "ordinary")]
+        own = [step for step in steps if step < first_step_without]
+        for label, names in SYNCHRONIZING_CALLS.items():
+            with_them, without = (
+                sum(counts[step][name] for step in part for name in names) / len(part) if part else None
+                for part in (own, [step for step in steps if step >= first_step_without])
+            )
+            if with_them is not None:
+                yield {f"{label} per {kind} step": with_them}
+            if with_them is not None and without is not None:
+                yield {f"{label} of callbacks per {kind} step": with_them - without}
+        for label, names in {"synchronizations": SYNCHRONIZATIONS, "item()": (READ_SCALAR,)}.items():
+            if origins := find_origins(events, names, own).most_common(NAMED_ORIGINS):
+                text = ", ".join(f"{origin} {count / len(own):.3g}" for origin, count in origins)
+                yield {f"{label} per {kind} step from": text}
 
 
 # Runs

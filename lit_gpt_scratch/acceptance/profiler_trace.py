@@ -5,7 +5,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,9 @@ SYNCHRONIZATIONS: Final = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cu
 READ_SCALAR: Final = "aten::_local_scalar_dense"
 """Operator behind ``Tensor.item``, which copies a number to the host."""
 COPY_TO_HOST: Final = "Memcpy DtoH"
+COUNTED_CALLS: Final = frozenset({*SYNCHRONIZATIONS, READ_SCALAR})
+RUNTIME_CATEGORIES: Final = frozenset({"cuda_runtime", "cuda_driver"})
+ENCLOSING_CATEGORIES: Final = frozenset({"cpu_op", "user_annotation"})
 
 
 def read_trace(path: Path) -> list[Event]:
@@ -70,25 +73,85 @@ def longest_events(events: Sequence[Event], count: int) -> list[tuple[str, float
 def count_by_step(events: Sequence[Event]) -> dict[int, Counter[str]]:
     """Count synchronizations and copies to the host between the marks of consecutive steps, keyed by step.
 
-    Events before the first mark and after the last mark are not counted.
+    Events before the first mark and after the last mark are not counted. A copy belongs to the step that submitted it.
 
     Returns:
         Counts per step, keyed by the name of a runtime call, ``READ_SCALAR`` or ``COPY_TO_HOST``.
     """
-    marks = sorted(
-        (float(event["ts"]), int(event["name"].removeprefix(STEP_MARK)))
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith(STEP_MARK)
-    )
-    counts = {step: Counter[str]() for _, step in marks[:-1]}
-    starts = [start for start, _ in marks]
+    steps = _StepMarks(events)
+    counts = {step: Counter[str]() for step in steps.complete}
+    submitted = {_correlation(event): float(event["ts"]) for event in events if event.get("cat") in RUNTIME_CATEGORIES}
     for event in events:
-        name = next((name for name in (*SYNCHRONIZATIONS, READ_SCALAR) if event["name"] == name), None)
-        name = COPY_TO_HOST if name is None and str(event["name"]).startswith(COPY_TO_HOST) else name
-        place = bisect_right(starts, float(event["ts"])) - 1
-        if name is not None and 0 <= place < len(starts) - 1:
-            counts[marks[place][1]][name] += 1
+        name, ts = str(event["name"]), float(event["ts"])
+        if name.startswith(COPY_TO_HOST):
+            name = COPY_TO_HOST
+            if (correlation := _correlation(event)) is not None:
+                ts = submitted.get(correlation, ts)
+        elif name not in COUNTED_CALLS:
+            continue
+        if (step := steps.at(ts)) is not None:
+            counts[step][name] += 1
     return counts
+
+
+def find_origins(events: Sequence[Event], names: Collection[str], steps: Collection[int]) -> Counter[str]:
+    """Count the places from which operators or runtime calls were called in some steps.
+
+    Args:
+        events: Events in order of time.
+        names: Names of the operators or calls.
+        steps: Steps, as marked in the trace.
+
+    Returns:
+        Counts, keyed by the innermost annotation that encloses the call, such as a hook of a callback, and the
+        outermost operator in it.
+    """
+    marks = _StepMarks(events)
+    by_thread: dict[Any, list[Event]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in ENCLOSING_CATEGORIES and not event["name"].startswith(STEP_MARK):
+            by_thread[event.get("pid"), event.get("tid")].append(event)
+    origins: Counter[str] = Counter()
+    for event in events:
+        if event["name"] not in names or marks.at(float(event["ts"])) not in steps:
+            continue
+        own = by_thread[event.get("pid"), event.get("tid")]
+        around = [e for e in own if float(e["ts"]) <= float(event["ts"]) and _end(event) <= _end(e) and e is not event]
+        last = max((n for n, each in enumerate(around) if each["cat"] != "cpu_op"), default=-1)
+        annotation = around[last]["name"] if last >= 0 else "no annotation"
+        operator = around[last + 1]["name"] if last + 1 < len(around) else event["name"]
+        origins[f"{annotation}: {operator}"] += 1
+    return origins
+
+
+class _StepMarks:
+    """The marks of steps in a trace.
+
+    Args:
+        events: Events of the trace.
+
+    Attributes:
+        complete: Steps that end with the mark of another step.
+    """
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        marks = sorted(
+            (float(event["ts"]), int(event["name"].removeprefix(STEP_MARK)))
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"].startswith(STEP_MARK)
+        )
+        self._starts = [start for start, _ in marks]
+        self.complete = [step for _, step in marks[:-1]]
+
+    def at(self, ts: float) -> int | None:
+        """Return the complete step at a time in microseconds, if there is one."""
+        place = bisect_right(self._starts, ts) - 1
+        return self.complete[place] if 0 <= place < len(self.complete) else None
+
+
+def _correlation(event: Event) -> int | None:
+    """Return the number that a runtime call shares with the work on the device that it has submitted."""
+    return (event.get("args") or {}).get("correlation")
 
 
 def _kind(name: str) -> str:

@@ -110,8 +110,23 @@ def decoding(name: str, seconds: float, compile: bool, **sizes: Any) -> Acceptan
 
 def callback_cost(guard: str, seconds: float) -> AcceptanceRow:
     """Return a row that measures the default callbacks with a mode of the guard."""
-    full = {"warmup": 12, "profiled": 20, "blocks": 8, "block_steps": 20, "flags": (*FIT_124M, f"--guard={guard}")}
-    small = {"warmup": 2, "profiled": 4, "blocks": 4, "block_steps": 2, "flags": (*SMALL_FIT, f"--guard={guard}")}
+    trace = f"callbacks_{guard}_trace"
+    full = {
+        "trace": trace,
+        "warmup": 12,
+        "profiled": 10,
+        "blocks": 8,
+        "block_steps": 20,
+        "flags": (*FIT_124M, f"--guard={guard}"),
+    }
+    small = {
+        "trace": trace,
+        "warmup": 2,
+        "profiled": 4,
+        "blocks": 4,
+        "block_steps": 2,
+        "flags": (*SMALL_FIT, f"--guard={guard}"),
+    }
     return AcceptanceRow(f"callbacks, guard {guard}", measure_callback_cost, seconds, full, small, (FIT,))
 
 

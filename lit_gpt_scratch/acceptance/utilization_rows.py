@@ -235,7 +235,7 @@ def profile_training(
     events = read_trace(path)
     seconds = time_by_kind(events)
     total = sum(seconds.values())
-    yield {"ms per step": 1000 * total / steps, "trace": path.name}
+    yield {"ms per step": 1000 * total / steps, "trace": path.name, "trace MB": path.stat().st_size / 1e6}
     yield {f"{kind} share": taken / total for kind, taken in seconds.items()}
     yield {
         f"kernel {_short(name)}": f"{taken / total:.1%}, {calls} calls"

@@ -51,24 +51,27 @@ def test_cost_of_callbacks(
     monkeypatch.setattr(model, "training_step", training_step)
     run = trainer(callbacks=[probe, costly], max_steps=probe.steps, log_every_n_steps=2, limit_val_batches=0)
     run.fit(model, packed_text())
-    assert run.global_step == 2 + 4 + 4 * 3 + 1
-    assert costly.steps == [*range(6 + 3), *range(6 + 9, 19)]  # blocks: with, without, without, with
+    assert run.global_step == 2 + 2 * 4 + 4 * 3 + 1
+    blocks = [*range(10, 10 + 3), *range(10 + 9, 23)]  # with, without, without, with
+    assert costly.steps == [*range(6), *blocks]
     found = json.loads((tmp_path / PROBE_FILE).read_text(encoding="utf-8"))
-    assert found == {"seconds_per_step": {"with": 5.0, "without": 4.0}, "log_every_n_steps": 2}
+    assert found == {"seconds_per_step": {"with": 5.0, "without": 4.0}, "log_every_n_steps": 2, "first_step_without": 6}
     assert run.callbacks == [probe, costly]
     values: dict[str, Any] = {}
-    for each in describe_synchronizations(tmp_path / TRACE_FILE, 2):
+    for each in describe_synchronizations(tmp_path / TRACE_FILE, 2, 6):
         values |= each
     assert values["cudaStreamSynchronize per ordinary step"] == 0
     assert values["item() per ordinary step"] >= 2
     assert values["item() per ordinary step"] == int(values["item() per ordinary step"])
+    assert values["item() of callbacks per ordinary step"] == 2
+    assert "[Callback]Costly.on_train_batch_end: aten::item 2" in values["item() per ordinary step from"]
 
 
 def test_profiler_marks_each_step(tmp_path: Path, trainer: Build, task: Build, packed_text: Build) -> None:
     probe = CallbackCost(warmup=1, profiled=3, blocks=2, block_steps=1)
     probe.folder = RunFolder(tmp_path)
     trainer(callbacks=[probe], max_steps=probe.steps, limit_val_batches=0).fit(task(), packed_text())
-    assert sorted(count_by_step(read_trace(tmp_path / TRACE_FILE))) == [1, 2, 3]
+    assert sorted(count_by_step(read_trace(tmp_path / TRACE_FILE))) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("target", "reached"), [(100.0, True), (0.1, False)])

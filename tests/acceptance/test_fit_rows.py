@@ -1,5 +1,6 @@
 """What rows conclude from runs of ``fit``, whose results are given."""
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -105,27 +106,36 @@ def test_time_to_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reached: 
 
 
 def test_cost_and_synchronizations_of_callbacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Steps 8 to 10 are profiled; step 9 is logged. Each synchronizes once, the logged step four times."""
+    """Steps 8 to 12 are profiled, 11 and 12 without callbacks; step 9 is logged.
+
+    Steps with callbacks synchronize once, the logged step four times; one of the others synchronizes, too.
+    """
 
     def event(name: str, ts: float, cat: str) -> dict[str, Any]:
         return {"ph": "X", "name": name, "ts": ts, "dur": 1, "cat": cat}
 
-    marks = [event(f"{STEP_MARK}{step}", 100.0 * step, "user_annotation") for step in (8, 9, 10, 11)]
-    calls = [event("cudaStreamSynchronize", 100.0 * step + 50, "cuda_runtime") for step in (8, 9, 9, 9, 9, 10)]
+    marks = [event(f"{STEP_MARK}{step}", 100.0 * step, "user_annotation") for step in (8, 9, 10, 11, 12, 13)]
+    calls = [event("cudaStreamSynchronize", 100.0 * step + 50, "cuda_runtime") for step in (8, 9, 9, 9, 9, 10, 12)]
 
     def fit(context: Any, *flags: str) -> RunFolder:
-        assert flags[-1] == "--trainer.max_steps=81"  # 8 + 12 + 6 * 10 + 1
-        times = {"seconds_per_step": {"with": 0.2, "without": 0.15}, "log_every_n_steps": 10}
+        assert flags[-1] == "--trainer.max_steps=93"  # 8 + 2 * 12 + 6 * 10 + 1
+        times = {"seconds_per_step": {"with": 0.2, "without": 0.15}, "log_every_n_steps": 10, "first_step_without": 11}
         (tmp_path / PROBE_FILE).write_text(json.dumps(times), encoding="utf-8")
-        (tmp_path / TRACE_FILE).write_text(json.dumps({"traceEvents": [*marks, *calls]}), encoding="utf-8")
+        with gzip.open(tmp_path / TRACE_FILE, "wt") as file:
+            json.dump({"traceEvents": [*marks, *calls]}, file)
         return RunFolder(tmp_path)
 
     monkeypatch.setattr(fit_rows, "start_fit", fit)
-    sizes = {"warmup": 8, "profiled": 12, "blocks": 6, "block_steps": 10}
+    sizes = {"warmup": 8, "profiled": 12, "blocks": 6, "block_steps": 10, "trace": "kept"}
     values, reason = collect(measure_callback_cost(context_in(tmp_path), ("--x=1",), **sizes))
     assert not reason
     assert values["ms per step"] == pytest.approx(200)
     assert values["share of callbacks"] == pytest.approx(0.25)
     assert values["cudaStreamSynchronize per ordinary step"] == 1
     assert values["cudaStreamSynchronize per logged step"] == 4
+    assert values["cudaStreamSynchronize of callbacks per ordinary step"] == 0.5
+    assert "cudaStreamSynchronize of callbacks per logged step" not in values  # none is known without callbacks
+    assert values["synchronizations per logged step from"] == "no annotation: cudaStreamSynchronize 4"
+    assert (tmp_path / str(values["trace"])).name == "kept.json.gz"
+    assert float(str(values["trace MB"])) > 0
     assert values["copies to host per logged step"] == 0

@@ -13,6 +13,7 @@ from lit_gpt_scratch.acceptance.profiler_trace import (
     READ_SCALAR,
     STEP_MARK,
     count_by_step,
+    find_origins,
     longest_events,
     read_trace,
     time_by_kind,
@@ -98,6 +99,39 @@ def test_counts_between_the_marks_of_steps() -> None:
     assert found == {
         12: {"cudaStreamSynchronize": 2, READ_SCALAR: 1, "Memcpy DtoH": 1},
         13: {"cudaEventSynchronize": 1},
+    }
+
+
+def test_copies_belong_to_the_step_that_submitted_them() -> None:
+    """The device is a step behind the host."""
+    events = [
+        *(event(f"{STEP_MARK}{n}", 100 * n, 1, "user_annotation") for n in range(3)),
+        {**event("cudaMemcpyAsync", 50, 1, "cuda_runtime"), "args": {"correlation": 7}},
+        {**event("Memcpy DtoH (Device -> Pinned)", 150, 1, "gpu_memcpy"), "args": {"correlation": 7}},
+        {**event("Memcpy DtoH (Device -> Pinned)", 160, 1, "gpu_memcpy"), "args": {"correlation": 8}},
+    ]
+    found = count_by_step(sorted(events, key=lambda each: each["ts"]))
+    assert found == {0: {"Memcpy DtoH": 1}, 1: {"Memcpy DtoH": 1}}
+
+
+def test_origins_of_synchronizations() -> None:
+    events = [
+        *(event(f"{STEP_MARK}{n}", 1000 * n, 999, "user_annotation") for n in range(3)),
+        event("[Callback]Outer.hook", 10, 100, "user_annotation"),
+        event("[Callback]Inner.hook", 20, 80, "user_annotation"),
+        event("aten::item", 30, 20, "cpu_op"),
+        event("aten::_local_scalar_dense", 31, 18, "cpu_op"),
+        event("cudaStreamSynchronize", 32, 10, "cuda_runtime"),
+        event("cudaStreamSynchronize", 60, 10, "cuda_runtime"),
+        event("aten::to", 200, 20, "cpu_op", tid=8),
+        event("cudaStreamSynchronize", 205, 10, "cuda_runtime", tid=8),
+        event("cudaStreamSynchronize", 1500, 10, "cuda_runtime"),  # another step
+    ]
+    found = find_origins(events, ["cudaStreamSynchronize"], [0])
+    assert found == {
+        "[Callback]Inner.hook: aten::item": 1,
+        "[Callback]Inner.hook: cudaStreamSynchronize": 1,
+        "no annotation: aten::to": 1,
     }
 
 
