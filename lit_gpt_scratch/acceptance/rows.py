@@ -137,7 +137,7 @@ ROWS: Final = (
         {"copy_bytes": 2**26, "fp8_size": 64, "repeats": 3},
     ),
     AcceptanceRow(
-        "network, attention backends, not compiled", compare_backends, 40,
+        "network, backends, not compiled", compare_backends, 40,
         {
             "config": CHECKED, "batch_size": 4, "block_size": 512, "documents": ["flex"],
             "backends": {

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 BEGAN = time.monotonic()
+stage_began = [BEGAN]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 WHEELS, SITE = HERE / "wheels", HERE / "site"
@@ -66,13 +67,15 @@ def require_wheels() -> list[Path]:
     return wheels
 
 
-def run(minutes: float, out: Path, text: Path | None) -> int:
+def run(minutes: float, out: Path, text: Path | None, rows: list[str]) -> int:
     """Install the wheels into ``SITE``, check the imports, and run the acceptance; return its exit code."""
+    report_stage("start")
     install = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"),
         *("--disable-pip-version-check", "--root-user-action=ignore", f"--target={SITE}"),
     ]
     subprocess.run([*install, *map(str, require_wheels())], check=True)
+    report_stage("installation")
     path = os.pathsep.join([str(ROOT), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     check = subprocess.run([sys.executable, "-c", CHECK], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -81,13 +84,24 @@ def run(minutes: float, out: Path, text: Path | None) -> int:
         print(f"error: {reason}; add the library to requirements.txt, and run 'offline.py pack' again", file=sys.stderr)
         return 2
     print(check.stdout.strip(), flush=True)
+    report_stage("imports")
     left = minutes - (time.monotonic() - BEGAN + MARGIN_SECONDS) / 60
     if left <= 0:
         print("error: no time is left after the installation; raise --minutes", file=sys.stderr)
         return 2
     command = [sys.executable, "-m", "lit_gpt_scratch.doctor", "--acceptance", f"--minutes={left:.3f}", f"--out={out}"]
     command += [f"--text={text}"] if text else []
-    return subprocess.run(command, env=environment, cwd=ROOT).returncode
+    command += ["--rows", *rows] if rows else []
+    code = subprocess.run(command, env=environment, cwd=ROOT).returncode
+    report_stage("acceptance")
+    return code
+
+
+def report_stage(name: str) -> None:
+    """Print the duration of the stage that has ended."""
+    now = time.monotonic()
+    print(f"{name}: {now - stage_began[-1]:.1f} s, {now - BEGAN:.1f} s in total", flush=True)
+    stage_began.append(now)
 
 
 def main() -> None:
@@ -99,12 +113,13 @@ def main() -> None:
     running.add_argument("--minutes", type=float, default=10.0, help="time limit, with installation and start")
     running.add_argument("--out", type=Path, default=HERE / "results", help="folder for the reports")
     running.add_argument("--text", type=Path, help="the text of tiny Shakespeare")
+    running.add_argument("--rows", nargs="+", default=[], metavar="PATTERN", help="rows to measure, see doctor --help")
     given = parser.parse_args()
     if given.command == "pack":
         pack()
     else:
         text = None if given.text is None else given.text.resolve()
-        sys.exit(run(given.minutes, given.out.resolve(), text))
+        sys.exit(run(given.minutes, given.out.resolve(), text, given.rows))
 
 
 if __name__ == "__main__":
