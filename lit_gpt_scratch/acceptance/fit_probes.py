@@ -4,6 +4,8 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import lightning as L
@@ -162,24 +164,18 @@ class AnnotatedActions:
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._profiler: Any = trainer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
-        self._start, self._stop = self._profiler.start, self._profiler.stop
-        self._open: dict[str, list[Any]] = {}
-        self._profiler.start, self._profiler.stop = self._enter, self._leave
+        self._profile = self._profiler.profile
+        self._profiler.profile = self._annotate
 
     def remove(self) -> None:
         """Restore the profiler of the trainer."""
-        self._profiler.start, self._profiler.stop = self._start, self._stop
+        self._profiler.profile = self._profile
 
-    def _enter(self, name: str) -> None:
-        self._start(name)
-        annotation = record_function(re.sub(r"\{.*\}", "", name))  # without the arguments of a callback
-        self._open.setdefault(name, []).append(annotation)
-        annotation.__enter__()
-
-    def _leave(self, name: str) -> None:
-        if self._open.get(name):
-            self._open[name].pop().__exit__(None, None, None)
-        self._stop(name)
+    @contextmanager
+    def _annotate(self, name: str) -> Iterator[str]:
+        # The arguments of a callback are omitted.
+        with self._profile(name), record_function(re.sub(r"\{.*\}", "", name)):
+            yield name
 
 
 class TimeToLoss(RunDirCallback):

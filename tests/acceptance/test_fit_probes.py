@@ -13,6 +13,7 @@ from lit_gpt_scratch.acceptance import fit_probes
 from lit_gpt_scratch.acceptance.fit_probes import PROBE_FILE, TRACE_FILE, CallbackCost, TimeToLoss
 from lit_gpt_scratch.acceptance.fit_rows import describe_synchronizations
 from lit_gpt_scratch.acceptance.profiler_trace import count_by_step, read_trace
+from lit_gpt_scratch.callbacks.throughput import DataLoaderTimer
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -50,7 +51,10 @@ def test_cost_of_callbacks(
 
     monkeypatch.setattr(model, "training_step", training_step)
     run = trainer(callbacks=[probe, costly], max_steps=probe.steps, log_every_n_steps=2, limit_val_batches=0)
+    run.profiler = DataLoaderTimer(run.profiler)  # as the callback that measures the throughput does
+    profile = run.profiler.profile
     run.fit(model, packed_text())
+    assert run.profiler.profile == profile
     assert run.global_step == 2 + 2 * 4 + 4 * 3 + 1
     blocks = [*range(10, 10 + 3), *range(10 + 9, 23)]  # with, without, without, with
     assert costly.steps == [*range(6), *blocks]
