@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,17 @@ def test_training_on_a_gpu_asks_for_one(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert called[:3] == ["empty_cache", "reset", "gpu"]
     assert True in called  # pinned memory
     assert found.tokens_per_second > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sizes_are_compiled_one_after_another(tmp_path: Path) -> None:
+    """The second size is compiled anew with static shapes, in the same process."""
+    shape = replace(SHAPE, compile=True)
+    for size in (2, 3):
+        found = train_steps(context_in(tmp_path), shape, size, 2)
+        assert found.compiled
+        assert found.tokens_per_second > 0
 
 
 def test_profile_keeps_its_trace_and_shares_add_up(tmp_path: Path) -> None:

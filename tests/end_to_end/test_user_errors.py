@@ -197,6 +197,8 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
         ("doctor", ["--resume", "--kills", "0"], "--kills is 0"),
         ("doctor", ["--minutes", "3"], "--minutes requires --acceptance"),
         ("doctor", ["--text", "x", "--parity"], "--text requires --acceptance"),
+        ("doctor", ["--rows", "MFU"], "--rows requires --acceptance"),
+        ("doctor", ["--acceptance", "--rows", "no such row"], "no row matches 'no such row'"),
         ("doctor", ["--acceptance", "--minutes", "0"], "--minutes is 0"),
         ("doctor", ["--acceptance", "--minutes", "soon"], "--minutes: invalid float value"),
         ("doctor", ["--acceptance", "--resume"], "not allowed with argument"),
