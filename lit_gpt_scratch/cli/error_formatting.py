@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_gpt_scratch.cli.trainer_flags import find_component, name_flags
 from lit_gpt_scratch.errors import UserError, exception_chain
-from lit_gpt_scratch.terminal_output import quote_short
+from lit_gpt_scratch.terminal_output import escape_line, quote_short
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ REQUESTED_MODES: Final = re.compile(r"barebones=True|detect_anomaly=True|fast_de
 """Pattern of messages about a mode that a flag has enabled; they are shown regardless of the module that logs them."""
 
 MAX_LENGTH: Final = 1000
-"""Maximum number of characters of a message from a library, which may quote a whole config."""
+"""Maximum number of characters of a library's message, which may quote a config; the middle of it may be omitted."""
 
 
 class RequestedOutput(logging.Handler):
@@ -166,4 +166,5 @@ def _plain(message: str, prefix: str) -> str:
     )
     message = name_flags(message)
     message = message.replace("arguments: --", f"arguments: --{prefix}.") if prefix else message
-    return quote_short(message, MAX_LENGTH)
+    line = escape_line(" ".join(message.split()))
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH // 2]} ... {line[-MAX_LENGTH // 2 :]}"
