@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.acceptance.live_values import report
 from lit_gpt_scratch.acceptance.profiler_trace import STEP_MARK
-from lit_gpt_scratch.acceptance.row import Values
+from lit_gpt_scratch.acceptance.row import Values, synchronize
 from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -232,12 +232,6 @@ class TimeToLoss(RunDirCallback):
             synchronize(device)
             self.seconds += time.perf_counter() - self._since
             self._since = None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished all submitted work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _activities(device: torch.device) -> list[ProfilerActivity]:

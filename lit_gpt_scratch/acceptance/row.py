@@ -46,8 +46,13 @@ class RowContext:
 
     def synchronize(self) -> None:
         """Wait until the device has finished all submitted work."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        synchronize(self.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished all submitted work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 Measure: TypeAlias = Callable[..., Iterator[Values]]

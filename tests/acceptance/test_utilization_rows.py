@@ -187,7 +187,7 @@ def test_training_on_a_gpu_asks_for_one(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sizes_are_compiled_one_after_another(tmp_path: Path) -> None:
-    """The second size is compiled anew with static shapes, in the same process."""
+    """The second size is compiled again with static shapes, in the same process."""
     shape = replace(SHAPE, compile=True)
     for size in (2, 3):
         found = train_steps(context_in(tmp_path), shape, size, 2)
