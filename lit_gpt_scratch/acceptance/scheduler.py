@@ -12,9 +12,9 @@ import torch
 
 from lit_gpt_scratch.acceptance.acceptance_report import HEADER, REPORT_FILE, count_statuses, format_row, write_report
 from lit_gpt_scratch.acceptance.row import AcceptanceRow, RowContext, RowRecord
-from lit_gpt_scratch.acceptance.row_process import EXIT_GRACE_SECONDS, choose_start_method, run_row
+from lit_gpt_scratch.acceptance.row_process import EXIT_GRACE_SECONDS, START_METHOD, choose_start_method, run_row
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.schema import read_json
+from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.terminal_output import quote_short
 from lit_gpt_scratch.text.atomic_files import remove_unfinished, write_atomically
 
@@ -61,7 +61,9 @@ class AcceptanceRun:
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.began = time.monotonic()
         self.selected = select_rows(self.rows, self.patterns)
-        self.start_method: dict[str, str] = {}
+        self.start_method = START_METHOD
+        self.start_reason = ""
+        """Why the usual start method cannot be used; empty if it can."""
         self.kept = self._read_kept_records() if self.patterns else []
         self.records: list[RowRecord] = []
         try:
@@ -81,8 +83,7 @@ class AcceptanceRun:
         with tempfile.TemporaryDirectory(prefix="acceptance-", ignore_cleanup_errors=True) as scratch:
             text = self.text.resolve() if self.text else None
             context = RowContext(self.device, self.out.resolve(), Path(scratch), text)
-            method, reason = choose_start_method(context)
-            self.start_method = {"start method": f"{method} ({reason})" if reason else method}
+            self.start_method, self.start_reason = choose_start_method(context)
             print(HEADER, flush=True)
             for row in self.selected:
                 self.records.append(self._run_row(row, context))
@@ -105,13 +106,19 @@ class AcceptanceRun:
             return RowRecord({**record, "status": "out of time", "reason": "not started"})
         limit = min(left - EXIT_GRACE_SECONDS, row.seconds * self.minutes / USUAL_MINUTES)
         log = context.scratch / f"{_file_name(row.name)}.log"
-        record = run_row(row, context, limit, log, self.start_method["start method"].split()[0])
+        record = run_row(row, context, limit, log, self.start_method)
         with (self.out / LOG_FILE).open("ab") as file:
             file.write(f"\n== {row.name}\n".encode() + log.read_bytes())
         return record
 
     def _write_report(self) -> None:
-        facts = {"torch": torch.__version__, "device": str(self.device), "minutes": self.minutes, **self.start_method}
+        method = f"{self.start_method} ({self.start_reason})" if self.start_reason else self.start_method
+        facts = {
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "minutes": self.minutes,
+            "start method": method,
+        }
         measured = {record["row"] for record in self.records}
         records = [*self.records, *(record for record in self.kept if record["row"] not in measured)]
         places = {row.name: place for place, row in enumerate(self.rows)}
@@ -123,7 +130,7 @@ class AcceptanceRun:
         path = self.out / REPORT_FILE
         try:
             found = read_json(path, dict[str, Any])
-            records: list[RowRecord] = found["rows"]
+            records = validate(found["rows"], list[RowRecord], "rows")
             facts = {name: found[name] for name in ("torch", "device")}
         except FileNotFoundError:
             return []

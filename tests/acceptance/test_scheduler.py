@@ -161,6 +161,7 @@ def test_mistakes_in_patterns(tmp_path: Path, patterns: list[str], message: str)
         ({"torch": torch.__version__, "device": "cuda", "rows": []}, "measured with device cuda, not cpu"),
         ({"torch": "2.0", "device": "cpu", "rows": []}, "measured with torch 2.0, not"),
         ({"torch": "2.0"}, "cannot read"),
+        ({"torch": torch.__version__, "device": "cpu", "rows": [{"row": 3}]}, "cannot read"),
     ],
 )
 def test_reports_that_cannot_be_continued(tmp_path: Path, content: object, message: str) -> None:
