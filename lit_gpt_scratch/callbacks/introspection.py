@@ -30,8 +30,8 @@ from lit_gpt_scratch.model.activation_hooks import (
     dead_units,
     max_unit_activations,
 )
+from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.output_heads import ClassificationHead, ScalarHead, TokenHead
-from lit_gpt_scratch.optim.dtensor import to_local
 from lit_gpt_scratch.optim.gradient_clipping import total_grad_norm
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.text.markdown import Markdown, format_markdown_table, markdown_code

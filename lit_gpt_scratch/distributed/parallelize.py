@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.optim.dtensor import to_local
+from lit_gpt_scratch.model.local_shard import to_local
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 """Dimension names of the device mesh, as in Lightning."""
@@ -88,7 +88,7 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
 
 
 def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
-    """Shard a network in place; its weights must be the same on all processes.
+    """Shard a network in place; it is on the meta device, or its weights are the same on all processes.
 
     With ``bf16-mixed``, FSDP2 gathers the weights of the blocks in bfloat16, which halves the communication volume but
     also rounds gains and biases. The residual stream, the embeddings and the head stay in float32. Gradients are

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
+
 
 class BigramEmbedding(nn.Module):
     """Learned embedding of bigrams, which are pairs of a token and its predecessor (modded-nanogpt).
@@ -21,7 +23,7 @@ class BigramEmbedding(nn.Module):
         self.rows = rows
         self.table = nn.Embedding(rows + 1, width)
 
-    def init_weights(self) -> None:
+    def init_weights(self, sampler: WeightSampler) -> None:
         """Initialize the table to zero, so that bigrams have no effect at the start of training."""
         nn.init.zeros_(self.table.weight)
 
@@ -55,6 +57,10 @@ class Smear(nn.Module):
         super().__init__()
         self.gate = nn.Linear(width, 1, bias=False)
         self.share = nn.Parameter(torch.zeros(width))
+
+    def init_weights(self, sampler: WeightSampler) -> None:
+        """Initialize the fraction to zero, so that the previous token has no effect at the start of training."""
+        nn.init.zeros_(self.share)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """Add the gated embedding of the previous token.

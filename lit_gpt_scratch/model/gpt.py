@@ -15,11 +15,13 @@ from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, WeightsByRole
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 
 class Block(nn.Module):
@@ -45,7 +47,13 @@ class Block(nn.Module):
         self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
         self.feed_forward_end = norm() if self.sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
+        self.mixing = nn.Parameter(torch.empty(2)) if config.residual_scalars else None
+
+    def init_weights(self, sampler: WeightSampler) -> None:
+        """Initialize the residual scalars so that the block's input is its only input."""
+        if self.mixing is not None:
+            [part] = shard_slices(self.mixing)
+            to_local(self.mixing).copy_(torch.tensor([1.0, 0.0])[part])
 
     def forward(
         self,
@@ -97,6 +105,8 @@ class GPT(nn.Module):
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
         output_head: Output head; by default, the model returns next-token logits.
+        seed: Random seed of the initial weights; by default drawn from torch's global generator. Inside of
+            ``torch.device("meta")``, the weights are neither allocated nor initialized; see ``materialize``.
 
     Raises:
         UserError: ``config.tied_embeddings`` is True, but the output head does not predict tokens.
@@ -114,8 +124,10 @@ class GPT(nn.Module):
         vocab_size: int,
         block_size: int,
         output_head: OutputHead = TokenHead(),  # noqa: B008 - frozen
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        seed = draw_seed() if seed is None else seed  # before torch's modules draw their own initial weights
         self.config = config
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -142,7 +154,6 @@ class GPT(nn.Module):
             else build_norm(config.norm, config.n_embd, config.norm_eps, config.bias)
         )
         self.head = Linear(config.n_embd, output_head.out_features(config, vocab_size), bias=False)
-        self.initialise_weights()
         if config.tied_embeddings:
             if not isinstance(output_head, TokenHead):
                 raise UserError(
@@ -150,23 +161,74 @@ class GPT(nn.Module):
                     f"does not predict tokens; set model.gpt.tied_embeddings to false"
                 )
             self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.initialise_weights(seed)
 
     @torch.no_grad()
-    def initialise_weights(self) -> None:
-        """Initialize all weights with the scheme ``config.initialisation``."""
+    def initialise_weights(self, seed: int) -> None:
+        """Initialize all weights with the scheme ``config.initialisation``, which may be sharded.
+
+        Args:
+            seed: Random seed, nonnegative.
+        """
+        sampler = WeightSampler(self, seed)
         for module in self.modules():
             if (init_weights := getattr(module, "init_weights", None)) is not None:
-                init_weights()
+                init_weights(sampler)
+            elif hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear | nn.Embedding):
+                module.reset_parameters()  # type: ignore[operator]
         for table in self.value_tables.parameters():
             nn.init.zeros_(table)
-        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        head = None if self.head.weight is self.embedding.weight else self.head
+        linears = [
+            module
+            for module in self.modules()
+            if isinstance(module, nn.Linear) and (module is not self.head or head is not None)
+        ]
         for linear in linears:
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         branches = [branch for block in self.blocks for branch in block.residual_branches()]  # type: ignore[operator]
-        INITIALISATIONS[self.config.initialisation](
-            WeightsByRole(self.embedding.weight, linears, branches, self.head, self.config.tied_embeddings)
-        )
+        weights = WeightsByRole(self.embedding.weight, linears, branches, head)
+        INITIALISATIONS[self.config.initialisation](weights, sampler)
+
+    @torch.no_grad()
+    def materialize(self, device: torch.device, seed: int) -> None:
+        """Allocate and initialize a network that was built on the meta device and may have been sharded since.
+
+        Only the shards of this process are allocated, and their weights are those of a network that was never sharded.
+
+        Args:
+            device: Device of the weights.
+            seed: See ``initialise_weights``.
+
+        Raises:
+            UserError: A module of a custom attention class does not define how its parameters or buffers are
+                initialized.
+        """
+        tied = self.head.weight is self.embedding.weight
+        self.to_empty(device=device)
+        if tied:
+            self.head.weight = self.embedding.weight
+        for parameter in self.parameters():
+            to_local(parameter).fill_(torch.nan)
+        with torch.device(device):
+            for name, module in self.named_modules():
+                if (init_buffers := getattr(module, "init_buffers", None)) is not None:
+                    init_buffers()
+                elif buffers := [*module.buffers(recurse=False)]:
+                    raise UserError(
+                        f"model.gpt: {name} has {len(buffers)} buffers without initial values, because "
+                        f"{type(module).__name__} does not define init_buffers, which a sharded model requires; define "
+                        f"it, or train without sharding"
+                    )
+        self.initialise_weights(seed)
+        for name, parameter in self.named_parameters():
+            if to_local(parameter).isnan().any():
+                raise UserError(
+                    f"model.gpt: {name} has no initial values, because its module does not define init_weights, which "
+                    f"a sharded model requires; define it, or train without sharding"
+                )
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Compute the output of the head at each position, by default next-token logits.
@@ -289,6 +351,11 @@ class GPT(nn.Module):
             previous = _shift_right(x) if cache is None else cache.shift_right("embedding", x)
             x = self.smear(x, previous.masked_fill(is_first[..., None], 0.0))
         return x
+
+
+def draw_seed() -> int:
+    """Draw a random seed from torch's global generator."""
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _shift_right(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.weight_init import INIT_STD
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
@@ -32,6 +33,12 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__()
+        self.config = config
+        self.block_size = block_size
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        """Compute the tables of the encoding and register them as buffers that are not saved in checkpoints."""
 
     @staticmethod
     def validate(config: "GPTConfig") -> None:
@@ -77,9 +84,9 @@ class LearnedPositions(PositionEncoding):
         super().__init__(config, block_size)
         self.table = nn.Embedding(block_size, config.n_embd)
 
-    def init_weights(self) -> None:
+    def init_weights(self, sampler: WeightSampler) -> None:
         """Initialize the position embeddings as in GPT-2."""
-        nn.init.normal_(self.table.weight, std=INIT_STD)
+        sampler.normal_(self.table.weight, INIT_STD)
 
     @override
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -95,12 +102,13 @@ class SinusoidalPositions(PositionEncoding):
 
     table: Tensor
 
-    def __init__(self, config: "GPTConfig", block_size: int) -> None:
-        super().__init__(config, block_size)
-        even = torch.arange(0, config.n_embd, 2, dtype=torch.float32)  # (n_embd / 2,)
-        position = torch.arange(block_size, dtype=torch.float32)
-        angle = torch.outer(position, 10_000.0 ** (-even / config.n_embd))  # (T, n_embd / 2)
-        table = torch.stack((angle.sin(), angle.cos()), dim=-1).view(block_size, config.n_embd)
+    @override
+    def init_buffers(self) -> None:
+        n_embd = self.config.n_embd
+        even = torch.arange(0, n_embd, 2, dtype=torch.float32)  # (n_embd / 2,)
+        position = torch.arange(self.block_size, dtype=torch.float32)
+        angle = torch.outer(position, 10_000.0 ** (-even / n_embd))  # (T, n_embd / 2)
+        table = torch.stack((angle.sin(), angle.cos()), dim=-1).view(self.block_size, n_embd)
         self.register_buffer("table", table, persistent=False)
 
     @staticmethod
@@ -130,13 +138,12 @@ class RotaryPositions(PositionEncoding):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: "GPTConfig", block_size: int) -> None:
-        super().__init__(config, block_size)
-        self.width = config.rotary_width
-        frequency, factor = rotary_frequencies(config, self.width)
-        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
+    @override
+    def init_buffers(self) -> None:
+        self.width = self.config.rotary_width
+        frequency, factor = rotary_frequencies(self.config, self.width)
+        angle = torch.outer(torch.arange(self.block_size, dtype=torch.float32), frequency)  # (T, width / 2)
         cos, sin = factor * angle.cos(), factor * angle.sin()
-        # Not persistent, because the constructor recomputes the tables and checkpoints do not have to contain them.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
 
@@ -278,11 +285,12 @@ class ALiBi(PositionEncoding):
     has_score_bias = True
     slopes: Tensor
 
-    def __init__(self, config: "GPTConfig", block_size: int) -> None:
-        super().__init__(config, block_size)
-        below = 2 ** math.floor(math.log2(config.n_head))
+    @override
+    def init_buffers(self) -> None:
+        n_head = self.config.n_head
+        below = 2 ** math.floor(math.log2(n_head))
         slopes = [2 ** (-8 / below * (h + 1)) for h in range(below)]
-        slopes += [2 ** (-4 / below * (h + 1)) for h in range(0, 2 * (config.n_head - below), 2)]
+        slopes += [2 ** (-4 / below * (h + 1)) for h in range(0, 2 * (n_head - below), 2)]
         self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
     @override

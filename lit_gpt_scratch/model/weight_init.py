@@ -1,6 +1,7 @@
 """Weight initialization schemes.
 
-Unless stated otherwise, biases are initialized to zero and the gains of normalization layers to one.
+Random weights are drawn by a ``WeightSampler``, so that they do not depend on how the model is sharded. Unless stated
+otherwise, biases are initialized to zero and the gains of normalization layers to one.
 """
 
 import math
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 INIT_STD = 0.02
 """Standard deviation of the initial matrices and embeddings in GPT-2, Llama and Qwen."""
@@ -31,20 +34,18 @@ class WeightsByRole(NamedTuple):
 
     Attributes:
         embedding: Token embedding, of shape (vocab_size, n_embd).
-        linears: All linear layers, including the head, in the order in which random weights are drawn.
+        linears: All linear layers, including the head unless its weight is tied to the embedding.
         branches: Residual branches of all blocks, from the first block to the last.
-        head: Linear layer of the output head.
-        tied: Whether the weight of the head will be replaced with the weight of the embedding.
+        head: Linear layer of the output head, or None if its weight is tied to the embedding.
     """
 
     embedding: Tensor
     linears: list[nn.Linear]
     branches: list[ResidualBranch]
-    head: nn.Linear
-    tied: bool
+    head: nn.Linear | None
 
 
-def zero(weights: WeightsByRole) -> None:
+def zero(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """Initialize the output layers of residual branches and the head to zero, as in modded-nanogpt, Fixup and muP.
 
     Each residual branch initially outputs zero; if a branch ends with a norm, the gain of the norm is initialized to
@@ -52,45 +53,44 @@ def zero(weights: WeightsByRole) -> None:
     is exactly ln(vocab_size), so that the model does not have to unlearn random predictions. Untied token embeddings
     have unit variance, so that they are not soon dominated by the outputs of the blocks.
     """
-    nn.init.normal_(weights.embedding, std=INIT_STD if weights.tied else 1.0)  # a tied embedding is also the head
+    sampler.normal_(weights.embedding, 1.0 if weights.head else INIT_STD)  # a tied embedding is also the head
     for linear in weights.linears:
-        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        sampler.normal_(linear.weight, linear.in_features**-0.5)
     for branch in weights.branches:
         # The gradient of a norm is very large at zero input, so the gain of the norm is initialized to zero instead.
         for layer in branch.outputs if branch.norm is None else [branch.norm]:
             nn.init.zeros_(layer.get_parameter("weight"))
-    if not weights.tied:
+    if weights.head is not None:
         nn.init.zeros_(weights.head.weight)
 
 
-def normal(weights: WeightsByRole) -> None:
+def normal(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """Initialize all matrices and embeddings from a normal distribution, as in Llama and Qwen."""
-    nn.init.normal_(weights.embedding, std=INIT_STD)
-    for linear in weights.linears:
-        nn.init.normal_(linear.weight, std=INIT_STD)
+    for weight in (weights.embedding, *(linear.weight for linear in weights.linears)):
+        sampler.normal_(weight, INIT_STD)
 
 
-def gpt2(weights: WeightsByRole) -> None:
+def gpt2(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """Initialize as in ``normal``, but scale down the output layers of residual branches, as in GPT-2.
 
     The standard deviation of these layers is divided by the square root of the number of branches.
     """
-    normal(weights)
-    for branch in weights.branches:
-        for linear in branch.outputs:
-            nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(len(weights.branches)))
+    outputs = {linear for branch in weights.branches for linear in branch.outputs}
+    sampler.normal_(weights.embedding, INIT_STD)
+    for linear in weights.linears:
+        sampler.normal_(linear.weight, INIT_STD / math.sqrt(len(weights.branches)) if linear in outputs else INIT_STD)
 
 
-def xavier(weights: WeightsByRole) -> None:
+def xavier(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """Apply Xavier uniform initialization (Glorot and Bengio 2010), as in the code of the original Transformer.
 
     Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """
     for linear in weights.linears:
-        nn.init.xavier_uniform_(linear.weight)
-    nn.init.normal_(weights.embedding, std=weights.embedding.size(1) ** -0.5 if weights.tied else 1.0)
+        sampler.uniform_(linear.weight, math.sqrt(6 / (linear.in_features + linear.out_features)))
+    sampler.normal_(weights.embedding, 1.0 if weights.head else weights.embedding.size(1) ** -0.5)
 
 
-INITIALISATIONS: dict[str, Callable[[WeightsByRole], None]] = {
+INITIALISATIONS: dict[str, Callable[[WeightsByRole, WeightSampler], None]] = {
     "zero": zero, "gpt2": gpt2, "normal": normal, "xavier": xavier,
 }  # fmt: skip

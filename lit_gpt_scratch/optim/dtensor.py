@@ -1,7 +1,7 @@
-"""Access the local shards of ``DTensor`` parameters, gradients and optimizer states.
+"""Describe and change the sharding of ``DTensor`` parameters, gradients and optimizer states.
 
-Elementwise operations are applied to the local shards, which requires no communication and is considerably faster than
-operating on the ``DTensor``.
+Elementwise operations are applied to the local shards (``model.local_shard``), which requires no communication and is
+considerably faster than operating on the ``DTensor``.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-
-
-def to_local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a ``DTensor``, which shares its memory; any other tensor is returned unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharding_of(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:

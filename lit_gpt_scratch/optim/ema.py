@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.optim.dtensor import to_local
+from lit_gpt_scratch.model.local_shard import to_local
 
 EMA_STATE_KEY: Final = "average"
 """Key of the average in a parameter's optimizer state."""

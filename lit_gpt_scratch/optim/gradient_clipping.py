@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
-from lit_gpt_scratch.optim.dtensor import sharding_of, to_local
+from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.optim.dtensor import sharding_of
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:

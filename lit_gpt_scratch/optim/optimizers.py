@@ -21,7 +21,8 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of, to_local
+from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 
 # Keller Jordan's quintic polynomial: five iterations map singular values to about [0.7, 1.2], which trains as well as

@@ -17,8 +17,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.gpt import Block
+from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.module_metadata import flops_per_token
-from lit_gpt_scratch.optim.dtensor import to_local
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 CGROUP_MEMBERSHIP: Final = Path("/proc/self/cgroup")

@@ -4,6 +4,7 @@ import inspect
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -36,6 +37,7 @@ from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
+from lit_gpt_scratch.model.gpt import draw_seed
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
@@ -224,7 +226,10 @@ class GPTModule(L.LightningModule):
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build additional networks, such as a reference model, and return the networks that must be sharded."""
+        """Build additional networks, such as a reference model, and return the networks that must be sharded.
+
+        They must have the same initial weights as ``net``, which may be on the meta device.
+        """
         return ()
 
     @property
@@ -297,7 +302,11 @@ class GPTModule(L.LightningModule):
             vocab_size, block_size = pretrained.net.vocab_size, resolve_context(pretrained, self.gpt, block_size)
         validate_attention_backend(self.gpt, device)
         require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
-        self.net = GPT(self.gpt, vocab_size, block_size, self.output_head)
+        seed = self.trainer.strategy.broadcast(draw_seed())  # each process initializes its own shards
+        # A network that is sharded is never allocated as a whole, unless its weights come from a pretrained model.
+        on_meta = self.device_mesh is not None and pretrained is None and self.lora is None
+        with torch.device("meta") if on_meta else nullcontext():
+            self.net = GPT(self.gpt, vocab_size, block_size, self.output_head, seed)
         self.head_is_new = pretrained is not None and not copy_weights(pretrained, self.net)
         # A resumed run starts from its own checkpoint; a head that was new at the start of the run still counts as new.
         self._trains_new_head = pretrained is None or self.head_is_new or pretrained.metadata.new_head
@@ -312,6 +321,8 @@ class GPTModule(L.LightningModule):
         if self.device_mesh is not None:
             for net in (self.net, *auxiliary):
                 parallelize(net, self.device_mesh, str(self.trainer.precision))
+                if on_meta:  # a copy of the network gets the same weights
+                    net.materialize(device, seed)
         self.metrics = self.build_metrics()
 
     def _freeze(self) -> None:
