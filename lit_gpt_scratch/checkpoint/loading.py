@@ -170,7 +170,7 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
         ) from error
     validate_tensors(weights, expected, str(path))
     tokenizer = metadata.load_tokenizer(path)
-    net = GPT(gpt, metadata.vocab_size, metadata.block_size, metadata.head)
+    net = GPT(gpt, metadata.vocab_size, metadata.block_size, metadata.head, initialise=False)
     if lora is not None:
         add_lora(net, lora)
     net.load_state_dict(weights)

@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
         self.feed_forward_end = norm() if self.sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.mixing = nn.Parameter(torch.empty(2)) if config.residual_scalars else None
+        self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
     def init_weights(self, sampler: WeightSampler) -> None:
         """Initialize the residual scalars so that the block's input is its only input."""
@@ -105,8 +105,9 @@ class GPT(nn.Module):
         vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
         output_head: Output head; by default, the model returns next-token logits.
-        seed: Random seed of the initial weights; by default drawn from torch's global generator. Inside of
-            ``torch.device("meta")``, the weights are neither allocated nor initialized; see ``materialize``.
+        seed: Random seed of the initial weights; by default drawn from torch's global generator.
+        initialise: Whether to initialize the weights. Pass False if they will be loaded, or on the meta device, where
+            they are not allocated; see ``materialize``.
 
     Raises:
         UserError: ``config.tied_embeddings`` is True, but the output head does not predict tokens.
@@ -125,9 +126,9 @@ class GPT(nn.Module):
         block_size: int,
         output_head: OutputHead = TokenHead(),  # noqa: B008 - frozen
         seed: int | None = None,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
-        seed = draw_seed() if seed is None else seed  # before torch's modules draw their own initial weights
         self.config = config
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -161,8 +162,8 @@ class GPT(nn.Module):
                     f"does not predict tokens; set model.gpt.tied_embeddings to false"
                 )
             self.head.weight = self.embedding.weight
-        if not self.embedding.weight.is_meta:
-            self.initialise_weights(seed)
+        if initialise and not self.embedding.weight.is_meta:
+            self.initialise_weights(draw_seed() if seed is None else seed)
 
     @torch.no_grad()
     def initialise_weights(self, seed: int) -> None:

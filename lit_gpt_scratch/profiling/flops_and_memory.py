@@ -167,7 +167,7 @@ def activation_bytes(
     # FlexAttention is compiled and cannot be simulated; it uses about as much memory as the fused kernel.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
-        net = GPT(config, vocab_size, block_size)
+        net = GPT(config, vocab_size, block_size, initialise=False)
         net.recompute = recompute
         weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # Module.to() fails with fake tensors
         weight_storages = {weight.untyped_storage()._cdata for weight in weights.values()}
