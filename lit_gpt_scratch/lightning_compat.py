@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch.distributed import default_pg_timeout, distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
@@ -180,11 +181,15 @@ def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` whose tensor-parallel size is chosen once the number of processes is known."""
+    """A ``ModelParallelStrategy`` whose device mesh is chosen once the number of processes is known."""
 
     def choose_tensor_parallel_size(self) -> int:
-        """Return the number of ranks that share a model replica, which must divide the number of processes."""
+        """Return the size of a tensor-parallel group, which must divide the number of processes."""
         raise NotImplementedError
+
+    def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Return the mesh to use instead of Lightning's; both have ``data_parallel`` and ``tensor_parallel``."""
+        return mesh
 
     @override
     def _setup_distributed(self) -> None:
@@ -195,7 +200,10 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        for group in self.device_mesh.get_all_groups():  # they have torch's default timeout
+        assert self.lightning_module is not None
+        self._device_mesh = self.lightning_module._device_mesh = self.build_device_mesh(self.device_mesh)
+        # They have torch's default timeout.
+        for group in (*self._device_mesh.get_all_groups(), self._device_mesh["data_parallel"].get_group()):
             distributed_c10d._set_pg_timeout(self._timeout or default_pg_timeout, group)
 
 

@@ -58,6 +58,7 @@ from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.distributed.strategies import (
     build_named_strategy,
     replace_multiprocessing_launcher,
+    resolve_groups,
     resolve_strategy,
     resolve_tensor_parallel_size,
 )
@@ -142,7 +143,14 @@ class FitCLI(LightningCLI):
             type=int | None,
             default=None,
             help="Tensor-parallel size: number of processes that share one model replica, for --trainer.strategy tp "
-            "(default: all processes) and fsdp2_tp (default: 2).",
+            "(default: all processes), fsdp2_tp (default: 2) and hsdp (default: 1).",
+        )
+        parser.add_argument(
+            "--hsdp_groups",
+            type=int | None,
+            default=None,
+            help="Number of groups of processes that each hold all weights, sharded within the group, for "
+            "--trainer.strategy hsdp (default: one group per machine).",
         )
         parser.add_argument(
             "--guard",
@@ -242,7 +250,8 @@ class FitCLI(LightningCLI):
         config = {**self.config_init.trainer, **kwargs}
         config["strategy"] = build_named_strategy(config["strategy"])
         validate_hardware(config)
-        config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
+        sizes = self.config_init.tensor_parallel, self.config_init.hsdp_groups
+        config["strategy"] = resolve_strategy(config["strategy"], *sizes)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
         validate_callbacks(config["callbacks"] or [])
@@ -274,6 +283,7 @@ class FitCLI(LightningCLI):
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
+            resolve_groups(trainer.strategy)  # checks the number of processes
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
             device = trainer.strategy.root_device
             if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared

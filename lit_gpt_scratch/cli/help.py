@@ -55,7 +55,7 @@ WITHOUT: Final = {
 REWORDED: Final = {
     "seed_everything": "Seed for weight initialization, data order and all other randomness.",
     "trainer.devices": "Number of devices or processes, a list of device indices, or 'auto' for all devices.",
-    "trainer.strategy": "Strategy for multiple devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any Lightning strategy.",
+    "trainer.strategy": "Strategy for multiple devices: ddp, fsdp2, hsdp, tp, fsdp2_tp, or any Lightning strategy.",
     "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any Lightning precision.",
     "trainer.max_epochs": "Maximum number of passes over the training data.",
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",

@@ -49,8 +49,8 @@ class PrepareCLI(FitCLI):
         "started with\nthe same flags and configs. Alternatively, train several types of tokenizers and compare them "
         "on held-out text.\nModel and trainer flags are accepted but ignored, so that configs for fit can be used.",
         first=HELP,
-        without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "guard", "force",
-                 "plan", "checkpoint", "inspect", "seed_everything"),
+        without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "hsdp_groups",
+                 "guard", "force", "plan", "checkpoint", "inspect", "seed_everything"),
     )  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -51,6 +51,7 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "ddp 2": ParallelLayout(2, 2, flags=("--trainer.strategy=ddp",)),
     "fsdp2 2": ParallelLayout(2, 2, flags=("--trainer.strategy=fsdp2",)),
     "tp 2": ParallelLayout(2, 1, flags=("--trainer.strategy=tp",)),
+    "hsdp 4": ParallelLayout(4, 4, flags=("--trainer.strategy=hsdp", "--hsdp_groups=2")),
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }

@@ -5,7 +5,8 @@ Modules declare how tensor parallelism splits them (``model.module_metadata``), 
 Tensor parallelism (https://arxiv.org/abs/1909.08053) assigns a subset of the heads and hidden channels to each process.
 Input projections are split by columns and output projections by rows, so that each residual branch requires only one
 all-reduce. FSDP2 (https://arxiv.org/abs/2304.11277) shards the remaining part of each weight across data-parallel
-processes, and gathers one block at a time.
+processes, and gathers one block at a time. Hybrid sharding (HSDP) shards it only across the processes of a group, such
+as those of a machine, and replicates it across groups, so that only gradients are sent between the groups.
 """
 
 import inspect
@@ -33,6 +34,8 @@ from lit_gpt_scratch.model.local_shard import to_local
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 """Dimension names of the device mesh, as in Lightning."""
+REPLICATE, SHARD = "replicate", "shard"
+"""Names of the two dimensions into which hybrid sharding divides the data-parallel dimension."""
 REPLICATED: Final = "replicated"
 STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
@@ -96,7 +99,8 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 
     Args:
         net: The network.
-        mesh: Device mesh with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        mesh: Device mesh with the dimensions ``data_parallel`` and ``tensor_parallel``, of which the first may be
+            divided into ``replicate`` and ``shard``.
         precision: The Trainer's precision.
 
     Raises:
@@ -109,9 +113,10 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        data_mesh = mesh[REPLICATE, SHARD] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[DATA_PARALLEL]
         for block in net.blocks:
-            fully_shard(block, mesh=mesh[DATA_PARALLEL], mp_policy=policy)
-        fully_shard(net, mesh=mesh[DATA_PARALLEL])
+            fully_shard(block, mesh=data_mesh, mp_policy=policy)
+        fully_shard(net, mesh=data_mesh)
         for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
             register_fsdp_forward_method(net, method)
 

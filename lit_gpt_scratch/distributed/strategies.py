@@ -1,4 +1,4 @@
-"""Register FSDP2 and tensor parallelism as strategies: ``--trainer.strategy fsdp2``, ``tp`` or ``fsdp2_tp``."""
+"""Register FSDP2, HSDP and tensor parallelism as strategies: ``fsdp2``, ``hsdp``, ``tp`` and ``fsdp2_tp``."""
 
 import sys
 from collections.abc import Mapping
@@ -14,9 +14,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, REPLICATE, SHARD, TENSOR_PARALLEL
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     SizedModelParallelStrategy,
@@ -26,8 +28,10 @@ from lit_gpt_scratch.lightning_compat import (
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
-TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
+TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "hsdp": 1, "tp": None, "fsdp2_tp": 2}
 """Default size of a tensor-parallel group, by strategy name; None uses all processes."""
+SIZED: Final = ("tp", "fsdp2_tp", "hsdp")
+"""Names of the strategies that support ``--tensor_parallel``."""
 
 
 class ModelParallel(SizedModelParallelStrategy):
@@ -40,15 +44,29 @@ class ModelParallel(SizedModelParallelStrategy):
         tensor_parallel_size: Number of processes that share one replica, splitting its heads and hidden channels, and
             that read the same data; None uses all processes. FSDP2 shards the weights across the replicas, each of
             which reads different data.
+        groups: Number of groups of processes, such as machines, each of which holds all weights (HSDP): FSDP2 shards
+            the weights only within a group. None uses one group per machine, and 1 disables HSDP.
     """
 
-    def __init__(self, tensor_parallel_size: int | None = 1) -> None:
+    def __init__(self, tensor_parallel_size: int | None = 1, groups: int | None = 1) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.tensor_parallel_size = tensor_parallel_size
+        self.groups = groups
 
     @override
     def choose_tensor_parallel_size(self) -> int:
         return resolve_tensor_parallel_size(self)
+
+    @override
+    def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        groups = resolve_groups(self)
+        if groups == 1:
+            return mesh
+        replicas, tensor_parallel = mesh.shape
+        shape, names = (groups, replicas // groups, tensor_parallel), (REPLICATE, SHARD, TENSOR_PARALLEL)
+        divided = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
+        divided[REPLICATE, SHARD]._flatten(DATA_PARALLEL)  # becomes another dimension of the mesh
+        return divided
 
     @property
     @override
@@ -125,6 +143,31 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
     return size
 
 
+def resolve_groups(strategy: Strategy) -> int:
+    """Return the number of groups of processes that each hold all weights, or 1 if the strategy is not ``hsdp``.
+
+    Raises:
+        UserError: The processes cannot be divided into such groups, or a group would have a single process.
+    """
+    if not isinstance(strategy, ModelParallel) or strategy.groups == 1:
+        return 1
+    groups = strategy.groups or strategy.num_nodes
+    replicas = strategy.num_processes * strategy.num_nodes // resolve_tensor_parallel_size(strategy)
+    if groups == 1:
+        raise UserError("--trainer.strategy hsdp has one machine; use fsdp2, or set --hsdp_groups")
+    if replicas % groups:
+        raise UserError(
+            f"hsdp_groups is {groups}, but there are {replicas} data-parallel processes, which is not divisible by "
+            f"{groups}; choose a divisor of {replicas}, or change --trainer.devices"
+        )
+    if replicas == groups:
+        raise UserError(
+            f"hsdp_groups is {groups}, so each of the {replicas} data-parallel processes would hold all weights; use "
+            f"--trainer.strategy ddp, or fewer groups"
+        )
+    return groups
+
+
 def build_named_strategy(strategy: object) -> object:
     """Instantiate one of Lightning's strategy classes if ``strategy`` is its name or import path.
 
@@ -138,27 +181,34 @@ def build_named_strategy(strategy: object) -> object:
     return strategy
 
 
-def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
-    """Return the Trainer's ``strategy`` with the tensor-parallel size set by ``--tensor_parallel``.
+def resolve_strategy(strategy: object, tensor_parallel: int | None, hsdp_groups: int | None) -> object:
+    """Return the Trainer's ``strategy`` with the sizes set by ``--tensor_parallel`` and ``--hsdp_groups``.
 
     Args:
         strategy: Value of ``--trainer.strategy``.
-        tensor_parallel: Size of a tensor-parallel group; None returns ``strategy`` unchanged.
+        tensor_parallel: Size of a tensor-parallel group; None for the strategy's default.
+        hsdp_groups: Number of groups of processes that each hold all weights; None for the strategy's default.
 
     Raises:
-        UserError: The size is not positive, or the strategy does not support tensor parallelism.
+        UserError: A size is not positive, or the strategy does not support it.
     """
-    if tensor_parallel is None:
+    for name, size, supported in (
+        ("tensor_parallel", tensor_parallel, SIZED),
+        ("hsdp_groups", hsdp_groups, ("hsdp",)),
+    ):
+        if size is not None and size < 1:
+            raise UserError(f"{name} is {size}; it must be positive")
+        if size is not None and strategy not in supported:
+            raise UserError(
+                f"{name} is {size}, which is not supported with --trainer.strategy {strategy}; choose "
+                f"{' or '.join(supported)}, or set --{name} null"
+            )
+    if tensor_parallel is None and hsdp_groups is None:
         return strategy
-    if tensor_parallel < 1:
-        raise UserError(f"tensor_parallel is {tensor_parallel}; it must be positive")
-    if strategy not in ("tp", "fsdp2_tp"):
-        raise UserError(
-            f"tensor_parallel is {tensor_parallel}, which is not supported with --trainer.strategy {strategy}; choose "
-            f"tp or fsdp2_tp, or set --tensor_parallel null"
-        )
-    sized = f"{strategy}_{tensor_parallel}"
-    StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)
+    size = TENSOR_PARALLEL_SIZES[str(strategy)] if tensor_parallel is None else tensor_parallel
+    groups = hsdp_groups if strategy == "hsdp" else 1
+    sized = f"{strategy}_{size or 'all'}_{groups or 'machines'}"
+    StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=size, groups=groups, override=True)
     return sized  # return a name, because Lightning rejects float64 with a strategy object
 
 
@@ -190,4 +240,6 @@ def replace_multiprocessing_launcher(strategy: Strategy) -> str | None:
 
 
 for name, size in TENSOR_PARALLEL_SIZES.items():
-    StrategyRegistry.register(name, ModelParallel, tensor_parallel_size=size, override=True)
+    StrategyRegistry.register(
+        name, ModelParallel, tensor_parallel_size=size, groups=None if name == "hsdp" else 1, override=True
+    )

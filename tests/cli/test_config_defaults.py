@@ -70,6 +70,7 @@ NULLS = {
     "preset": "not given",
     "trust": "no code that files of others name",
     "tensor_parallel": "not given: decided by trainer.strategy",
+    "hsdp_groups": "not given: decided by trainer.strategy",
     "checkpoint.every_minutes": "off",
     "inspect.prompts": "not given: prompts from the data",
 }

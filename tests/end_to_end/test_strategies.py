@@ -45,7 +45,7 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
     ids=["adamw", "normuon"],
 )
 def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, optimizer: list[str], off: float) -> None:
-    """Weights, optimizer state and averaged weights against a run that keeps its strategy; all but one validate."""
+    """Weights, optimizer state and averaged weights against a run that keeps its strategy; all but two validate."""
     everywhere = [
         "--data.tokens_per_step=128", "--trainer.precision=64-true", "--model.schedule.decay=constant",
         "--model.ema_decay=0.9", "--inspect.every_n_steps=3", *optimizer,
@@ -59,8 +59,9 @@ def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, opt
             *("--trainer.devices=4", "--trainer.strategy=fsdp2_tp", "--data.batch_size=2"),
             "--trainer.limit_val_batches=0",
         ],
+        [*("--trainer.strategy=hsdp", "--tensor_parallel=null", "--hsdp_groups=2", "--data.batch_size=1")],
         [
-            *("--trainer.devices=2", "--trainer.strategy=ddp", "--tensor_parallel=null", "--data.batch_size=2"),
+            *("--trainer.devices=2", "--trainer.strategy=ddp", "--hsdp_groups=null", "--data.batch_size=2"),
             "--trainer.limit_val_batches=1.0",
         ],
         ["--trainer.devices=1", "--trainer.strategy=auto", "--data.batch_size=4"],
@@ -112,7 +113,12 @@ def test_half_precision_trains_validates_and_generates_when_sharded(small: list[
         (["--trainer.strategy=tp", "--model.gpt.position=alibi"], "position is alibi"),
         (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora is not supported with tensor parallelism"),
         (["--trainer.strategy=tp", "--model.gpt.dropout=0.1"], "dropout is 0.1"),
-        (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp"),
+        (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp or hsdp"),
+        (["--trainer.strategy=fsdp2", "--hsdp_groups=2"], "choose hsdp, or set --hsdp_groups null"),
+        (["--trainer.strategy=hsdp"], "hsdp has one machine; use fsdp2, or set --hsdp_groups"),
+        (["--trainer.strategy=hsdp", "--hsdp_groups=0"], "hsdp_groups is 0; it must be positive"),
+        (["--trainer.strategy=hsdp", "--hsdp_groups=3"], "there are 2 data-parallel processes, which is not divisible"),
+        (["--trainer.strategy=hsdp", "--hsdp_groups=2"], "each of the 2 data-parallel processes would hold all"),
     ],
 )
 def test_model_that_cannot_be_sharded_is_a_one_line_error(

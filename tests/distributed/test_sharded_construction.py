@@ -1,0 +1,188 @@
+"""Networks that are built on the meta device, sharded, and then initialized.
+
+The processes of a group are simulated, each in a process of its own, because torch keeps the meshes of a process.
+"""
+
+from itertools import product
+from typing import Any, Final
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, REPLICATE, SHARD, TENSOR_PARALLEL, parallelize
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.local_shard import shard_slices, to_local
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
+from tests.end_to_end import forked
+
+VOCAB, BLOCK_SIZE, SEED, WORLD = 301, 64, 7, 4
+MESHES: Final[dict[str, tuple[tuple[int, ...], tuple[str, ...]]]] = {
+    "fsdp2": ((4, 1), (DATA_PARALLEL, TENSOR_PARALLEL)),
+    "tp": ((1, 4), (DATA_PARALLEL, TENSOR_PARALLEL)),
+    "fsdp2_tp": ((2, 2), (DATA_PARALLEL, TENSOR_PARALLEL)),
+    "hsdp": ((2, 2, 1), (REPLICATE, SHARD, TENSOR_PARALLEL)),
+}
+CONFIGS: Final[dict[str, dict[str, Any]]] = {
+    "default": {},
+    "tied": {"tied_embeddings": True, "initialisation": "gpt2"},
+    "additions": {
+        "value_embeddings": True, "bigram_rows": 50, "smear": True, "residual_scalars": True, "bias": True,
+        "norm_placement": "sandwich",
+    },
+    "learned positions": {
+        "position": "learned", "norm": "layernorm", "initialisation": "xavier", "bias": True,
+    },
+    "sinusoidal positions": {"position": "sinusoidal", "initialisation": "normal", "norm_placement": "post"},
+}  # fmt: skip
+
+
+def config(**changes: Any) -> GPTConfig:
+    """Few sizes are divisible by the number of processes."""
+    return GPTConfig(**({"n_layer": 2, "n_head": 4, "n_embd": 38, "ffn_dim": 52, "head_dim": 12} | changes))
+
+
+def on_meta(gpt: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(gpt, VOCAB, BLOCK_SIZE)
+
+
+def begin(rank: int) -> None:
+    dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
+
+
+def build_mesh(layout: str) -> DeviceMesh:
+    shape, names = MESHES[layout]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if layout == "hsdp":
+        mesh[REPLICATE, SHARD]._flatten(DATA_PARALLEL)
+    return mesh
+
+
+def in_simulated_process(function: str, rank: int) -> None:
+    done = forked.python(f"from {__name__} import begin, {function}\nbegin({rank})\n{function}()")
+    assert done.code == 0, done.err
+
+
+def check_networks() -> None:
+    """Compare the shards of this process with parts of a network that was built as a whole."""
+    for layout, (name, changes) in product(MESHES, CONFIGS.items()):
+        if layout != "fsdp2_tp" and name not in ("tied", "additions"):
+            continue
+        gpt, mesh = config(**changes), build_mesh(layout)
+        whole, sharded = GPT(gpt, VOCAB, BLOCK_SIZE, seed=SEED), on_meta(gpt)
+        parallelize(sharded, mesh, "32-true")
+        sharded.materialize(torch.device("cpu"), SEED)
+        assert (sharded.head.weight is sharded.embedding.weight) == gpt.tied_embeddings
+        n_sharded = 0
+        for (parameter, p), q in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+            assert p.shape == q.shape
+            assert torch.equal(to_local(p), part_of(q, p)), (layout, name, parameter)
+            n_sharded += to_local(p).shape != q.shape
+        assert n_sharded > len(list(whole.parameters())) / 2
+        for (buffer, one), (_, other) in zip(sharded.named_buffers(), whole.named_buffers(), strict=True):
+            assert torch.equal(one, other), (layout, name, buffer)
+
+
+def part_of(whole: Tensor, sharded: Tensor) -> Tensor:
+    """The part that FSDP2 on top of tensor parallelism assigns to this process, computed by ``torch.chunk``."""
+    if isinstance(sharded, DTensor):
+        mesh = sharded.device_mesh
+        coordinate = dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True))
+        placement = dict(zip(mesh.mesh_dim_names or (), sharded.placements, strict=True))
+        for dimension in (TENSOR_PARALLEL, SHARD, DATA_PARALLEL):  # in the order in which they are applied
+            if dimension in placement and not placement[dimension].is_replicate():
+                chunks = whole.chunk(mesh[dimension].size(), placement[dimension].dim)  # type: ignore[attr-defined]
+                index = coordinate[dimension]
+                whole = chunks[index] if index < len(chunks) else whole[:0]
+    return whole
+
+
+def check_parameters() -> None:
+    """Compare the shards of single parameters with torch's own sharding of the whole parameter."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for shape, *dimensions in product([(1,), (5,), (4, 6), (7, 3), (3, 1, 5), (300, 500)], (None, 0, 1), (None, 0, 1)):
+        if any(d is not None and d >= len(shape) for d in dimensions) or dimensions == [0, 0] or dimensions == [1, 1]:
+            continue
+        placements: list[Placement] = [Replicate() if d is None else Shard(d) for d in dimensions]
+        module = nn.ParameterDict({"weight": nn.Parameter(torch.empty(shape))})
+        sampler = WeightSampler(module, SEED)
+        with torch.no_grad():
+            sampler.normal_(module["weight"], 1.0)
+            whole = module["weight"].clone()
+            expected = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            module["weight"] = nn.Parameter(torch.zeros_like(expected))
+            WeightSampler(module, SEED).normal_(module["weight"], 1.0)
+        assert torch.equal(module["weight"].data.to_local(), expected.to_local()), (shape, dimensions)
+        assert torch.equal(whole[tuple(shard_slices(expected))], expected.to_local()), (shape, dimensions)
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("function", ["check_networks", "check_parameters"])
+def test_shards_are_parts_of_the_whole(function: str, rank: int) -> None:
+    in_simulated_process(function, rank)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that is allocated on the CPU, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and tensor.device.type == "cpu":
+                self.size = max(self.size, tensor.untyped_storage().nbytes())
+        return out
+
+
+def check_allocations() -> None:
+    gpt = config(n_embd=256, ffn_dim=4096, head_dim=64)
+    mesh = build_mesh("fsdp2")
+    with LargestTensor() as largest:
+        net = on_meta(gpt)
+        parallelize(net, mesh, "32-true")
+        net.materialize(torch.device("cpu"), SEED)
+    whole = max(p.numel() for p in net.parameters()) * 4
+    assert whole == 4 * 256 * 4096
+    assert whole / WORLD <= largest.size <= whole / WORLD + 2**18, largest.size  # a shard; blocks of random numbers
+
+
+def test_construction_allocates_only_shards() -> None:
+    in_simulated_process("check_allocations", 1)
+
+
+class WithParameter(Attention):
+    """Has a parameter whose initial value only the constructor knows."""
+
+    def __init__(self, gpt: GPTConfig) -> None:
+        super().__init__(gpt)
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
+
+
+class WithBuffer(Attention):
+    """Has a buffer whose value only the constructor knows."""
+
+    def __init__(self, gpt: GPTConfig) -> None:
+        super().__init__(gpt)
+        self.register_buffer("slope", torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (WithParameter, r"blocks\.0\.attention\.scale has no initial values.*define init_weights"),
+        (WithBuffer, r"blocks\.0\.attention has 1 buffers.*WithBuffer does not define init_buffers"),
+    ],
+)
+def test_custom_attention_without_initial_values_is_an_error(attention: type[Attention], message: str) -> None:
+    net = on_meta(config(attention=f"{__name__}.{attention.__name__}"))
+    with pytest.raises(UserError, match=message):
+        net.materialize(torch.device("cpu"), SEED)
