@@ -59,7 +59,15 @@ def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, opt
             *("--trainer.devices=4", "--trainer.strategy=fsdp2_tp", "--data.batch_size=2"),
             "--trainer.limit_val_batches=0",
         ],
-        [*("--trainer.strategy=hsdp", "--tensor_parallel=null", "--hsdp_groups=2", "--data.batch_size=1")],
+        [
+            *(
+                "--trainer.devices=4",
+                "--trainer.strategy=hsdp",
+                "--tensor_parallel=null",
+                "--hsdp_groups=2",
+                "--data.batch_size=1",
+            )
+        ],
         [
             *("--trainer.devices=2", "--trainer.strategy=ddp", "--hsdp_groups=null", "--data.batch_size=2"),
             "--trainer.limit_val_batches=1.0",
