@@ -35,6 +35,7 @@ PRESETS: Final[dict[str, GPTConfig]] = {
         _LLAMA3, n_layer=16, n_embd=2048, head_dim=64, ffn_dim=8192, rotary_factor=32.0, tied_embeddings=True
     ),
     "llama3_8b": _LLAMA3,
+    "llama3_70b": replace(_LLAMA3, n_layer=80, n_head=64, n_embd=8192, ffn_dim=28_672),
     "qwen3_0.6b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=1024, ffn_dim=3072, tied_embeddings=True),
     "qwen3_1.7b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=2048, ffn_dim=6144, tied_embeddings=True),
     "qwen3_8b": _QWEN3,
@@ -47,7 +48,7 @@ Parameter counts for the published vocabulary size and, if positions are learned
   architecture, a small Qwen3 model; the embedding and the head add ``2 * vocab_size * n_embd`` parameters.
 - ``gpt2_124m`` 124,439,808, ``gpt2_350m`` 354,823,168, ``gpt2_774m`` 774,030,080, ``gpt2_1558m`` 1,557,611,200, with a
   vocabulary of 50,257 tokens and a context of 1024 tokens (Radford et al. 2019, https://github.com/openai/gpt-2).
-- ``llama3_1b`` 1,235,814,400 (Llama 3.2) and ``llama3_8b`` 8,030,261,248 (Llama 3.1,
+- ``llama3_1b`` 1,235,814,400 (Llama 3.2), ``llama3_8b`` 8,030,261,248 and ``llama3_70b`` 70,553,706,496 (Llama 3.1,
   https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and a context extended to 131,072 tokens.
 - ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with a vocabulary of 151,936
   tokens (https://arxiv.org/abs/2505.09388).

@@ -13,7 +13,7 @@ from lit_gpt_scratch.model.presets import PRESETS
 VOCABULARY = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
-    "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248,
+    "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496,
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
 }  # fmt: skip
 
@@ -33,6 +33,11 @@ THEIRS: dict[str, dict[str, Any]] = {
     },
     "llama3_8b": LLAMA | {
         "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+        "rope_parameters": ROTARY | {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0},
+    },
+    "llama3_70b": LLAMA | {
+        "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "tie_word_embeddings": False,
         "rope_parameters": ROTARY | {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0},
     },
