@@ -301,14 +301,7 @@ class BaseDataModule(L.LightningDataModule):
         """
         if self.tokens_per_step is None:
             return
-        per_batch = self.tokens_per_batch // self.windows_per_row  # a row counts as block_size tokens
-        if self.tokens_per_step % per_batch:
-            raise UserError(
-                f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
-                f"{per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
-                "data.tokens_per_step or data.batch_size"
-            )
-        batches = self.tokens_per_step // per_batch
+        batches = self.micro_batches_per_step(self.shard["num_replicas"])
         if self.trainer is None:
             return
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
@@ -323,6 +316,26 @@ class BaseDataModule(L.LightningDataModule):
                 f"is {self.trainer.accumulate_grad_batches}; set only one of the two"
             )
         self.trainer.accumulate_grad_batches = batches
+
+    def micro_batches_per_step(self, replicas: int) -> int:
+        """Return the number of micro-batches that ``tokens_per_step`` requires, or 1 if it is None.
+
+        Args:
+            replicas: Number of data-parallel ranks.
+
+        Raises:
+            UserError: ``tokens_per_step`` is not a multiple of the tokens per micro-batch.
+        """
+        per_batch = self.batch_size * replicas * self.block_size  # a row counts as block_size tokens
+        if self.tokens_per_step is None:
+            return 1
+        if self.tokens_per_step % per_batch:
+            raise UserError(
+                f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
+                f"{per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
+                "data.tokens_per_step or data.batch_size"
+            )
+        return self.tokens_per_step // per_batch
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch in which training continues, and the index of the next micro-batch in this epoch.

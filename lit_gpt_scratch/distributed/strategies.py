@@ -133,8 +133,16 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
     """
     if not isinstance(strategy, ModelParallel):
         return 1
-    world = strategy.num_processes * strategy.num_nodes
-    size = strategy.tensor_parallel_size or world
+    return divide_processes(strategy.num_processes * strategy.num_nodes, strategy.tensor_parallel_size)
+
+
+def divide_processes(world: int, size: int | None) -> int:
+    """Return the size of a tensor-parallel group among ``world`` processes; None means all processes.
+
+    Raises:
+        UserError: The number of processes is not divisible by the size.
+    """
+    size = size or world
     if world % size:
         raise UserError(
             f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or "

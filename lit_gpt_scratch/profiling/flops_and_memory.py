@@ -56,13 +56,7 @@ def require_model_fits_memory(
         UserError: The model cannot be built, or its weights and gradients alone do not fit, even when sharded across
             all processes.
     """
-    try:
-        with torch.device("meta"):  # no memory is allocated
-            nets = [GPT(replace(config, n_layer=n), vocab_size, block_size) for n in (1, 2)]
-    except UserError:
-        raise
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # a tensor of this size cannot be created
-        raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
+    nets = [build_on_meta(replace(config, n_layer=n), vocab_size, block_size) for n in (1, 2)]
     one, two = (sum(p.numel() for p in net.parameters()) for net in nets)
     tables = sum(buffer.nbytes for buffer in nets[0].buffers())
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one)) + tables * processes  # each process has the tables
@@ -75,6 +69,21 @@ def require_model_fits_memory(
             f"the weights and gradients of model.gpt alone require {needed / 2**30:,.1f} GiB, but only "
             f"{memory * processes / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or vocabulary"
         )
+
+
+def build_on_meta(config: GPTConfig, vocab_size: int, block_size: int) -> GPT:
+    """Build a network whose tensors have shapes but no memory.
+
+    Raises:
+        UserError: The sizes are too large for a tensor.
+    """
+    try:
+        with torch.device("meta"):
+            return GPT(config, vocab_size, block_size)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
 
 
 def host_memory(cgroups: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP) -> int | None:
@@ -124,12 +133,22 @@ def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
         optimizer: The optimizer.
         averaged: Whether to include a moving average of the weights.
     """
-    return sum(
-        to_local(p).numel() * p.element_size() * (2 + averaged + OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2))
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.requires_grad
-    )
+    return state_bytes_by_part(optimizer, averaged).total()
+
+
+def state_bytes_by_part(optimizer: Optimizer, averaged: bool = False) -> Counter[str]:
+    """Return the bytes in this process of ``weights``, ``gradients``, ``optimizer`` state and ``average``.
+
+    Args:
+        optimizer: The optimizer.
+        averaged: Whether there is a moving average of the weights.
+    """
+    parts: Counter[str] = Counter()
+    for group in optimizer.param_groups:
+        held = sum(to_local(p).numel() * p.element_size() for p in group["params"] if p.requires_grad)
+        moments = OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2)
+        parts.update(weights=held, gradients=held, optimizer=moments * held, average=averaged * held)
+    return parts
 
 
 def activation_bytes(

@@ -25,12 +25,13 @@ TENSOR_CORE_TFLOPS = {
     "RTX 5090$": 209,
     "RTX 4090$": 165,
     "RTX 3090$": 71,
+    "MI300X": 1307,
 }
 """Dense TFLOP/s of bfloat16 and float16 matmuls with float32 accumulation, keyed by a regex for the GPU's name.
 
-The values are from NVIDIA's data sheets. If a data sheet lists only the value with structured sparsity, half of it is
-used. The tables of Lightning and PyTorch are not used, because they mix dense and sparse values and do not recognize an
-H200 or L40S by the name that the driver reports.
+The values are from the data sheets of NVIDIA and AMD. If a data sheet lists only the value with structured sparsity,
+half of it is used. The tables of Lightning and PyTorch are not used, because they mix dense and sparse values and do
+not recognize an H200 or L40S by the name that the driver reports.
 """
 FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
 """Dense TFLOP/s of float16 matmuls on GPUs whose tensor cores do not support bfloat16."""

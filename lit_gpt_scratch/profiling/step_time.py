@@ -1,0 +1,220 @@
+"""Predict the duration of an optimizer step from FLOPs, memory traffic and communication.
+
+The model is stated in notebooks/reference/hardware.md. Its constants are measurements of single operations by others,
+not fitted to training runs. It leaves out the latency of kernel launches, waiting for data, logging and validation, so
+steps of small models are slower than predicted.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from lit_gpt_scratch.model.module_metadata import flops_per_token, linear_flops_per_token
+from lit_gpt_scratch.profiling.layout_sizes import (
+    LayoutSizes,
+    TrainingSetup,
+    local_config,
+    local_network,
+    simulate_activations,
+)
+
+MATMUL_SHARE: Final = 0.9
+"""Share of ``Accelerator.max_matmul_share`` that matmuls of ordinary shapes reach; 0.72 of the peak on H100, as cuBLAS
+reaches with 8192 x 8192 matrices (https://cudaforfun.substack.com/p/outperforming-cublas-on-h100-a-worklog)."""
+MEMORY_SHARE: Final = 0.9
+"""Share of the nominal memory bandwidth that elementwise kernels reach."""
+LINK_SHARE: Final = 0.8
+"""Share of the nominal bandwidth of links and networks that collective operations reach
+(https://github.com/stas00/ml-engineering/tree/master/network)."""
+INTERFERENCE: Final = 0.15
+"""Slowdown of computation while communication runs, which occupies multiprocessors and memory, as a fraction of the
+communication time; ``processor_usage`` of NVLink in Calculon's A100 (https://github.com/calculon-ai/calculon)."""
+ATTENTION_BACKWARD: Final = 2.5
+"""Matmuls in the backward pass of fused attention, which recomputes the scores, per matmul of the forward pass."""
+FORWARD_PASSES, BACKWARD_PASSES, RECOMPUTE_PASSES = 2, 3, 2
+"""Number of times that each saved activation crosses the memory bus: written and read in the forward pass; read in the
+backward pass, which also writes and reads its gradient; written and read again if it is recomputed."""
+OPTIMIZER_PASSES: Final = {"adamw": 7, "muon": 12}
+"""Number of times that a tensor of the weight's size is read or written per step, keyed by update rule.
+
+AdamW reads weight, gradient and two moments, and writes all but the gradient. Muon's momentum, Nesterov step, decay and
+update are separate operations. Other rules are assumed to have those of AdamW.
+"""
+CLIP_PASSES, AVERAGE_PASSES = 3, 3
+"""The same for clipping by norm (norm; read and write), and for a moving average (read twice, write once)."""
+NEWTON_SCHULZ_STEPS: Final = 5
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted duration of an optimizer step in seconds, and its communication.
+
+    Attributes:
+        matmuls: Linear layers, including recomputation.
+        attention: Fused attention, including recomputation.
+        memory_bound: Elementwise operations, norms and the loss.
+        communication: Communication that computation does not hide, and the slowdown by communication that it hides.
+        optimizer: Optimizer, gradient clipping and moving average, including Muon's communication.
+        sent_bytes: Bytes that each rank sends per step.
+    """
+
+    matmuls: float
+    attention: float
+    memory_bound: float
+    communication: float
+    optimizer: float
+    sent_bytes: float
+
+    @property
+    def total(self) -> float:
+        """Duration of the step."""
+        return self.matmuls + self.attention + self.memory_bound + self.communication + self.optimizer
+
+
+def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
+    """Predict the duration of an optimizer step."""
+    net, n_layer, tokens = local_network(setup), setup.config.n_layer, setup.tokens_per_rank
+    block = net.blocks[0]
+    linear = linear_flops_per_token(block)
+    visible = min(0.5, (setup.config.sliding_window or setup.block_size) / setup.block_size)  # kernels skip the rest
+    scores = visible * (flops_per_token(block, setup.block_size) - linear)
+    head = linear_flops_per_token(net.head) / setup.tensor_parallel
+    speed = _matmul_flops(setup)
+    matmul, matmul_blocks = (tokens * flops / speed for flops in (n_layer * linear + head, n_layer * linear))
+    accelerator = setup.machine.accelerator
+    attention = n_layer * tokens * scores / (accelerator.attention_share * _nominal_flops(setup))
+
+    full = simulate_activations(local_config(setup), setup.vocab_size, setup.block_size, setup.precision, False)
+    in_blocks = setup.batch_size * n_layer * full.block_row / _memory_bandwidth(setup)
+    saved = setup.batch_size * full.row / _memory_bandwidth(setup) + in_blocks
+    recompute = setup.recompute
+    forward = matmul + attention + FORWARD_PASSES * saved
+    backward = 2 * matmul + ATTENTION_BACKWARD * attention + BACKWARD_PASSES * saved
+    backward += recompute * (matmul_blocks + attention + RECOMPUTE_PASSES * in_blocks)
+    exposed, sent = _communication(setup, sizes, forward, backward)
+    n = setup.accumulate
+    optimizer, optimizer_sent = _optimizer(setup, sizes)
+    return StepTime(
+        matmuls=n * (3 * matmul + recompute * matmul_blocks),
+        attention=n * (1 + ATTENTION_BACKWARD + recompute) * attention,
+        memory_bound=n * ((FORWARD_PASSES + BACKWARD_PASSES) * saved + recompute * RECOMPUTE_PASSES * in_blocks),
+        communication=exposed,
+        optimizer=optimizer,
+        sent_bytes=sent + optimizer_sent,
+    )
+
+
+def ring_bytes(n_bytes: float, ranks: int) -> float:
+    """Return the bytes that each rank sends in a ring all-gather or reduce-scatter of ``n_bytes`` in total."""
+    return n_bytes * (ranks - 1) / ranks
+
+
+def collective_bandwidth(setup: TrainingSetup, ranks: int, stride: int) -> float:
+    """Return the bandwidth of a ring of ``ranks`` ranks that are ``stride`` apart, in bytes per second and rank.
+
+    The ring enters and leaves each node through the network adapters of its members in the node.
+    """
+    machine = setup.machine
+    members = max(1, min(ranks, machine.per_node // stride))
+    accelerator = machine.accelerator
+    if ranks <= members:
+        return LINK_SHARE * accelerator.link_bandwidth
+    network = members * accelerator.network_bandwidth
+    return LINK_SHARE * (min(accelerator.link_bandwidth, network) if members > 1 else network)
+
+
+def _communication(setup: TrainingSetup, sizes: LayoutSizes, forward: float, backward: float) -> tuple[float, float]:
+    """Return the seconds per step that communication adds, and the bytes that each rank sends.
+
+    Args:
+        setup: The run.
+        sizes: Its layout.
+        forward: Seconds of computation in the forward pass of a micro-batch.
+        backward: The same for the backward pass.
+    """
+    split, split_sent = _tensor_parallel(setup)
+    n, replicas = setup.accumulate, setup.data_parallel
+    bandwidth = collective_bandwidth(setup, replicas, setup.tensor_parallel)
+    if setup.strategy == "ddp":
+        sent = 2 * ring_bytes(sizes.local["gradients"], replicas)  # all-reduce, after the last micro-batch only
+        return _overlap(backward, sent / bandwidth) + n * split, sent
+    if not setup.is_fully_sharded:
+        return n * split, n * split_sent
+    reduced = 4 if setup.precision == "bf16-mixed" else setup.weight_bytes
+    blocks = setup.config.n_layer * sizes.block
+    gather, reduce = (ring_bytes(blocks * size, replicas) for size in (setup.gathered_bytes, reduced))
+    root = ring_bytes(sizes.root * setup.weight_bytes, replicas)  # gathered before, and reduced after everything else
+    first = gather / setup.config.n_layer
+    hidden = _overlap(forward, (gather - first) / bandwidth) + _overlap(backward, (gather + reduce) / bandwidth)
+    sent = 2 * gather + reduce + 2 * root
+    return n * (hidden + (first + 2 * root) / bandwidth + split), n * (sent + split_sent)
+
+
+def _overlap(compute: float, communication: float) -> float:
+    """Return the seconds that communication adds to computation that runs at the same time."""
+    return max(compute + INTERFERENCE * min(communication, compute), communication) - compute
+
+
+def _tensor_parallel(setup: TrainingSetup) -> tuple[float, float]:
+    """Return the seconds of a micro-batch's tensor-parallel collectives, which nothing hides, and the bytes sent.
+
+    Each block has two all-reduces of the residual stream in the forward pass and two in the backward pass; activation
+    checkpointing repeats those of the forward pass. Outside the blocks, the embedding and the gradient of the head's
+    input are reduced, and the logits are gathered.
+    """
+    size, tokens, n_embd = setup.tensor_parallel, setup.tokens_per_rank, setup.config.n_embd
+    if size == 1:
+        return 0.0, 0.0
+    stream = tokens * n_embd * setup.compute_bytes
+    sent = 2 * ring_bytes(stream, size) * (2 * setup.config.n_layer * (2 + setup.recompute) + 1)
+    sent += 2 * ring_bytes(tokens * n_embd * setup.weight_bytes, size)
+    sent += ring_bytes(tokens * setup.vocab_size * setup.compute_bytes, size)
+    return sent / collective_bandwidth(setup, size, 1), sent
+
+
+def _optimizer(setup: TrainingSetup, sizes: LayoutSizes) -> tuple[float, float]:
+    """Return the seconds of the optimizer per step, and the bytes that each rank sends."""
+    passes = setup.clips * CLIP_PASSES + setup.averaged * AVERAGE_PASSES
+    traffic = sum((passes + OPTIMIZER_PASSES.get(rule, 7)) * held for rule, held in sizes.by_rule.items())
+    seconds = traffic / _memory_bandwidth(setup)
+    if not sizes.matrices:
+        return seconds, 0.0
+    ranks = setup.machine.devices if setup.strategy in ("fsdp2", "tp", "fsdp2_tp") else 1
+    replicated = getattr(setup.optimizer, "row_beta", None) is not None  # NorMuon gathers all matrices on every rank
+    flops = sum(
+        newton_schulz_flops(*shape) * (count if replicated else math.ceil(count / ranks))
+        for shape, count in sizes.matrices.items()
+    )
+    accelerator = setup.machine.accelerator
+    seconds += flops / (MATMUL_SHARE * accelerator.max_matmul_share * accelerator.tensor_core_flops)
+    elements = sum(count * rows * columns for (rows, columns), count in sizes.matrices.items())
+    sent = ring_bytes(2 * elements, ranks) if replicated else 2 * ring_bytes(2 * elements / ranks, ranks)  # in bfloat16
+    bandwidth = accelerator.network_bandwidth if setup.machine.nodes > 1 else accelerator.link_bandwidth
+    return seconds + sent / (LINK_SHARE * bandwidth), sent
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Return the FLOPs of orthogonalizing a matrix: per iteration, two products with it and a square of its Gram."""
+    small, large = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * small * small * large + 2 * small**3)
+
+
+def _nominal_flops(setup: TrainingSetup) -> float:
+    """Return the data sheet's FLOP/s for the dtype of the matmuls."""
+    if setup.precision == "32-true":
+        return 1e12 * setup.machine.accelerator.float32_tflops
+    return setup.machine.accelerator.tensor_core_flops
+
+
+def _matmul_flops(setup: TrainingSetup) -> float:
+    return MATMUL_SHARE * setup.machine.accelerator.max_matmul_share * _nominal_flops(setup)
+
+
+def _memory_bandwidth(setup: TrainingSetup) -> float:
+    return MEMORY_SHARE * setup.machine.accelerator.memory_bandwidth
+
+
+def utilization(setup: TrainingSetup, sizes: LayoutSizes, seconds: float) -> float:
+    """Return the model FLOPs utilization: model FLOPs of a step relative to the nominal FLOP/s of all devices."""
+    flops = sizes.flops_per_token * setup.tokens_per_step
+    return flops / (seconds * setup.machine.devices * _nominal_flops(setup))
