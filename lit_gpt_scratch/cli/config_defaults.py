@@ -274,12 +274,16 @@ def resolve_built_defaults(config: Namespace, device: torch.device, data: Lightn
         config.data.init_args.vocab_size = DEFAULT_VOCAB_SIZE
 
 
+def published_vocab_size(preset: str) -> int | None:
+    """Return the vocabulary size of the published model that a preset is named after, or None if there is none."""
+    return next((size for family, size in PUBLISHED_VOCABULARIES.items() if preset.startswith(family)), None)
+
+
 def describe_presets() -> str:
     """Format a table of the presets with their shapes and parameter counts."""
     rows = [("preset", "layers", "heads", "width", "vocabulary", "parameters", "float32")]
     for name, gpt in PRESETS.items():
-        published = (size for family, size in PUBLISHED_VOCABULARIES.items() if name.startswith(family))
-        vocabulary = next(published, DEFAULT_VOCAB_SIZE)
+        vocabulary = published_vocab_size(name) or DEFAULT_VOCAB_SIZE
         with torch.device("meta"):  # shapes without memory
             n = sum(p.numel() for p in GPT(gpt, vocabulary, 1024).parameters())
         shape = f"{gpt.n_layer}", f"{gpt.n_head}", f"{gpt.n_embd}"

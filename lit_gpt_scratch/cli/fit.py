@@ -47,6 +47,7 @@ from lit_gpt_scratch.cli.config_files import (
 )
 from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
+from lit_gpt_scratch.cli.hardware_plan import plan_for_machine
 from lit_gpt_scratch.cli.help import HelpPage
 from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.cli.trainer_flags import explain_trainer_error, validate_callbacks, validate_trainer_flags
@@ -67,6 +68,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_processes, trains_in_this_process
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.profiling.accelerators import ACCELERATORS
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 from lit_gpt_scratch.schema import MAX_SEED
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -179,6 +181,13 @@ class FitCLI(LightningCLI):
             help="Print a description of the run, estimate its duration from a few steps, and exit without creating a "
             "run folder.",
         )
+        parser.add_argument(
+            "--devices_like",
+            type=str | None,
+            default=None,
+            help="With --plan, predict memory and speed on a machine such as 8xh200 or 2x8xh100 instead of measuring "
+            f"this one; no GPU, text or memory for the model is needed. Accelerators: {', '.join(ACCELERATORS)}.",
+        )
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(ActivationStats, "inspect")
         parser.set_defaults(
@@ -227,6 +236,11 @@ class FitCLI(LightningCLI):
             task, preset = self.config.model.class_path, self.config.preset
             self.initial_model = apply_init_from(parser, found, task, preset, self.trusted)
             self.config = parser.parse_args(early.flags)
+        if self.config.devices_like is not None:
+            if not self.config.plan:
+                raise UserError(f"--devices_like is {self.config.devices_like}, but --plan is not set; add --plan")
+            if self.config.trainer.precision is None:  # of that machine, not of this one
+                self.config.trainer.precision = "bf16-mixed"
         resolve_defaults(self.config)
         validate_trainer_flags(self.config.trainer)
         if not 0 <= self.config.seed_everything <= MAX_SEED:
@@ -246,7 +260,14 @@ class FitCLI(LightningCLI):
         sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause."""
+        """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause.
+
+        With ``--devices_like``, print the plan for that machine and exit instead.
+        """
+        if self.config.devices_like is not None:
+            for name, text in plan_for_machine(self.config, self.config_init, self.model, self.datamodule):
+                log.log(logging.WARNING if name == "warning" else logging.INFO, "%-11s %s", name, text)
+            sys.exit(0)
         config = {**self.config_init.trainer, **kwargs}
         config["strategy"] = build_named_strategy(config["strategy"])
         validate_hardware(config)

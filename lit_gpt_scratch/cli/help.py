@@ -23,7 +23,7 @@ WIDTH: Final = 110
 ALL: Final = "all"
 COMMON: Final[dict[str, list[str]]] = {
     "run": [
-        "experiment", "runs", "config", "preset", "ckpt_path", "plan", "seed_everything", "guard",
+        "experiment", "runs", "config", "preset", "ckpt_path", "plan", "devices_like", "seed_everything", "guard",
         "checkpoint.every_n_steps", "inspect.every_n_steps",
     ],
     "training": [

@@ -21,7 +21,9 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest
 
 MIN_TRIALS: Final = 4
 """Minimum number of complete trials required to estimate the importance of search dimensions."""
-NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
+NOT_VARIED: Final = (
+    "runs", "experiment", "ckpt_path", "force", "plan", "devices_like", "seed_everything", "config", "preset",
+)  # fmt: skip
 """Flags that are ignored when comparing the configs of runs."""
 
 

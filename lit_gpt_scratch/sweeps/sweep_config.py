@@ -29,7 +29,7 @@ from lit_gpt_scratch.sweeps.search_space import (
 
 METHODS: Final = ("grid", "random", "tpe")
 DIRECTIONS: Final = ("minimize", "maximize")
-RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan")
+RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan", "devices_like")
 """Flags of ``fit`` that only the sweep may set."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
 """Flag of ``fit`` that enforces a training budget, keyed by the unit of the budget."""
