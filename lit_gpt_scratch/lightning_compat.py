@@ -188,7 +188,7 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
         raise NotImplementedError
 
     def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Return the mesh to use instead of Lightning's; both have ``data_parallel`` and ``tensor_parallel``."""
+        """Return the mesh to use instead of Lightning's, which has the dimensions data and tensor parallel."""
         return mesh
 
     @override
@@ -202,8 +202,7 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         self._device_mesh = self.lightning_module._device_mesh = self.build_device_mesh(self.device_mesh)
-        # They have torch's default timeout.
-        for group in (*self._device_mesh.get_all_groups(), self._device_mesh["data_parallel"].get_group()):
+        for group in self.device_mesh.get_all_groups():  # they have torch's default timeout
             distributed_c10d._set_pg_timeout(self._timeout or default_pg_timeout, group)
 
 

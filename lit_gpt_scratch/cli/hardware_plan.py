@@ -23,6 +23,7 @@ from lit_gpt_scratch.distributed.strategies import (
     ModelParallel,
     build_named_strategy,
     divide_processes,
+    divide_replicas,
     resolve_strategy,
 )
 from lit_gpt_scratch.errors import UserError
@@ -121,7 +122,7 @@ def _training_setup(
             f"--trainer.precision is {precision}, which --devices_like does not support; use one of "
             f"{', '.join(WEIGHT_DTYPES)}"
         )
-    strategy, size = _resolve_layout(trainer.strategy, config.tensor_parallel, machine)
+    strategy, size, groups = _resolve_layout(trainer.strategy, config.tensor_parallel, config.hsdp_groups, machine)
     data_parallel = machine.devices // size
     accumulate = int(trainer.accumulate_grad_batches)
     if data.tokens_per_step is not None:
@@ -140,30 +141,36 @@ def _training_setup(
         averaged=model.ema.decay is not None,
         clips=bool(trainer.gradient_clip_val),
         machine=machine,
+        groups=groups,
     )
 
 
-def _resolve_layout(strategy: object, tensor_parallel: int | None, machine: Machine) -> tuple[StrategyName, int]:
-    """Return the name of the strategy and the size of a tensor-parallel group.
+def _resolve_layout(
+    strategy: object, tensor_parallel: int | None, groups: int | None, machine: Machine
+) -> tuple[StrategyName, int, int]:
+    """Return the name of the strategy, the size of a tensor-parallel group, and the number of groups of ``hsdp``.
 
     Raises:
-        UserError: The strategy is not supported, or the number of devices is not divisible by the size.
+        UserError: The strategy is not supported, or the number of devices is not divisible by the sizes.
     """
-    resolve_strategy(strategy, tensor_parallel)  # checks that they agree
+    resolve_strategy(strategy, tensor_parallel, groups)  # checks that they agree
     built = build_named_strategy(strategy)
     if isinstance(built, ModelParallel):
         size = divide_processes(machine.devices, built.tensor_parallel_size)
-        return "fsdp2" if size == 1 else "tp" if size == machine.devices else "fsdp2_tp", size
+        if built.groups != 1:
+            return "hsdp", size, divide_replicas(machine.devices // size, built.groups or machine.nodes)
+        return "fsdp2" if size == 1 else "tp" if size == machine.devices else "fsdp2_tp", size, 1
     if isinstance(built, DDPStrategy) or str(strategy).startswith("ddp") or strategy == "auto":
-        return ("ddp" if machine.devices > 1 else "single"), 1
-    names: dict[str, StrategyName] = {"fsdp2": "fsdp2", "tp": "tp", "fsdp2_tp": "fsdp2_tp"}
+        return ("ddp" if machine.devices > 1 else "single"), 1, 1
+    names: dict[str, StrategyName] = {"fsdp2": "fsdp2", "hsdp": "hsdp", "tp": "tp", "fsdp2_tp": "fsdp2_tp"}
     if str(strategy) not in names:
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         raise UserError(
             f"--trainer.strategy is {name}, which --devices_like does not support; use one of ddp, {', '.join(names)}"
         )
     name = names[str(strategy)]
-    return name, divide_processes(machine.devices, tensor_parallel or TENSOR_PARALLEL_SIZES[name])
+    size = divide_processes(machine.devices, tensor_parallel or TENSOR_PARALLEL_SIZES[name])
+    return name, size, divide_replicas(machine.devices // size, groups or machine.nodes) if name == "hsdp" else 1
 
 
 def _vocabulary(config: Namespace, data: PackedText) -> tuple[int, str]:
@@ -224,12 +231,6 @@ def _lines(setup: TrainingSetup, sizes: LayoutSizes, origin: str, steps: int | N
         f"{format_bytes(saved)} in one file, {format_duration(saved / WRITE_BANDWIDTH)} at "
         f"{format_bytes(WRITE_BANDWIDTH)}/s; rank 0 collects it in the memory of its host",
     )
-    if setup.strategy in ("fsdp2", "tp", "fsdp2_tp"):
-        yield (
-            "host",
-            f"{format_bytes(setup.machine.per_node * sizes.whole['weights'])} of host memory per node, because each of "
-            f"{pluralize(setup.machine.per_node, 'rank')} builds the whole network before it keeps its shards",
-        )
     time = predict_step(setup, sizes)
     yield "step", _describe_step(time)
     yield "time", _describe_speed(setup, sizes, time, steps)
@@ -241,9 +242,10 @@ def _describe_layout(setup: TrainingSetup, sizes: LayoutSizes) -> str:
         ranks = pluralize(setup.machine.devices, "rank")
         return f"{setup.strategy}: {ranks}, each with all {format_count(sizes.parameters.total())} parameters"
     local = sizes.local["weights"] / setup.weight_bytes
+    groups = f" in {setup.groups} groups with all weights" if setup.groups > 1 else ""
     return (
-        f"{setup.strategy}: {setup.data_parallel} x {setup.tensor_parallel} ranks (data x tensor parallel), each with "
-        f"{format_count(local)} parameters; built as rank 0 without memory"
+        f"{setup.strategy}: {setup.data_parallel} x {setup.tensor_parallel} ranks (data x tensor parallel){groups}, "
+        f"each with {format_count(local)} parameters; built as rank 0 without memory"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
@@ -90,6 +90,25 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         )
 
 
+def build_mesh(device_type: str, data_parallel: int, tensor_parallel: int, groups: int = 1) -> DeviceMesh:
+    """Build the device mesh for ``parallelize``; all processes must call this function.
+
+    Its dimensions are ``data_parallel`` (with several groups, ``replicate`` and ``shard``) and ``tensor_parallel``.
+
+    Args:
+        device_type: Such as ``cuda``.
+        data_parallel: Number of processes that read different data.
+        tensor_parallel: Number of processes that share one replica.
+        groups: Number of groups that each hold all weights (HSDP), a divisor of ``data_parallel``.
+    """
+    if groups == 1:
+        return init_device_mesh(
+            device_type, (data_parallel, tensor_parallel), mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL)
+        )
+    shape, names = (groups, data_parallel // groups, tensor_parallel), (REPLICATE, SHARD, TENSOR_PARALLEL)
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
 def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     """Shard a network in place; it is on the meta device, or its weights are the same on all processes.
 
@@ -99,8 +118,7 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 
     Args:
         net: The network.
-        mesh: Device mesh with the dimensions ``data_parallel`` and ``tensor_parallel``, of which the first may be
-            divided into ``replicate`` and ``shard``.
+        mesh: Device mesh; see ``build_mesh``.
         precision: The Trainer's precision.
 
     Raises:
@@ -109,11 +127,11 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     if mesh[TENSOR_PARALLEL].size() > 1:
         validate_tensor_parallel(net.config, mesh[TENSOR_PARALLEL].size(), precision)
         _apply_tensor_parallel(net, mesh[TENSOR_PARALLEL])
-    if mesh[DATA_PARALLEL].size() > 1:
+    data_mesh = mesh[REPLICATE, SHARD] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[DATA_PARALLEL]
+    if data_mesh.size() > 1:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        data_mesh = mesh[REPLICATE, SHARD] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[DATA_PARALLEL]
         for block in net.blocks:
             fully_shard(block, mesh=data_mesh, mp_policy=policy)
         fully_shard(net, mesh=data_mesh)

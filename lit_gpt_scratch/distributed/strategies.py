@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
-from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, REPLICATE, SHARD, TENSOR_PARALLEL
+from lit_gpt_scratch.distributed.parallelize import TENSOR_PARALLEL, build_mesh
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     SizedModelParallelStrategy,
@@ -60,13 +60,13 @@ class ModelParallel(SizedModelParallelStrategy):
     @override
     def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         groups = resolve_groups(self)
-        if groups == 1:
-            return mesh
-        replicas, tensor_parallel = mesh.shape
-        shape, names = (groups, replicas // groups, tensor_parallel), (REPLICATE, SHARD, TENSOR_PARALLEL)
-        divided = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
-        divided[REPLICATE, SHARD]._flatten(DATA_PARALLEL)  # becomes another dimension of the mesh
-        return divided
+        return mesh if groups == 1 else build_mesh(mesh.device_type, *mesh.shape, groups)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        size = self.device_mesh[TENSOR_PARALLEL].size()
+        return {"num_replicas": self.device_mesh.size() // size, "rank": self.device_mesh.get_rank() // size}
 
     @property
     @override
@@ -159,8 +159,16 @@ def resolve_groups(strategy: Strategy) -> int:
     """
     if not isinstance(strategy, ModelParallel) or strategy.groups == 1:
         return 1
-    groups = strategy.groups or strategy.num_nodes
     replicas = strategy.num_processes * strategy.num_nodes // resolve_tensor_parallel_size(strategy)
+    return divide_replicas(replicas, strategy.groups or strategy.num_nodes)
+
+
+def divide_replicas(replicas: int, groups: int) -> int:
+    """Return ``groups``, after checking that data-parallel processes can be divided into as many groups.
+
+    Raises:
+        UserError: They cannot, or a group would have a single process.
+    """
     if groups == 1:
         raise UserError("--trainer.strategy hsdp has one machine; use fsdp2, or set --hsdp_groups")
     if replicas % groups:

@@ -17,8 +17,8 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
 from lit_gpt_scratch.distributed.parallelize import parallelize
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.optim import OptimizerRecipe
-from lit_gpt_scratch.optim.dtensor import to_local
 from lit_gpt_scratch.profiling.accelerators import Machine
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
@@ -28,7 +28,9 @@ from lit_gpt_scratch.profiling.flops_and_memory import (
     training_flops_per_token,
 )
 
-StrategyName = Literal["single", "ddp", "fsdp2", "tp", "fsdp2_tp"]
+StrategyName = Literal["single", "ddp", "fsdp2", "hsdp", "tp", "fsdp2_tp"]
+SHARDED: Final = ("fsdp2", "hsdp", "tp", "fsdp2_tp")
+"""Names of the strategies that shard weights."""
 WEIGHT_DTYPES: Final = {
     "32-true": torch.float32, "bf16-mixed": torch.float32, "16-mixed": torch.float32, "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
@@ -54,6 +56,7 @@ class TrainingSetup:
         averaged: Whether there is a moving average of the weights.
         clips: Whether gradients are clipped by their norm.
         machine: The machine.
+        groups: Number of groups that each hold all weights, for ``hsdp``.
     """
 
     config: GPTConfig
@@ -69,6 +72,7 @@ class TrainingSetup:
     averaged: bool
     clips: bool
     machine: Machine
+    groups: int = 1
 
     @property
     def data_parallel(self) -> int:
@@ -78,7 +82,12 @@ class TrainingSetup:
     @property
     def is_fully_sharded(self) -> bool:
         """Whether FSDP2 shards the weights across data-parallel ranks."""
-        return self.strategy in ("fsdp2", "fsdp2_tp") and self.data_parallel > 1
+        return self.strategy in ("fsdp2", "hsdp", "fsdp2_tp") and self.n_shards > 1
+
+    @property
+    def n_shards(self) -> int:
+        """Number of data-parallel ranks across which FSDP2 shards the weights, if it does."""
+        return self.data_parallel // self.groups
 
     @property
     def tokens_per_rank(self) -> int:
@@ -172,15 +181,15 @@ def _measure(setup: TrainingSetup, n_layer: int) -> dict[str, Counter[Any]]:
     for rule, name, p in _parameters(optimizer):
         sizes["groups"].update({(rule, name, "parameters"): p.numel(), (rule, name, "tensors"): 1})
     with ExitStack() as stack:
-        if setup.strategy in ("fsdp2", "tp", "fsdp2_tp"):
-            mesh = stack.enter_context(fake_mesh(setup.data_parallel, setup.tensor_parallel))
+        if setup.strategy in SHARDED:
+            mesh = stack.enter_context(fake_mesh(setup.data_parallel, setup.tensor_parallel, setup.groups))
             parallelize(net, mesh, setup.precision)
         optimizer = setup.optimizer.build(net)
         sizes["local"] = state_bytes_by_part(optimizer, setup.averaged)
         sizes["by_rule"] = Counter()
         for rule, _, p in _parameters(optimizer):
             sizes["by_rule"][rule] += to_local(p).numel() * p.element_size()
-        shards = setup.data_parallel if setup.is_fully_sharded else 1  # of equal size, because FSDP2 pads them
+        shards = setup.n_shards if setup.is_fully_sharded else 1  # of equal size, because FSDP2 pads them
         sizes["gathered"] = Counter(all=shards * sum(to_local(p).numel() for p in net.parameters()))
     return sizes
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from lit_gpt_scratch.model.module_metadata import flops_per_token, linear_flops_per_token
 from lit_gpt_scratch.profiling.layout_sizes import (
+    SHARDED,
     LayoutSizes,
     TrainingSetup,
     local_config,
@@ -133,21 +134,29 @@ def _communication(setup: TrainingSetup, sizes: LayoutSizes, forward: float, bac
         backward: The same for the backward pass.
     """
     split, split_sent = _tensor_parallel(setup)
-    n, replicas = setup.accumulate, setup.data_parallel
-    bandwidth = collective_bandwidth(setup, replicas, setup.tensor_parallel)
+    n, shards = setup.accumulate, setup.n_shards
+    bandwidth = collective_bandwidth(setup, shards, setup.tensor_parallel)
     if setup.strategy == "ddp":
-        sent = 2 * ring_bytes(sizes.local["gradients"], replicas)  # all-reduce, after the last micro-batch only
+        sent = 2 * ring_bytes(sizes.local["gradients"], shards)  # all-reduce, after the last micro-batch only
         return _overlap(backward, sent / bandwidth) + n * split, sent
     if not setup.is_fully_sharded:
         return n * split, n * split_sent
     reduced = 4 if setup.precision == "bf16-mixed" else setup.weight_bytes
     blocks = setup.config.n_layer * sizes.block
-    gather, reduce = (ring_bytes(blocks * size, replicas) for size in (setup.gathered_bytes, reduced))
-    root = ring_bytes(sizes.root * setup.weight_bytes, replicas)  # gathered before, and reduced after everything else
+    gather, reduce = (ring_bytes(blocks * size, shards) for size in (setup.gathered_bytes, reduced))
+    root = ring_bytes(sizes.root * setup.weight_bytes, shards)  # gathered before, and reduced after everything else
     first = gather / setup.config.n_layer
-    hidden = _overlap(forward, (gather - first) / bandwidth) + _overlap(backward, (gather + reduce) / bandwidth)
-    sent = 2 * gather + reduce + 2 * root
-    return n * (hidden + (first + 2 * root) / bandwidth + split), n * (sent + split_sent)
+    # HSDP then averages the shards of the gradients across groups.
+    across = collective_bandwidth(setup, setup.groups, shards * setup.tensor_parallel)
+    block_shards, root_shards = (
+        2 * ring_bytes(elements / shards * size, setup.groups)
+        for elements, size in ((blocks, reduced), (sizes.root, setup.weight_bytes))
+    )
+    hidden = _overlap(forward, (gather - first) / bandwidth)
+    hidden += _overlap(backward, (gather + reduce) / bandwidth + block_shards / across)
+    sent = 2 * gather + reduce + 2 * root + block_shards + root_shards
+    exposed = (first + 2 * root) / bandwidth + root_shards / across
+    return n * (hidden + exposed + split), n * (sent + split_sent)
 
 
 def _overlap(compute: float, communication: float) -> float:
@@ -179,7 +188,7 @@ def _optimizer(setup: TrainingSetup, sizes: LayoutSizes) -> tuple[float, float]:
     seconds = traffic / _memory_bandwidth(setup)
     if not sizes.matrices:
         return seconds, 0.0
-    ranks = setup.machine.devices if setup.strategy in ("fsdp2", "tp", "fsdp2_tp") else 1
+    ranks = setup.machine.devices if setup.strategy in SHARDED else 1
     replicated = getattr(setup.optimizer, "row_beta", None) is not None  # NorMuon gathers all matrices on every rank
     flops = sum(
         newton_schulz_flops(*shape) * (count if replicated else math.ceil(count / ranks))

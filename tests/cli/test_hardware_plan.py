@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.errors import UserError
 
-NAMES = ["device", "model", "optimizer", "layout", "batch", "memory", "checkpoint", "host", "step", "time"]
+NAMES = ["device", "model", "optimizer", "layout", "batch", "memory", "checkpoint", "step", "time"]
 SMALL = ["--plan", "--model.gpt.n_head=4", "--model.gpt.n_embd=32", "--data.source=no/such/folder"]
 
 
@@ -40,7 +40,6 @@ def test_plan_of_llama3_8b_on_eight_h200(caplog: pytest.LogCaptureFixture) -> No
     assert lines["batch"].endswith("1 micro-batch per step: 65,536 tokens")
     assert "weights 4.02 GB, gradients 4.02 GB, optimizer 8.03 GB" in lines["memory"]
     assert lines["checkpoint"].startswith("96.4 GB in one file, 0:48 at 2 GB/s")
-    assert lines["host"].startswith("257 GB of host memory per node")
     assert "MFU" in lines["time"]
     assert "for 900 steps of 59 M tokens" in lines["time"]
 
@@ -48,7 +47,6 @@ def test_plan_of_llama3_8b_on_eight_h200(caplog: pytest.LogCaptureFixture) -> No
 def test_what_does_not_fit_is_reported_with_the_flags_that_help(caplog: pytest.LogCaptureFixture) -> None:
     lines = plan(caplog, "--plan", "--preset=llama3_8b", "--devices_like=8xh200", "--data.batch_size=1")
     assert lines["layout"].startswith("ddp: 8 ranks, each with all 8.03 G parameters")
-    assert "host" not in lines
     caplog.clear()
     hopeless = plan(caplog, *SMALL, "--model.gpt.n_layer=9999", "--model.gpt.n_embd=8192", "--devices_like=2xl40s")
     assert "use more devices, a smaller --data.block_size or a smaller model" in hopeless["warning"]

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
 from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, TENSOR_PARALLEL, parallelize
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.optim.dtensor import to_local
+from lit_gpt_scratch.model.local_shard import to_local
 
 CONFIG = GPTConfig(n_layer=2, n_head=4, n_embd=32, n_kv_head=2)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, REPLICATE, SHARD, TENSOR_PARALLEL, parallelize
+from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, SHARD, TENSOR_PARALLEL, build_mesh, parallelize
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
@@ -24,12 +24,8 @@ from lit_gpt_scratch.model.weight_sampler import WeightSampler
 from tests.end_to_end import forked
 
 VOCAB, BLOCK_SIZE, SEED, WORLD = 301, 64, 7, 4
-MESHES: Final[dict[str, tuple[tuple[int, ...], tuple[str, ...]]]] = {
-    "fsdp2": ((4, 1), (DATA_PARALLEL, TENSOR_PARALLEL)),
-    "tp": ((1, 4), (DATA_PARALLEL, TENSOR_PARALLEL)),
-    "fsdp2_tp": ((2, 2), (DATA_PARALLEL, TENSOR_PARALLEL)),
-    "hsdp": ((2, 2, 1), (REPLICATE, SHARD, TENSOR_PARALLEL)),
-}
+MESHES: Final = {"fsdp2": (4, 1, 1), "tp": (1, 4, 1), "fsdp2_tp": (2, 2, 1), "hsdp": (4, 1, 2)}
+"""Arguments of ``build_mesh``, by strategy."""
 CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "default": {},
     "tied": {"tied_embeddings": True, "initialisation": "gpt2"},
@@ -58,14 +54,6 @@ def begin(rank: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
 
 
-def build_mesh(layout: str) -> DeviceMesh:
-    shape, names = MESHES[layout]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    if layout == "hsdp":
-        mesh[REPLICATE, SHARD]._flatten(DATA_PARALLEL)
-    return mesh
-
-
 def in_simulated_process(function: str, rank: int) -> None:
     done = forked.python(f"from {__name__} import begin, {function}\nbegin({rank})\n{function}()")
     assert done.code == 0, done.err
@@ -76,7 +64,7 @@ def check_networks() -> None:
     for layout, (name, changes) in product(MESHES, CONFIGS.items()):
         if layout != "fsdp2_tp" and name not in ("tied", "additions"):
             continue
-        gpt, mesh = config(**changes), build_mesh(layout)
+        gpt, mesh = config(**changes), build_mesh("cpu", *MESHES[layout])
         whole, sharded = GPT(gpt, VOCAB, BLOCK_SIZE, seed=SEED), on_meta(gpt)
         parallelize(sharded, mesh, "32-true")
         sharded.materialize(torch.device("cpu"), SEED)
@@ -145,7 +133,7 @@ class LargestTensor(TorchDispatchMode):
 
 def check_allocations() -> None:
     gpt = config(n_embd=256, ffn_dim=4096, head_dim=64)
-    mesh = build_mesh("fsdp2")
+    mesh = build_mesh("cpu", *MESHES["fsdp2"])
     with LargestTensor() as largest:
         net = on_meta(gpt)
         parallelize(net, mesh, "32-true")

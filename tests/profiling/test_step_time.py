@@ -101,3 +101,15 @@ def test_utilization_counts_model_flops() -> None:
     setup = make_setup(recompute=True)
     sizes = measure_layout(setup)
     assert utilization(setup, sizes, 2.0) == pytest.approx(sizes.flops_per_token * 8 * 2 * TOKENS / (2 * 8 * PEAK))
+
+
+def test_hybrid_sharding_sends_only_gradient_shards_between_machines() -> None:
+    """Two machines: blocks are gathered within one; the shards of gradients are averaged across both."""
+    sizes = measure_layout(make_setup(strategy="hsdp", machine=parse_machine("2x8xh100"), groups=2))
+    alone = measure_layout(make_setup(machine=parse_machine("8xh100")))
+    assert (sizes.local, sizes.block, sizes.root) == (alone.local, alone.block, alone.root)
+    one = predict(machine=parse_machine("8xh100"))
+    two = predict(strategy="hsdp", machine=parse_machine("2x8xh100"), groups=2)
+    shard = 4 * (3 * sizes.block + sizes.root) / 8  # in float32
+    assert two.sent_bytes - one.sent_bytes == pytest.approx(2 * 2 * shard / 2)  # of two micro-batches, an all-reduce
+    assert (two.matmuls, two.attention, two.optimizer) == (one.matmuls, one.attention, one.optimizer)
