@@ -17,6 +17,7 @@ from lit_gpt_scratch.acceptance.profiler_trace import longest_events, read_trace
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.batch_types import Batch, BatchLayout, DataInfo
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
+from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb, positions_per_chunk
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.profiling.flops_and_memory import activation_bytes, state_bytes, training_flops_per_token
@@ -193,7 +194,8 @@ def measure_utilization(
     final = train_steps(context, shape, best.batch_size, steps)
     yield from describe_steps(context, final)
     sizes = shape.vocab_size, shape.block_size, best.batch_size
-    kept = activation_bytes(shape.config, *sizes, context.device, torch.float32, autocast=True)
+    chunk = positions_per_chunk(shape.vocab_size, default_max_logits_mb(context.device))
+    kept = activation_bytes(shape.config, *sizes, context.device, torch.float32, autocast=True, loss_chunk=chunk)
     planned = best.state_bytes + kept
     yield {
         "planned memory GB, not compiled": planned / 1e9,

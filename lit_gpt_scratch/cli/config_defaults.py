@@ -14,6 +14,7 @@ from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
@@ -203,7 +204,8 @@ def unset_defaults(config: Namespace) -> None:
 def resolve_defaults(config: Namespace) -> None:
     """Set arguments that are ``None`` to the defaults that the run will use.
 
-    ``compile`` and ``vocab_size`` depend on the device and the data; ``resolve_built_defaults`` sets them later.
+    ``compile``, ``max_logits_mb`` and ``vocab_size`` depend on the device and the data; ``resolve_built_defaults`` sets
+    them later.
     """
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
@@ -261,13 +263,15 @@ def _replace_string_enums(value: Any) -> Any:
 
 
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
-    """Set the defaults that depend on the device and the prepared data: compilation and vocabulary size.
+    """Set the defaults that depend on the device and the prepared data: compilation, chunks of logits and vocabulary.
 
     If the training text is too small for the default vocabulary size, ``vocab_size`` stays ``None``: a size that is set
     explicitly raises an error if the text is too small for it.
     """
     if "model.init_args.compile" in config and config.model.init_args.compile is None:
         config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False
+    if "model.init_args.max_logits_mb" in config and config.model.init_args.max_logits_mb is None:
+        config.model.init_args.max_logits_mb = default_max_logits_mb(device)
     trained = "vocab_size" in class_defaults(config.data, config.get("model.init_args.init_from"))
     is_default = getattr(data, "vocab_size", None) == DEFAULT_VOCAB_SIZE
     if trained and is_default and config.data.init_args.vocab_size is None:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lit_gpt_scratch.cli.config_defaults import LOG_EVERY, MAX_STEPS, TRAINER_DEFAULTS, VALIDATE_EVERY, import_class
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb
 
 WIDTH: Final = 110
 ALL: Final = "all"
@@ -247,9 +248,11 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
             continue
         if default is None:
             default = own.get(name.removeprefix(f"{prefix}."))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if name == "model.compile":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             default = "blocks" if explain_no_compile(device) is None else False
+        elif name == "model.max_logits_mb":
+            default = default_max_logits_mb(device)
         yield _flag(action, name, default)
 
 

@@ -270,7 +270,10 @@ class GPT(nn.Module):
 
     def apply_head(self, x: Tensor) -> Tensor:
         """Apply the output head to the output of ``hidden_states``, a tensor of shape (B, T, n_embd)."""
-        raw = self.head(x)
+        return self.finalize_output(self.head(x))
+
+    def finalize_output(self, raw: Tensor) -> Tensor:
+        """Convert the output of ``head``, a tensor of shape (B, T, out_features), to that of ``apply_head``."""
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.output_head.finalize(raw, self.config, self.vocab_size)
 

@@ -41,7 +41,7 @@ class TokenHead:
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
         """Truncate the logits from the padded to the actual vocabulary size, and apply ``config.logit_softcap``."""
-        logits = x[..., :vocab_size]
+        logits = x if x.size(-1) == vocab_size else x[..., :vocab_size]  # the gradient of a slice is a copy
         cap = config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
+from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
@@ -160,11 +161,13 @@ def activation_bytes(
     dtype: torch.dtype,
     autocast: bool,
     recompute: bool = False,
+    loss_chunk: int | None = None,
 ) -> int:
     """Return the size in bytes of the activations that an uncompiled model saves for a micro-batch's backward pass.
 
     A compiled model saves fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
-    data; each storage is counted once.
+    data; each storage is counted once. If the loss is computed in chunks, the result includes what it holds at its
+    peak: the gradients of the hidden states and of the head, and the logits of one chunk with their gradients.
 
     Args:
         config: The model config.
@@ -175,6 +178,7 @@ def activation_bytes(
         dtype: Dtype of the weights.
         autocast: Whether matmuls run in bfloat16.
         recompute: Whether activation checkpointing is used, which saves only the inputs of the blocks.
+        loss_chunk: Number of positions per chunk of the loss; None computes all logits at once.
     """
     kept: dict[int, int] = {}
 
@@ -195,5 +199,32 @@ def activation_bytes(
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         ):
-            loss, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
-        return sum(size for storage, size in kept.items() if storage not in weight_storages) + loss.element_size()
+            if loss_chunk is None or ids.numel() <= loss_chunk:
+                loss, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
+                of_loss = loss.element_size()
+            else:
+                named = {f"net.{name}": weight for name, weight in weights.items()}
+                of_loss = _chunked_loss_bytes(net, functional_call(_HiddenStates(net), named, (ids,)), loss_chunk)
+        return sum(size for storage, size in kept.items() if storage not in weight_storages) + of_loss
+
+
+class _HiddenStates(nn.Module):
+    """The network without its head, as a module, so that it can be called with other weights."""
+
+    def __init__(self, net: GPT) -> None:
+        super().__init__()
+        self.net = net
+
+    @override
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.net.hidden_states(ids)
+
+
+def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk: int) -> int:
+    """Return the peak size in bytes of the tensors that ``chunked_cross_entropy`` creates for hidden states ``x``."""
+    exact = torch.promote_types(x.dtype, torch.float32).itemsize
+    logits = loss_chunk * net.head.out_features * exact
+    head = net.head.weight.numel() * exact
+    if torch.is_autocast_enabled(x.device.type):
+        head *= 2  # bfloat16 copies of the weight and of the gradient of one chunk
+    return x.nbytes + head + 4 * logits  # the logits, the log-probabilities and their gradients

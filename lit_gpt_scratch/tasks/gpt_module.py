@@ -233,6 +233,11 @@ class GPTModule(L.LightningModule):
         return ()
 
     @property
+    def loss_chunk(self) -> int | None:
+        """Number of positions whose logits are held in memory at once, or None if those of all positions are."""
+        return None
+
+    @property
     def trained_module(self) -> nn.Module:
         """Module whose parameters the optimizer updates."""
         return self.net

@@ -9,7 +9,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
+from lit_gpt_scratch.losses.chunked_cross_entropy import (
+    chunked_cross_entropy,
+    chunked_token_logprobs,
+    default_max_logits_mb,
+    positions_per_chunk,
+)
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
@@ -19,12 +26,40 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 class LanguageModel(GPTModule):
     """GPT trained by next-token prediction at all positions that have a label.
 
-    The validation and test metrics are the loss, the perplexity and the bits per byte over the labeled tokens. With
-    ``compile=True``, the output head and the loss are compiled together, so that the logits are not stored in memory.
+    The validation and test metrics are the loss, the perplexity and the bits per byte over the labeled tokens.
+
+    If the logits of a micro-batch take up more memory than ``max_logits_mb``, the loss is computed in chunks of
+    positions, in training and in validation. This has two exceptions, in which ``max_logits_mb`` has no effect. With
+    ``compile=True``, the output head and the loss are compiled together instead, so that the logits are not stored in
+    memory. With FSDP2 and tensor parallelism, the head is sharded, and all logits are computed at once.
+
+    Args:
+        args: Positional arguments of ``GPTModule``.
+        max_logits_mb: Maximum size of the float32 logits that are in memory at once, in MB. If the logits of a
+            micro-batch are larger, the loss is computed in chunks of positions; with its gradients, a chunk takes up
+            four times the size of its logits. Larger chunks are faster. By default, 64 on a CPU and 1024 on other
+            devices.
+        kwargs: Arguments of ``GPTModule``.
+
+    Raises:
+        UserError: ``max_logits_mb`` is not positive.
     """
 
     metrics: LikelihoodMetric
     returns_label_losses = True
+
+    def __init__(self, *args: Any, max_logits_mb: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if max_logits_mb is not None and max_logits_mb < 1:
+            raise UserError(f"model.max_logits_mb is {max_logits_mb}; it must be at least 1")
+        self.max_logits_mb = max_logits_mb
+
+    @property
+    @override
+    def loss_chunk(self) -> int | None:
+        if self.device_mesh is not None or self._compiles_loss:
+            return None
+        return positions_per_chunk(self.net.vocab_size, self.max_logits_mb or default_max_logits_mb(self.device))
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
@@ -38,18 +73,24 @@ class LanguageModel(GPTModule):
     @override
     def loss_and_count(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
-        if not self._compiles_loss:
+        if self._compiles_loss:
+            loss, count = _compile(_head_and_loss)(self.net, self.net.hidden_states(*inputs), labels)
+            return loss, count
+        if self.loss_chunk is None or labels.numel() <= self.loss_chunk:
             return token_cross_entropy(self(*inputs), labels)
-        loss, count = _compile(_head_and_loss)(self.net, self.net.hidden_states(*inputs), labels)
-        return loss, count
+        x = self.net.hidden_states(*inputs)
+        return chunked_cross_entropy(self.net.head, self.net.finalize_output, x, labels, self.loss_chunk)
 
     @override
     def update_metrics(self, batch: Batch) -> Tensor:
         inputs, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
         if self._compiles_loss:
             losses: Tensor = _compile(_head_and_token_losses)(self.net, self.net.hidden_states(*inputs), labels)
-        else:
+        elif self.loss_chunk is None or labels.numel() <= self.loss_chunk:
             losses = -token_logprobs(self(*inputs), labels)  # (B, T)
+        else:
+            x = self.net.hidden_states(*inputs)
+            losses = -chunked_token_logprobs(self.net.apply_head, x, labels, self.loss_chunk)
         self.metrics.update(losses.sum(), (labels != IGNORE_INDEX).sum(), batch["text_bytes"].sum())
         return losses
 

@@ -106,6 +106,7 @@ def test_every_null_in_a_saved_config_has_a_meaning(stage: str, cache: Path) -> 
         assert config["model.init_args.schedule.decay_share"] == 0.4
         assert config["trainer.max_steps"] == 900
         assert config["model.init_args.compile"] in ("blocks", False)
+        assert config["model.init_args.max_logits_mb"] == 64
 
 
 def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, cache: Path) -> None:

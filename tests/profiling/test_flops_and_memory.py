@@ -1,15 +1,22 @@
 """FLOPs, parameters and memory against PyTorch's own counters."""
 
 import os
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
@@ -85,6 +92,43 @@ def test_activation_bytes_match_a_profiled_forward_pass(dtype: torch.dtype, auto
     del kept
     expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)
     assert expected == pytest.approx(measured, rel=0.03)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at the same time, except for the given ones."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("config", [SHAPES[0], SHAPES[3]])
+def test_activation_bytes_match_the_peak_of_a_loss_in_chunks(config: GPTConfig, autocast: bool) -> None:
+    net = GPT(config, vocab_size=5000, block_size=128)
+    ids = torch.randint(5000, (8, 128))
+    with LiveBytes([*net.parameters(), *net.buffers()]) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = chunked_cross_entropy(net.head, net.finalize_output, net.hidden_states(ids), ids, 64)
+        loss.backward()
+    expected = activation_bytes(config, 5000, 128, 8, torch.device("cpu"), torch.float32, autocast, loss_chunk=64)
+    assert expected == pytest.approx(live.peak, rel=0.15)
 
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

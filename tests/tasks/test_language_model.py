@@ -255,6 +255,33 @@ def test_run_ends_with_exactly_one_validation(
         assert run.global_step == flags["max_steps"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_in_chunks_trains_the_same_model(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tied: bool
+) -> None:
+    """Logits of 1,024 positions and 300 tokens take 1.2 MB."""
+    gpt = GPTConfig(n_layer=1, n_head=2, n_embd=32, tied_embeddings=tied)
+
+    def run(max_logits_mb: int) -> tuple[dict[str, torch.Tensor], float]:
+        L.seed_everything(0)
+        model = task(gpt=gpt, optimizer=AdamW(lr=1e-3), max_logits_mb=max_logits_mb)
+        run = trainer(max_steps=6, accumulate_grad_batches=2, callbacks=[ValidateAtEnd()])
+        run.fit(model, packed_text(batch_size=32, block_size=32))
+        assert model.loss_chunk == (512 if max_logits_mb == 1 else 32_768)
+        return model.state_dict(), run.callback_metrics["val/loss"].item()
+
+    (whole, whole_loss), (first, loss), (second, repeated) = run(64), run(1), run(1)
+    assert loss == repeated == pytest.approx(whole_loss, rel=1e-6)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5)
+
+
+def test_chunks_of_the_loss_must_not_be_empty() -> None:
+    with pytest.raises(UserError, match=r"model\.max_logits_mb is 0; it must be at least 1"):
+        LanguageModel(max_logits_mb=0)
+
+
 def test_configure_model_builds_once(
     task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], trainer: Build
 ) -> None:
