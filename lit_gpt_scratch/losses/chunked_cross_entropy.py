@@ -97,7 +97,7 @@ def _split_positions(targets: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
         positions = (targets != IGNORE_INDEX).nonzero().flatten()
     else:
         positions = torch.arange(len(targets), device=targets.device)
-    return positions.split(chunk_size)
+    return torch.split(positions, chunk_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # untyped in torch
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("chunked_cross_entropy supports only one backward pass; compute the loss again")
@@ -171,6 +171,7 @@ class _ChunkedHead:
     def backward(self, d_out: Tensor) -> Tensor:
         """Add the gradients of the parameters, and return that of the input of the last call of ``forward``."""
         trained = [alias for alias in self.aliases.values() if alias.requires_grad]
+        d_x: Tensor
         d_x, *gradients = torch.autograd.grad(self.out, [self.x, *trained], d_out)
         for total, gradient in zip((g for g in self.gradients if g is not None), gradients, strict=True):
             total += gradient
