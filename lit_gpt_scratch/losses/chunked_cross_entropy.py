@@ -165,8 +165,9 @@ class _ChunkedHead:
         """Return the output for a chunk, detached; x: (1, chunk_size, n_embd) -> (1, chunk_size, out_features)."""
         with torch.enable_grad():
             self.x = x.requires_grad_()
-            self.out: Tensor = functional_call(self.head, self.aliases, (self.x,))
-        return self.out.detach()
+            self.out = functional_call(self.head, self.aliases, (self.x,))
+        detached: Tensor = self.out.detach()
+        return detached
 
     def backward(self, d_out: Tensor) -> Tensor:
         """Add the gradients of the parameters, and return that of the input of the last call of ``forward``."""
