@@ -195,7 +195,7 @@ def measure_utilization(
     yield from describe_steps(context, final)
     sizes = shape.vocab_size, shape.block_size, best.batch_size
     chunk = positions_per_chunk(shape.vocab_size, default_max_logits_mb(context.device))
-    kept = activation_bytes(shape.config, *sizes, context.device, torch.float32, autocast=True, loss_chunk=chunk)
+    kept = activation_bytes(shape.config, *sizes, context.device, torch.float32, autocast=True, loss_chunk_size=chunk)
     planned = best.state_bytes + kept
     yield {
         "planned memory GB, not compiled": planned / 1e9,

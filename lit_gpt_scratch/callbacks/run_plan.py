@@ -127,7 +127,7 @@ class RunPlan(RunDirCallback):
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
         sizes = task.net.vocab_size, data.block_size, data.batch_size * data.windows_per_row
         kept = activation_bytes(
-            task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing, task.loss_chunk
+            task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing, task.loss_chunk_size
         )
         held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
         per = " per process" if trainer.world_size > 1 else ""

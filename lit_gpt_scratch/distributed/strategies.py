@@ -30,7 +30,7 @@ FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True
 """Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "hsdp": 1, "tp": None, "fsdp2_tp": 2}
 """Default size of a tensor-parallel group, by strategy name; None uses all processes."""
-SIZED: Final = ("tp", "fsdp2_tp", "hsdp")
+TENSOR_PARALLEL_STRATEGIES: Final = ("tp", "fsdp2_tp", "hsdp")
 """Names of the strategies that support ``--tensor_parallel``."""
 
 
@@ -178,8 +178,8 @@ def divide_replicas(replicas: int, groups: int) -> int:
         )
     if replicas == groups:
         raise UserError(
-            f"hsdp_groups is {groups}, so each of the {replicas} data-parallel processes would hold all weights; use "
-            f"--trainer.strategy ddp, or fewer groups"
+            f"hsdp_groups is {groups}, but there are only {replicas} data-parallel processes, so no weights would be "
+            f"sharded across them; use fewer groups, or --trainer.strategy ddp or tp"
         )
     return groups
 
@@ -209,7 +209,7 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None, hsdp_groups:
         UserError: A size is not positive, or the strategy does not support it.
     """
     for name, size, supported in (
-        ("tensor_parallel", tensor_parallel, SIZED),
+        ("tensor_parallel", tensor_parallel, TENSOR_PARALLEL_STRATEGIES),
         ("hsdp_groups", hsdp_groups, ("hsdp",)),
     ):
         if size is not None and size < 1:
@@ -217,8 +217,11 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None, hsdp_groups:
         if size is not None and strategy not in supported:
             raise UserError(
                 f"{name} is {size}, which is not supported with --trainer.strategy {strategy}; choose "
-                f"{' or '.join(supported)}, or set --{name} null"
+                f"{' or '.join((', '.join(supported[:-1]), supported[-1]) if supported[1:] else supported)}, or set "
+                f"--{name} null"
             )
+    if hsdp_groups == 1:
+        raise UserError("hsdp_groups is 1, which shards the model across all processes; use --trainer.strategy fsdp2")
     if tensor_parallel is None and hsdp_groups is None:
         return strategy
     size = TENSOR_PARALLEL_SIZES[str(strategy)] if tensor_parallel is None else tensor_parallel

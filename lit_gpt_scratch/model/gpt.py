@@ -176,8 +176,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if (init_weights := getattr(module, "init_weights", None)) is not None:
                 init_weights(sampler)
-            elif hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear | nn.Embedding):
-                module.reset_parameters()  # type: ignore[operator]
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         for table in self.value_tables.parameters():
             nn.init.zeros_(table)
         head = None if self.head.weight is self.embedding.weight else self.head
@@ -207,29 +207,32 @@ class GPT(nn.Module):
             UserError: A module of a custom attention class does not define how its parameters or buffers are
                 initialized.
         """
+        self._require_initial_values()
         tied = self.head.weight is self.embedding.weight
         self.to_empty(device=device)
         if tied:
             self.head.weight = self.embedding.weight
         for parameter in self.parameters():
-            to_local(parameter).fill_(torch.nan)
+            to_local(parameter).fill_(torch.nan)  # so that a weight that is not initialized cannot go unnoticed
         with torch.device(device):
-            for name, module in self.named_modules():
+            for module in self.modules():
                 if (init_buffers := getattr(module, "init_buffers", None)) is not None:
                     init_buffers()
-                elif buffers := [*module.buffers(recurse=False)]:
-                    raise UserError(
-                        f"model.gpt: {name} has {len(buffers)} buffers without initial values, because "
-                        f"{type(module).__name__} does not define init_buffers, which a sharded model requires; define "
-                        f"it, or train without sharding"
-                    )
         self.initialise_weights(seed)
-        for name, parameter in self.named_parameters():
-            if to_local(parameter).isnan().any():
-                raise UserError(
-                    f"model.gpt: {name} has no initial values, because its module does not define init_weights, which "
-                    f"a sharded model requires; define it, or train without sharding"
-                )
+
+    def _require_initial_values(self) -> None:
+        """Check that all parameters and buffers can be initialized without the constructors of their modules."""
+        for name, module in self.named_modules():
+            for kind, tensors, method in (
+                ("parameters", module.parameters(recurse=False), "init_weights"),
+                ("buffers", module.buffers(recurse=False), "init_buffers"),
+            ):
+                known = kind == "parameters" and isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
+                if [*tensors] and not known and not hasattr(module, method):
+                    raise UserError(
+                        f"model.gpt: {name} has {kind} without initial values, because {type(module).__name__} does "
+                        f"not define {method}, which a sharded model requires; define it, or train without sharding"
+                    )
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Compute the output of the head at each position, by default next-token logits.

@@ -13,8 +13,8 @@ def to_local(tensor: Tensor) -> Tensor:
 def shard_slices(tensor: Tensor) -> list[slice]:
     """Return the slice of each dimension that this process holds; of a tensor that is not sharded, the whole dimension.
 
-    Where two mesh dimensions shard the same dimension of the tensor, as FSDP2 on top of tensor parallelism does, the
-    last mesh dimension shards it first.
+    Where FSDP2 shards a dimension of the tensor that tensor parallelism also shards (``_StridedShard``), the last mesh
+    dimension shards it first, contrary to the order of other placements.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -23,6 +23,8 @@ def shard_slices(tensor: Tensor) -> list[slice]:
         sharded = zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True)
         for placement, n_shards, index in reversed(list(sharded)):
             if isinstance(placement, Shard | _StridedShard):
+                is_first = bounds[placement.dim] == (0, tensor.shape[placement.dim])
+                assert is_first or n_shards == 1 or isinstance(placement, _StridedShard), "not the order of FSDP2"
                 start, stop = bounds[placement.dim]
                 size = -(-(stop - start) // n_shards)  # the last shards may be smaller, or empty
                 first = min(start + index * size, stop)

@@ -18,13 +18,12 @@ For example, a new type of feed-forward network, such as a mixture of experts, o
 
 ``init_weights(sampler: WeightSampler) -> None``
     Initializes the parameters that do not belong to an ``nn.Linear``, drawing random values from ``sampler``. Without
-    this method, ``reset_parameters()`` is called if the module has it; otherwise, the parameters keep the values set by
-    the constructor, and a sharded model cannot have them, because it is built without data. The method is called before
-    ``config.initialisation`` is applied to the linear layers.
+    this method, they keep the values set by the constructor. A sharded model requires it, because it is built without
+    memory. The method is called before ``config.initialisation`` is applied to the linear layers.
 
 ``init_buffers() -> None``
-    Computes and registers the module's buffers. The constructor calls it, and so does ``GPT.materialize``. Required for
-    modules with buffers if the model is sharded.
+    Computes and registers the module's buffers. The constructor calls it, and so does ``GPT.materialize``. A sharded
+    model requires it for modules with buffers.
 
 ``residual_outputs() -> list[nn.Linear]``
     Returns the linear layers whose outputs are added to the residual stream. Some initialization schemes set their

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
+
 NORMS: Final = ("rmsnorm", "layernorm")
 NORM_PLACEMENTS: Final = ("pre", "post", "sandwich")
 
@@ -21,8 +23,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def reset_parameters(self) -> None:
-        """Set the gain to one."""
+    def init_weights(self, sampler: WeightSampler) -> None:
+        """Initialize the gain to one."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Random initial weights that are the same however a parameter is sharded."""
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -19,8 +20,9 @@ class WeightSampler:
     """Draws weights that depend only on a seed, the name of the parameter and the position within the parameter.
 
     The weights are therefore the same with every sharding, on every device and, up to rounding, in every dtype, and do
-    not depend on which other parameters exist. A process draws only the blocks of rows that overlap its shard, each
-    with an independent generator (https://numpy.org/doc/stable/reference/random/parallel.html).
+    not depend on which other parameters exist. A process draws only the blocks of rows that overlap its shard (of a
+    parameter whose columns are sharded, all blocks), each with an independent generator
+    (https://numpy.org/doc/stable/reference/random/parallel.html).
 
     Args:
         module: Module that contains the parameters.
@@ -43,7 +45,9 @@ class WeightSampler:
         local = to_local(weight)
         n_rows, *rest = weight.shape
         rows, *others = shard_slices(weight)
-        per_block = max(1, BLOCK_ELEMENTS // max(1, weight[0].numel()))
+        if rows.start == rows.stop:  # an empty shard
+            return
+        per_block = max(1, BLOCK_ELEMENTS // math.prod(rest))
         name = int.from_bytes(self._names[id(weight)].encode(), "little")
         for first in range(rows.start // per_block * per_block, rows.stop, per_block):
             last = min(first + per_block, n_rows)

@@ -161,7 +161,7 @@ def activation_bytes(
     dtype: torch.dtype,
     autocast: bool,
     recompute: bool = False,
-    loss_chunk: int | None = None,
+    loss_chunk_size: int | None = None,
 ) -> int:
     """Return the size in bytes of the activations that an uncompiled model saves for a micro-batch's backward pass.
 
@@ -178,7 +178,7 @@ def activation_bytes(
         dtype: Dtype of the weights.
         autocast: Whether matmuls run in bfloat16.
         recompute: Whether activation checkpointing is used, which saves only the inputs of the blocks.
-        loss_chunk: Number of positions per chunk of the loss; None computes all logits at once.
+        loss_chunk_size: Number of positions per chunk of the loss; None computes all logits at once.
     """
     kept: dict[int, int] = {}
 
@@ -199,12 +199,12 @@ def activation_bytes(
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         ):
-            if loss_chunk is None or ids.numel() <= loss_chunk:
+            if loss_chunk_size is None or ids.numel() <= loss_chunk_size:
                 loss, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
                 of_loss = loss.element_size()
             else:
                 named = {f"net.{name}": weight for name, weight in weights.items()}
-                of_loss = _chunked_loss_bytes(net, functional_call(_HiddenStates(net), named, (ids,)), loss_chunk)
+                of_loss = _chunked_loss_bytes(net, functional_call(_HiddenStates(net), named, (ids,)), loss_chunk_size)
         return sum(size for storage, size in kept.items() if storage not in weight_storages) + of_loss
 
 
@@ -220,10 +220,10 @@ class _HiddenStates(nn.Module):
         return self.net.hidden_states(ids)
 
 
-def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk: int) -> int:
+def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk_size: int) -> int:
     """Return the peak size in bytes of the tensors that ``chunked_cross_entropy`` creates for hidden states ``x``."""
     exact = torch.promote_types(x.dtype, torch.float32).itemsize
-    logits = loss_chunk * net.head.out_features * exact
+    logits = loss_chunk_size * net.head.out_features * exact
     head = net.head.weight.numel() * exact
     if torch.is_autocast_enabled(x.device.type):
         head *= 2  # bfloat16 copies of the weight and of the gradient of one chunk

@@ -233,7 +233,7 @@ class GPTModule(L.LightningModule):
         return ()
 
     @property
-    def loss_chunk(self) -> int | None:
+    def loss_chunk_size(self) -> int | None:
         """Number of positions whose logits are held in memory at once, or None if those of all positions are."""
         return None
 

@@ -29,9 +29,10 @@ class LanguageModel(GPTModule):
     The validation and test metrics are the loss, the perplexity and the bits per byte over the labeled tokens.
 
     If the logits of a micro-batch take up more memory than ``max_logits_mb``, the loss is computed in chunks of
-    positions, in training and in validation. This has two exceptions, in which ``max_logits_mb`` has no effect. With
-    ``compile=True``, the output head and the loss are compiled together instead, so that the logits are not stored in
-    memory. With FSDP2 and tensor parallelism, the head is sharded, and all logits are computed at once.
+    positions, in training and in validation. ``max_logits_mb`` has no effect in three cases. With ``compile=True``, the
+    output head and the loss are compiled together instead, so that the logits are not stored in memory. If FSDP2, HSDP
+    or tensor parallelism shards the head, all logits are computed at once. The same applies to ``16-mixed``, because
+    the gradients that are computed in the forward pass could overflow before the loss is scaled.
 
     Args:
         args: Positional arguments of ``GPTModule``.
@@ -47,6 +48,7 @@ class LanguageModel(GPTModule):
 
     metrics: LikelihoodMetric
     returns_label_losses = True
+    _scales_loss = False
 
     def __init__(self, *args: Any, max_logits_mb: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,10 +56,15 @@ class LanguageModel(GPTModule):
             raise UserError(f"model.max_logits_mb is {max_logits_mb}; it must be at least 1")
         self.max_logits_mb = max_logits_mb
 
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        self._scales_loss = str(self.trainer.precision) == "16-mixed"
+
     @property
     @override
-    def loss_chunk(self) -> int | None:
-        if self.device_mesh is not None or self._compiles_loss:
+    def loss_chunk_size(self) -> int | None:
+        if self.device_mesh is not None or self._compiles_loss or self._scales_loss:
             return None
         return positions_per_chunk(self.net.vocab_size, self.max_logits_mb or default_max_logits_mb(self.device))
 
@@ -76,21 +83,21 @@ class LanguageModel(GPTModule):
         if self._compiles_loss:
             loss, count = _compile(_head_and_loss)(self.net, self.net.hidden_states(*inputs), labels)
             return loss, count
-        if self.loss_chunk is None or labels.numel() <= self.loss_chunk:
+        if self.loss_chunk_size is None or labels.numel() <= self.loss_chunk_size:
             return token_cross_entropy(self(*inputs), labels)
         x = self.net.hidden_states(*inputs)
-        return chunked_cross_entropy(self.net.head, self.net.finalize_output, x, labels, self.loss_chunk)
+        return chunked_cross_entropy(self.net.head, self.net.finalize_output, x, labels, self.loss_chunk_size)
 
     @override
     def update_metrics(self, batch: Batch) -> Tensor:
         inputs, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
         if self._compiles_loss:
             losses: Tensor = _compile(_head_and_token_losses)(self.net, self.net.hidden_states(*inputs), labels)
-        elif self.loss_chunk is None or labels.numel() <= self.loss_chunk:
+        elif self.loss_chunk_size is None or labels.numel() <= self.loss_chunk_size:
             losses = -token_logprobs(self(*inputs), labels)  # (B, T)
         else:
             x = self.net.hidden_states(*inputs)
-            losses = -chunked_token_logprobs(self.net.apply_head, x, labels, self.loss_chunk)
+            losses = -chunked_token_logprobs(self.net.apply_head, x, labels, self.loss_chunk_size)
         self.metrics.update(losses.sum(), (labels != IGNORE_INDEX).sum(), batch["text_bytes"].sum())
         return losses
 

@@ -115,6 +115,7 @@ def test_row_runs_on_a_cpu(row: AcceptanceRow, tmp_path: Path) -> None:
     json.dumps(values)
 
 
+@pytest.mark.slow
 def test_fit_rows_run_on_a_cpu(tmp_path: Path) -> None:
     """The most important row of ``fit``, in a process as in a run; the slow test runs them all."""
     row = next(row for row in ROWS if row.name == "fit, bf16-mixed")
@@ -125,6 +126,7 @@ def test_fit_rows_run_on_a_cpu(tmp_path: Path) -> None:
     assert 5 < found["values"]["train loss"] < 6
 
 
+@pytest.mark.slow
 def test_stopped_fit_is_out_of_time_and_keeps_its_values(tmp_path: Path) -> None:
     """A real run that does not end before the deadline."""
     row = next(row for row in ROWS if row.name == "fit, bf16-mixed")
@@ -137,6 +139,7 @@ def test_stopped_fit_is_out_of_time_and_keeps_its_values(tmp_path: Path) -> None
     assert 0 < found["values"]["train loss"] < 6
 
 
+@pytest.mark.slow
 def test_stopped_time_to_loss_keeps_its_validations(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(f"line {n} of a text\n" for n in range(4000)), encoding="utf-8")
     row = next(row for row in ROWS if row.name == "tiny Shakespeare")
@@ -190,6 +193,7 @@ def test_exit_code_of_fit(
     assert {"--trainer.accelerator=gpu", "--trainer.devices=1", f"--data.cache={tmp_path}/cache"} <= set(command)
 
 
+@pytest.mark.slow
 def test_preloaded_modules_do_not_use_a_gpu() -> None:
     """Rows are forked from a process that has imported them; if it had initialized CUDA, no row could use a GPU."""
     lines = [

@@ -174,6 +174,7 @@ print(inside)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="fork and kill -9")
+@pytest.mark.slow
 def test_a_hundred_kills_during_saves_keep_the_last_saved_checkpoint(tmp_path: Path) -> None:
     """Only kills that left a partial file are counted."""
     done = forked.python(HUNDRED_KILLS, tmp_path / "last.ckpt")
@@ -200,7 +201,10 @@ except UserError as error:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits and owners of files")
-@pytest.mark.parametrize(("how", "reason"), [("full", "File too large"), ("read-only", "Permission denied")])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("full", "File too large"), pytest.param("read-only", "Permission denied", marks=pytest.mark.slow)],
+)
 def test_save_errors_of_the_operating_system(tmp_path: Path, how: str, reason: str) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     save_checkpoint(checkpoint(), path)
@@ -241,6 +245,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="mounts a small file system")
+@pytest.mark.slow
 def test_full_file_system(tmp_path: Path) -> None:
     """A file system of 2 MB has space for one checkpoint of 1.2 MB, but not for a second one."""
     mounted = ["unshare", "-rm", sys.executable, "-c", SAVE_TWICE, str(tmp_path)]

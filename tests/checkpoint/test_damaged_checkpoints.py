@@ -156,6 +156,7 @@ for path in map(Path, sys.argv[1:]):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of a process from /proc")
+@pytest.mark.slow
 def test_sizes_take_less_than_a_gigabyte(saved: dict[str, Any], tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.ckpt" for number in range(len(SIZES))]
     for path, sizes in zip(paths, SIZES, strict=True):

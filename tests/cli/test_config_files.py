@@ -19,7 +19,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.trust import record_written_config
 
 
-@pytest.mark.parametrize("first", ["float", pytest.param("int", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["float", "int"])
 def test_whole_numbers_stay_whole_in_every_environment(first: str) -> None:
     """For every flag of a mixed type, on the command line and in a file, whichever union was created first."""
     done = subprocess.run(

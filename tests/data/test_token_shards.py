@@ -183,6 +183,7 @@ def remove(path: Path, _: random.Random) -> None:
 
 
 @pytest.mark.usefixtures("many_shards")
+@pytest.mark.slow
 def test_altered_stores_are_rejected_naming_the_shard(corpus: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     made = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder

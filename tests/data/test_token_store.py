@@ -251,8 +251,9 @@ def test_commands_use_all_cores(
 
 @pytest.mark.parametrize(
     ("processes", "message"),
-    [pytest.param("None", "done", marks=pytest.mark.slow), ("2", "if __name__ == '__main__'")],
+    [("None", "done"), ("2", "if __name__ == '__main__'")],
 )
+@pytest.mark.slow
 def test_script_without_main_guard(tmp_path: Path, processes: str, message: str) -> None:
     """New processes import the script again; a script without a main guard must not hang."""
     (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(9000)), encoding="utf-8")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,7 +113,12 @@ def check_parameters() -> None:
         assert torch.equal(whole[tuple(shard_slices(expected))], expected.to_local()), (shape, dimensions)
 
 
-@pytest.mark.parametrize("rank", range(WORLD))
+QUICK_RANKS: Final = (0, WORLD - 1)
+
+
+@pytest.mark.parametrize(
+    "rank", [pytest.param(r, marks=[] if r in QUICK_RANKS else pytest.mark.slow) for r in range(WORLD)]
+)
 @pytest.mark.parametrize("function", ["check_networks", "check_parameters"])
 def test_shards_are_parts_of_the_whole(function: str, rank: int) -> None:
     in_simulated_process(function, rank)
@@ -134,10 +140,11 @@ class LargestTensor(TorchDispatchMode):
 def check_allocations() -> None:
     gpt = config(n_embd=256, ffn_dim=4096, head_dim=64)
     mesh = build_mesh("cpu", *MESHES["fsdp2"])
-    with LargestTensor() as largest:
+    with CommDebugMode() as communication, LargestTensor() as largest:
         net = on_meta(gpt)
         parallelize(net, mesh, "32-true")
         net.materialize(torch.device("cpu"), SEED)
+    assert communication.get_total_counts() == 0
     whole = max(p.numel() for p in net.parameters()) * 4
     assert whole == 4 * 256 * 4096
     assert whole / WORLD <= largest.size <= whole / WORLD + 2**18, largest.size  # a shard; blocks of random numbers
@@ -166,8 +173,8 @@ class WithBuffer(Attention):
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        (WithParameter, r"blocks\.0\.attention\.scale has no initial values.*define init_weights"),
-        (WithBuffer, r"blocks\.0\.attention has 1 buffers.*WithBuffer does not define init_buffers"),
+        (WithParameter, r"blocks\.0\.attention has parameters.*WithParameter does not define init_weights"),
+        (WithBuffer, r"blocks\.0\.attention has buffers.*WithBuffer does not define init_buffers"),
     ],
 )
 def test_custom_attention_without_initial_values_is_an_error(attention: type[Attention], message: str) -> None:

@@ -9,7 +9,7 @@ a test uses the first of these that proves its claim:
 - a new interpreter, where the claim is about one: launchers, signals, kills, lazy imports.
 
 Cases that differ only in a flag are rows of ``parametrize`` only if each could fail alone. Compiling takes ten seconds
-and more of processor time: tests that compile are ``slow``, except one of training and one of generation.
+and more of processor time: tests that compile are ``slow``, except the documented commands and one of generation.
 """
 
 import shutil

@@ -121,7 +121,7 @@ def test_full_disk_drops_only_diagnostics(small: list[str], tmp_path: Path) -> N
     assert 0 in steps
 
 
-@pytest.mark.parametrize("limit", [2_000, 20_000])
+@pytest.mark.parametrize("limit", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["store", "cache"])
 def test_full_disk_leaves_no_part_of_a_store(corpus: Path, tmp_path: Path, place: str, limit: int) -> None:
     flags = [f"--data.source={corpus}", "--data.vocab_size=300", f"--data.{place}={tmp_path / place}"]

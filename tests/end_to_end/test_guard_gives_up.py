@@ -19,7 +19,8 @@ def flags_of(small: list[str]) -> list[str]:
     return ["--model.optimizer=AdamW", *small, *FLAGS]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_exit_code_and_summary(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 

@@ -61,7 +61,8 @@ def wait_for(run: RunFolder, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_missing_machine_is_reported_and_a_signal_ends_the_wait(
     small: list[str], tmp_path: Path, signum: signal.Signals
 ) -> None:

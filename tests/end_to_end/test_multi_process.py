@@ -10,7 +10,7 @@ import pytest
 from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from tests.end_to_end import forked
-from tests.end_to_end.conftest import COMBINED, STAGES
+from tests.end_to_end.conftest import STAGES
 
 TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
@@ -26,7 +26,8 @@ def fit(folder: Path, *flags: str) -> Path:
 UNEVEN = ["--data.packing=one_document", "--data.document_mask=true"]
 
 
-ROWS = [pytest.param(stage, [], marks=[pytest.mark.slow] * (stage in COMBINED)) for stage in STAGES]
+QUICK = "pretraining", "classes", "preferences", "on-policy"
+ROWS = [pytest.param(stage, [], marks=[pytest.mark.slow] * (stage not in QUICK)) for stage in STAGES]
 
 
 @pytest.mark.parametrize(("stage", "more"), [*ROWS, ("pretraining", UNEVEN)])

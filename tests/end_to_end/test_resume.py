@@ -71,7 +71,15 @@ def test_a_change_that_matters_is_rejected_unless_forced(
 
 
 @pytest.mark.parametrize(
-    "stage", ["instructions", "classes", "rewards", "preferences", "on-policy", "on-policy, groups, adapters"]
+    "stage",
+    [
+        "classes",
+        "on-policy",
+        *(
+            pytest.param(stage, marks=pytest.mark.slow)
+            for stage in ("instructions", "rewards", "preferences", "on-policy, groups, adapters")
+        ),
+    ],
 )
 def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""

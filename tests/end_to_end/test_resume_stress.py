@@ -44,6 +44,7 @@ def kill_and_compare(
     assert not report.differences, str(report)
 
 
+@pytest.mark.slow
 def test_killed_run_of_two_processes_equals_an_uninterrupted_one(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,8 +69,8 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
     ("signum", "more", "twice"),
     [
         (signal.SIGINT, [], True),
-        (signal.SIGTERM, TWO, False),
-        (signal.SIGUSR1, ["--data.num_workers=2"], True),
+        pytest.param(signal.SIGTERM, TWO, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, ["--data.num_workers=2"], True, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, [], False, marks=pytest.mark.slow),  # quick below, without a step
     ],
 )

@@ -38,7 +38,7 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "off"),
     [
-        (["--model.optimizer=AdamW"], 1e-9),
+        pytest.param(["--model.optimizer=AdamW"], 1e-9, marks=pytest.mark.slow),
         # Muon orthogonalises in bfloat16.
         pytest.param(["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, marks=pytest.mark.slow),
     ],
@@ -121,12 +121,13 @@ def test_half_precision_trains_validates_and_generates_when_sharded(small: list[
         (["--trainer.strategy=tp", "--model.gpt.position=alibi"], "position is alibi"),
         (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora is not supported with tensor parallelism"),
         (["--trainer.strategy=tp", "--model.gpt.dropout=0.1"], "dropout is 0.1"),
-        (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp or hsdp"),
+        (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp, fsdp2_tp or hsdp"),
         (["--trainer.strategy=fsdp2", "--hsdp_groups=2"], "choose hsdp, or set --hsdp_groups null"),
         (["--trainer.strategy=hsdp"], "hsdp has one machine; use fsdp2, or set --hsdp_groups"),
+        (["--trainer.strategy=hsdp", "--hsdp_groups=1"], "shards the model across all processes; use --trainer"),
         (["--trainer.strategy=hsdp", "--hsdp_groups=0"], "hsdp_groups is 0; it must be positive"),
         (["--trainer.strategy=hsdp", "--hsdp_groups=3"], "there are 2 data-parallel processes, which is not divisible"),
-        (["--trainer.strategy=hsdp", "--hsdp_groups=2"], "each of the 2 data-parallel processes would hold all"),
+        (["--trainer.strategy=hsdp", "--hsdp_groups=2"], "there are only 2 data-parallel processes"),
     ],
 )
 def test_model_that_cannot_be_sharded_is_a_one_line_error(

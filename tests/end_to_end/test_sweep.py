@@ -30,6 +30,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(rows))
 
 
+@pytest.mark.slow
 def test_custom_attention(command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One Python file and one sweep file, both outside the package."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

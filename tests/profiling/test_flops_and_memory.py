@@ -127,7 +127,7 @@ def test_activation_bytes_match_the_peak_of_a_loss_in_chunks(config: GPTConfig, 
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss, _ = chunked_cross_entropy(net.head, net.finalize_output, net.hidden_states(ids), ids, 64)
         loss.backward()
-    expected = activation_bytes(config, 5000, 128, 8, torch.device("cpu"), torch.float32, autocast, loss_chunk=64)
+    expected = activation_bytes(config, 5000, 128, 8, torch.device("cpu"), torch.float32, autocast, loss_chunk_size=64)
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 

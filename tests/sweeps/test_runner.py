@@ -63,7 +63,9 @@ def assert_none_is_alive(started: dict[str, list[int]]) -> None:
         assert not is_alive(pid)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [2, 20])
 def test_sweep_survives_sigkill(tmp_path: Path, sweep_process: Start, kills: int) -> None:
     """No finished run is repeated or lost, no process survives, and the table has the stub's values."""
     options = list(range(1 + 3 * kills // 2))

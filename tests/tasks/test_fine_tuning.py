@@ -226,7 +226,10 @@ def test_class_logits_do_not_depend_on_padding(pooling: str) -> None:
     torch.testing.assert_close(POOLINGS[pooling](x, lengths).squeeze(1), torch.stack(expected))
 
 
-@pytest.mark.parametrize("weights", [None, "balanced", {"cats": 3.0}])
+@pytest.mark.parametrize(
+    "weights",
+    [pytest.param(None, marks=pytest.mark.slow), "balanced", pytest.param({"cats": 3.0}, marks=pytest.mark.slow)],
+)
 def test_classification_learns_and_its_metrics_match_a_computation_by_hand(
     tuned: Callable[..., tuple[Any, Path]], base: Path, weights: Any
 ) -> None:

@@ -267,7 +267,7 @@ def test_loss_in_chunks_trains_the_same_model(
         model = task(gpt=gpt, optimizer=AdamW(lr=1e-3), max_logits_mb=max_logits_mb)
         run = trainer(max_steps=6, accumulate_grad_batches=2, callbacks=[ValidateAtEnd()])
         run.fit(model, packed_text(batch_size=32, block_size=32))
-        assert model.loss_chunk == (512 if max_logits_mb == 1 else 32_768)
+        assert model.loss_chunk_size == (512 if max_logits_mb == 1 else 32_768)
         return model.state_dict(), run.callback_metrics["val/loss"].item()
 
     (whole, whole_loss), (first, loss), (second, repeated) = run(64), run(1), run(1)
@@ -298,7 +298,8 @@ def test_bare_loaders_are_rejected(task: Callable[..., LanguageModel], trainer: 
 
 
 @pytest.mark.skipif(bool(explain_no_compile(torch.device("cpu"))), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("validate", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("validate", [False, True])
 def test_compiled_and_eager_agree_and_compiled_is_deterministic(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], validate: bool
 ) -> None:

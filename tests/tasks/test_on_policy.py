@@ -283,7 +283,7 @@ def test_critic_learns_a_constant_return(trainer: Build, data: Callable[..., Pro
     seen = Seen()
     task = policy("PPO", reward="python_expression", unended_score=0.5, gae_lambda=1.0, kl_coefficient=0.0,
                   value_clip=None, value_coefficient=1.0, whitening=False, optimizer=AdamW(3e-3))  # fmt: skip
-    trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=8, reply_tokens=2))
+    trainer(max_steps=60, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=8, reply_tokens=2))
     rows = seen.rollouts[-1].rows
     ends = (rows["labels"] != IGNORE_INDEX) & (rows["ended"] == 0)[:, None]
     assert seen.rollouts[0].rows["values"].abs().max() == 0
