@@ -60,7 +60,8 @@ class ModelParallel(SizedModelParallelStrategy):
     @override
     def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         groups = resolve_groups(self)
-        return mesh if groups == 1 else build_mesh(mesh.device_type, *mesh.shape, groups)
+        data_parallel, tensor_parallel = mesh.shape
+        return mesh if groups == 1 else build_mesh(mesh.device_type, data_parallel, tensor_parallel, groups)
 
     @property
     @override
