@@ -187,6 +187,11 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
         """Return the size of a tensor-parallel group, which must divide the number of processes."""
         raise NotImplementedError
 
+    @property
+    def collective_timeout(self) -> timedelta:
+        """Timeout of collective operations; a new process group does not inherit it."""
+        return self._timeout or default_pg_timeout
+
     def build_device_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """Return the mesh to use instead of Lightning's, which has the dimensions data and tensor parallel."""
         return mesh
@@ -203,7 +208,7 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self._device_mesh = self.lightning_module._device_mesh = self.build_device_mesh(self.device_mesh)
         for group in self.device_mesh.get_all_groups():  # they have torch's default timeout
-            distributed_c10d._set_pg_timeout(self._timeout or default_pg_timeout, group)
+            distributed_c10d._set_pg_timeout(self.collective_timeout, group)
 
 
 class SingleThreadCheckpointIO(AsyncCheckpointIO):

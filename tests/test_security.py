@@ -17,11 +17,11 @@ READERS = {
     "from_file", "fromfile", "load_dataset", "load_dataset_builder", "load_yaml", "memmap", "open",
     "open_memmap", "parse_string", "parse_yaml", "read_bytes", "read_events", "read_json", "read_metadata",
     "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "yaml_load", "np.load", "torch.load",
-    "json.load", "sqlite3.connect", "mmap.mmap",
+    "HuggingFaceStorageReader", "json.load", "sqlite3.connect", "mmap.mmap",
 }  # fmt: skip
 """Calls that read a file: names of functions and methods, with their module if the name alone means other things."""
 WRITE_ONLY = {"w", "wb", "x", "xb", "a", "ab"}
-OWN_OPEN = {"TokenStore.open", "CleanedCorpus.open", "os.open"}
+OWN_OPEN = {"TokenStore.open", "CleanedCorpus.open", "ShardedCheckpoint.open", "os.open"}
 """Functions named ``open`` that open no file by themselves, and the one that only locks, or syncs folders."""
 IMPORTERS = {
     "trust.import_object": {"importlib.import_module"},
@@ -42,6 +42,10 @@ CODE_METHODS = {"from_pretrained", "from_string", "load_from_checkpoint"}
 """Methods of libraries that may run code from a file: remote code, and templates."""
 CODE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 DELETERS = {
+    "checkpoint.sharded_checkpoint._remove_shards": "folders of a sharded checkpoint that this program has named",
+    "checkpoint.sharded_checkpoint.remove_checkpoint": "a checkpoint of the run; folders with other files are kept",
+    "checkpoint.sharded_checkpoint.save_sharded": "the folder of a save that failed, which this call has made",
+    "checkpoint.sharded_checkpoint.set_aside": "a checkpoint of the run, renamed until a new one has replaced it",
     "callbacks.introspection.ActivationPlots.log_embedding": "the folder of an earlier session in the run folder",
     "checkpoint.run_folder.RunFolder.delete": "a run folder that this call has made, without a checkpoint",
     "checkpoint.run_folder.RunFolder.order_events": "event files of the run, renamed to unused names",

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 import torch
@@ -194,6 +194,8 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         keep_best: Number of checkpoints with the lowest validation loss to keep as ``step=N.ckpt``; 0 keeps none.
         background: Whether to write checkpoints in a background thread, from a copy of the state in host memory, while
             training continues.
+        format: ``file`` saves a checkpoint as one file, for which rank 0 gathers all weights. ``sharded`` saves it as a
+            folder to which each process writes its own shards; use it for models that do not fit into one process.
 
     Raises:
         UserError: If an argument is out of range.
@@ -207,6 +209,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         every_minutes: float | None = None,
         keep_best: int = 1,
         background: bool = False,
+        format: Literal["file", "sharded"] = "file",
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
@@ -218,6 +221,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.every_minutes = every_minutes
         self.keep_best = keep_best
         self.background = background
+        self.format = format
         self.best: dict[str, float] = {}
         """Validation losses of the best checkpoints, keyed by file name, lowest loss first."""
         self.untested = False

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from lit_gpt_scratch.callbacks.checkpointing import HostReducer, RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_text
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import is_checkpoint
 from lit_gpt_scratch.checkpoint.training_state import validate_callback_state
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector, SpikeDetectorState
@@ -219,7 +220,7 @@ class SpikeGuard(RunDirCallback):
     def _tidy(self, trainer: L.Trainer) -> None:
         """Set ``good`` to None if its checkpoint is missing, and remove all other good checkpoints."""
         own = None if self.good is None else self._path(self.good)
-        if self._ranks.max(own is not None and not own.is_file()):
+        if self._ranks.max(own is not None and not is_checkpoint(own)):
             log.warning("guard: %s is missing; the run cannot be rewound until the next good checkpoint is saved", own)
             own = self.good = None
         assert self.folder is not None
@@ -234,7 +235,7 @@ class SpikeGuard(RunDirCallback):
 
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = None if self.good is None else self._path(self.good)
-        if path is None or self._ranks.max(not path.is_file()):
+        if path is None or self._ranks.max(not is_checkpoint(path)):
             log.warning("guard: the run cannot be rewound, because %s is missing on at least one machine", path)
             self.detector.reset()
             return

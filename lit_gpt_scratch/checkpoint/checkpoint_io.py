@@ -1,25 +1,23 @@
-"""Atomic, checksummed checkpoint files, and the Lightning plugins that read and write them.
+"""Atomic, checksummed checkpoint files.
 
 A checkpoint is a file written by ``torch.save``, i.e. a zip archive. The checksum, a SHA-256 of the archive, is stored
 in the archive comment, which other programs ignore.
 """
 
 import hashlib
+import logging
 import os
 import struct
 import zipfile
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
-from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import SingleThreadCheckpointIO
 from lit_gpt_scratch.text.atomic_files import atomic_file
+
+log = logging.getLogger(__name__)
 
 CHECKSUM_PREFIX: Final = b"sha256:"
 COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
@@ -128,6 +126,24 @@ def require_plain_archive(path: Path) -> None:
         raise UserError(f"{path} is not a checkpoint: its records are compressed or overlap; use another file")
 
 
+def load_archive(path: Path) -> dict[str, Any]:
+    """Load a checkpoint file onto the CPU, after verifying its checksum, without running code from it.
+
+    Raises:
+        UserError: The file is missing, corrupted, or not a checkpoint.
+    """
+    if not verify_checksum(path):
+        log.warning("%s has no checksum, because another program wrote it; corruption cannot be detected", path)
+    require_plain_archive(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # reading an arbitrary file can raise anything
+        raise UserError(f"{path} is not a checkpoint, or is corrupted; use another file") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
+    return loaded
+
+
 def _compute_checksum(file: BinaryIO, size: int) -> str:
     """Compute the SHA-256, in hexadecimal, of the archive as it was before the comment was appended."""
     digest = hashlib.sha256()
@@ -156,50 +172,3 @@ class _HashingWriter:
     def flush(self) -> None:
         """Flush the underlying file."""
         self.file.flush()
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning plugin for atomic, checksummed checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
-
-    Only tensors and plain data are loaded: ``weights_only=True`` is always used, regardless of the Trainer's argument,
-    so that a checkpoint cannot run code when it is loaded.
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        save_checkpoint(checkpoint, Path(path))
-
-    @override
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        verify_checksum(Path(path))
-        require_plain_archive(Path(path))
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return loaded
-
-
-class BackgroundCheckpointIO(SingleThreadCheckpointIO):
-    """Lightning plugin that runs ``AtomicCheckpointIO`` in a background thread.
-
-    An error in the thread is raised by the next save or at the end of the run. Each save waits for the previous save to
-    finish, so at most one copy of the state is held in host memory. Checkpoints are removed in the same thread after
-    pending saves have finished; if a save has failed, no checkpoint is removed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(AtomicCheckpointIO())
-        self._last: Future[None] | None = None
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        if self._last is not None:
-            self._last.result()
-        if self.error is not None:
-            raise self.error
-        copied = apply_to_collection(checkpoint, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
-        self._last = self.submit("save_checkpoint", copied, path)
-
-    @override
-    def remove_checkpoint(self, path: str | Path) -> None:
-        self._last = self.submit("remove_checkpoint", path)

@@ -1,6 +1,6 @@
 """Load trained models: checkpoints, ``.safetensors`` files and Hugging Face folders."""
 
-import logging
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -8,10 +8,11 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import require_plain_archive, verify_checksum
+from lit_gpt_scratch.checkpoint.checkpoint_io import load_archive
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, load_safetensors
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import ShardedCheckpoint, is_sharded
 from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
@@ -22,8 +23,6 @@ from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted
-
-log = logging.getLogger(__name__)
 
 STATE_PREFIX: Final = "net."
 """Prefix of the network's weights in a task's state dict."""
@@ -65,26 +64,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return load_hf_checkpoint(path)
     if path.suffix == SAFETENSORS_SUFFIX:
         return load_safetensors(path, STATE_PREFIX)
-    if not verify_checksum(path):
-        log.warning("%s has no checksum, because another program wrote it; corruption cannot be detected", path)
-    require_plain_archive(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading an arbitrary file can raise anything
-        raise UserError(f"{path} is not a checkpoint, or is corrupted; use another file") from error
-    if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
+    if is_sharded(path):
+        checkpoint = ShardedCheckpoint.open(path)
+        _validate(checkpoint.read_training_state(), path, ("cpu", "meta"))
+        loaded = checkpoint.load()
+    else:
+        loaded = load_archive(path)
+    _validate(loaded, path, ("cpu",))
+    return loaded
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without its large tensors if it is sharded; they are on the meta device.
+
+    Raises:
+        UserError: The file is missing, corrupted, or not a checkpoint.
+    """
+    if not is_sharded(path):
+        return load_checkpoint(path)
+    loaded = ShardedCheckpoint.open(path).read_training_state()
+    _validate(loaded, path, ("cpu", "meta"))
+    return loaded
+
+
+def _validate(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:
+    """Check the types of the contents of a checkpoint, and the devices of its tensors.
+
+    Raises:
+        UserError: It is not a checkpoint of this package, or is corrupted.
+    """
+    if not {METADATA_KEY, "state_dict"} <= loaded.keys():
         raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint written by fit")
-    _validate_tensors(loaded, path)
+    _validate_tensors(loaded, path, devices)
     _validate_state_dict(loaded["state_dict"], path)
     if "loops" in loaded:
         try:
             validate_training_state(loaded)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-    return loaded
 
 
-def _validate_tensors(loaded: dict[str, Any], path: Path) -> None:
+def _validate_tensors(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:
     """Check that all tensors in a checkpoint are dense, including those in the states of optimizers and callbacks.
 
     Raises:
@@ -95,7 +115,7 @@ def _validate_tensors(loaded: dict[str, Any], path: Path) -> None:
     while pending:
         name, value = pending.pop()
         if isinstance(value, Tensor):
-            if not _is_dense(value):
+            if value.device.type not in devices or not _is_dense(value):
                 raise UserError(f"{path} is corrupted: {name} is not a dense tensor; use another file")
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
@@ -113,15 +133,19 @@ def _validate_state_dict(state: Any, path: Path) -> None:
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()
     ):
         raise UserError(f"{path} is corrupted: its state_dict does not map names to tensors; use another file")
+    if any(weight.is_meta for weight in state.values()):  # their sizes are compared with those of the shards
+        return
     stored = {storage.data_ptr(): storage.nbytes() for storage in (w.untyped_storage() for w in state.values())}
     if sum(weight.nbytes for weight in state.values()) > 2 * sum(stored.values()):  # tied weights are stored once
         raise UserError(f"{path} is corrupted: many of its tensors share the same data; use another file")
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+    if tensor.layout != torch.strided or tensor.is_quantized:
         return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()  # false if a stride of 0 repeats the data
+    return (
+        tensor.is_meta or tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )  # false if a stride of 0 repeats the data
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, compare_curves, iterate_leaves
-from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_training_state
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import has_unfinished_shards, is_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import find_unfinished
 
@@ -191,9 +192,9 @@ def _kill_group(process: "subprocess.Popen[str]") -> None:
 
 
 def _describe_phase(run: RunFolder) -> str:
-    if find_unfinished(run.checkpoints):
+    if find_unfinished(run.checkpoints) or has_unfinished_shards(run.last):
         return "while saving"
-    last: dict[str, Any] = load_checkpoint(run.last) if run.last.exists() else {"callbacks": {}}
+    last: dict[str, Any] = load_training_state(run.last) if is_checkpoint(run.last) else {"callbacks": {}}
     validating = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())
     return "during validation" if validating else "between saves"
 

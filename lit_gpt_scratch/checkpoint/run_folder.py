@@ -14,7 +14,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import is_checkpoint, saved_at, verify_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.atomic_files import is_unfinished, remove_unfinished, write_atomically
@@ -219,7 +219,7 @@ class RunFolder:
 
     def last_saved_at(self) -> float:
         """Return the time at which the newest checkpoint was saved, as a Unix timestamp, or 0 if there is none."""
-        return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
+        return max((saved_at(path) for path in self.checkpoints.glob("*.ckpt") if is_checkpoint(path)), default=0.0)
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
@@ -249,11 +249,11 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         path = Path(given).expanduser()
         if (path / "config.json").is_file():  # a Hugging Face folder
             return path
+        if is_checkpoint(path):
+            return path
         if path.is_dir():
             return _newest_intact_checkpoint(path)
-        if not path.is_file():
-            raise UserError(f"no checkpoint at {path}; check the path") from FileNotFoundError(path)
-        return path
+        raise UserError(f"no checkpoint at {path}; check the path") from FileNotFoundError(path)
     try:
         experiments = [runs / experiment] if experiment else [path for path in runs.iterdir() if path.is_dir()]
     except OSError:
@@ -279,12 +279,13 @@ def _newest_intact_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: There is no intact checkpoint.
     """
-    last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.is_file()]
+    last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if is_checkpoint(path)]
     # The best checkpoints and the checkpoints of a custom Trainer have other names.
-    others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
+    others = [path for path in folder.glob("checkpoints/*.ckpt") if is_checkpoint(path) and path not in last]
+    others.sort(key=saved_at, reverse=True)
     for path in (*last, *others):
         try:
-            verify_checksum(path)
+            verify_checkpoint(path)
         except UserError as error:
             log.warning("%s", error)
         else:

@@ -24,7 +24,11 @@ from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_si
 from lit_gpt_scratch.callbacks.spike_guard import GAVE_UP_EXIT_CODE, GuardMode, guard_gave_up
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import (
+    AtomicCheckpointIO,
+    BackgroundCheckpointIO,
+    ShardedCheckpointIO,
+)
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.config_defaults import (
@@ -310,8 +314,11 @@ class FitCLI(LightningCLI):
             if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared
                 require_model_fits_memory(self.model.gpt, 1, 1, device, trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # keep a user's plugin
-            background = self.config_init.checkpoint.background
-            trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
+            saving = self.config_init.checkpoint
+            checkpoint_io = ShardedCheckpointIO() if saving.format == "sharded" else AtomicCheckpointIO()
+            trainer.strategy.checkpoint_io = (
+                BackgroundCheckpointIO(checkpoint_io) if saving.background else checkpoint_io
+            )
         return trainer
 
     def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:

@@ -18,7 +18,7 @@ from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, Checkpointing
 from lit_gpt_scratch.callbacks.summary import RunMetadata
 from lit_gpt_scratch.checkpoint.config_diff import diff_configs
 from lit_gpt_scratch.checkpoint.environment import collect_environment
-from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.loading import load_training_state
 from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, count_finished_epochs, normalize_progress
 from lit_gpt_scratch.checkpoint.resume_stress_test import FINISHED_MESSAGE
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, SessionFacts, find_checkpoint
@@ -127,7 +127,7 @@ class ResumedRun:
         Raises:
             UserError: The file is not a training checkpoint, or its run has reached its limits.
         """
-        checkpoint = load_checkpoint(self.checkpoint)
+        checkpoint = load_training_state(self.checkpoint)
         if "loops" not in checkpoint:
             raise UserError(
                 f"{self.checkpoint} contains only weights, so its run cannot be resumed; "

@@ -3,13 +3,19 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -18,6 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import ShardedCheckpointIO
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
+    ShardedCheckpoint,
+    is_sharded,
+    named_tensors,
+    open_on_all_ranks,
+    replace_tensors,
+)
 from lit_gpt_scratch.distributed.parallelize import TENSOR_PARALLEL, build_mesh
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
@@ -28,6 +42,8 @@ from lit_gpt_scratch.lightning_compat import (
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
+SHARDS: Final = StateDictOptions()
+"""Options for state dicts of ``DTensor``s, which share their memory with the parameters."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "hsdp": 1, "tp": None, "fsdp2_tp": 2}
 """Default size of a tensor-parallel group, by strategy name; None uses all processes."""
 TENSOR_PARALLEL_STRATEGIES: Final = ("tp", "fsdp2_tp", "hsdp")
@@ -37,8 +53,9 @@ TENSOR_PARALLEL_STRATEGIES: Final = ("tp", "fsdp2_tp", "hsdp")
 class ModelParallel(SizedModelParallelStrategy):
     """Strategy that shards weights, gradients and optimizer state across processes with FSDP2 and tensor parallelism.
 
-    A checkpoint is a single file that contains full tensors under their usual names, as if saved by one process, so
-    that it can be resumed with any strategy.
+    A checkpoint contains full tensors under their usual names, as if saved by one process, so that it can be resumed
+    with any strategy. By default, it is a single file, for which rank 0 gathers all tensors. With a
+    ``ShardedCheckpointIO``, each process saves and loads only its own shards.
 
     Args:
         tensor_parallel_size: Number of processes that share one replica, splitting its heads and hidden channels, and
@@ -52,6 +69,8 @@ class ModelParallel(SizedModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False)
         self.tensor_parallel_size = tensor_parallel_size
         self.groups = groups
+        self._shards: ShardedCheckpoint | None = None
+        """The sharded checkpoint from which the run is being restored, if any."""
 
     @override
     def choose_tensor_parallel_size(self) -> int:
@@ -74,15 +93,54 @@ class ModelParallel(SizedModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True  # Lightning then calls load_optimizer_state_dict
 
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process saves its own shards."""
+        plugin = self.checkpoint_io
+        return isinstance(getattr(plugin, "checkpoint_io", plugin), ShardedCheckpointIO)  # it may be wrapped
+
+    @cached_property
+    def checkpoint_group(self) -> ProcessGroup | None:
+        """Gloo group of all ranks, which saves checkpoints, also in a background thread during training."""
+        return dist.new_group(backend="gloo", timeout=self.collective_timeout) if dist.is_initialized() else None
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=SHARDS if self.saves_shards else FULL_STATE_DICT)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if self.saves_shards:
+            self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath), self.checkpoint_group)
+        else:
+            ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         # The parent class would load the weights and optimizer state here, before any hook has seen the checkpoint.
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        self._shards = open_on_all_ranks(path, self.checkpoint_group) if is_sharded(path) else None
+        if self._shards is None:
+            return ParallelStrategy.load_checkpoint(self, path, weights_only)
+        return self._shards.read_training_state()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=replace(FULL_STATE_DICT, strict=strict))
+        if self._shards is None:
+            set_model_state_dict(self.model, checkpoint["state_dict"], options=replace(FULL_STATE_DICT, strict=strict))
+            return
+        weights: dict[str, Any] = get_model_state_dict(
+            self.model, options=SHARDS
+        )  # they share their memory with the parameters
+        if strict and (different := weights.keys() ^ checkpoint["state_dict"].keys()):
+            raise UserError(f"the checkpoint contains a different model: {min(different)} is in only one of them")
+        saved = named_tensors({"state_dict": checkpoint["state_dict"]})
+        names = [name.removeprefix("state_dict.") for name, _ in saved]
+        self._shards.read_tensors({f"state_dict.{name}": weights[name] for name in names if name in weights})
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -90,7 +148,9 @@ class ModelParallel(SizedModelParallelStrategy):
         # of its groups.
         assert self.model is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps the optimizer
-        if not optimizer.state:  # get_optimizer_state_dict would run an optimizer step to create it
+        if (
+            self.saves_shards or not optimizer.state
+        ):  # get_optimizer_state_dict would run an optimizer step to create it
             return optimizer.state_dict()
         state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE_DICT))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
@@ -99,6 +159,9 @@ class ModelParallel(SizedModelParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.model is not None
+        if self._shards is not None:
+            self._load_optimizer_shards(self._shards, checkpoint)
+            return
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -110,6 +173,26 @@ class ModelParallel(SizedModelParallelStrategy):
             for number, p in enumerate(order):
                 if number not in state["state"]:  # the parameter never had a gradient, but torch created state for it
                     optimizer.state.pop(p, None)
+
+    def _load_optimizer_shards(self, shards: ShardedCheckpoint, checkpoint: Mapping[str, Any]) -> None:
+        """Load optimizer states; a tensor with the shape of its parameter is sharded like the parameter."""
+        orders = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        allocated: dict[int, Tensor] = {}
+        for order, state in zip(orders, checkpoint["optimizer_states"], strict=True):
+            for number, values in state["state"].items():
+                for value in values.values():
+                    if isinstance(value, Tensor) and value.is_meta:
+                        p = order[number]
+                        allocated[id(value)] = (
+                            torch.empty_like(p, dtype=value.dtype, requires_grad=False)
+                            if value.shape == p.shape
+                            else torch.empty(value.shape, dtype=value.dtype, device=self.root_device)
+                        )
+        states = {"optimizer_states": checkpoint["optimizer_states"]}
+        shards.read_tensors({name: allocated[id(value)] for name, value in named_tensors(states)})
+        loaded = replace_tensors(states, lambda value: allocated[id(value)])["optimizer_states"]
+        for optimizer, state in zip(self.optimizers, loaded, strict=True):
+            optimizer.load_state_dict(state)
 
     @override
     def setup(self, trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.fit_command import FIT_MODULE, ResolvedBaseline, build_arguments, experiment_name
@@ -166,7 +167,7 @@ class SweepRunner:
             if folder and str(folder) != claim.discarded:
                 if is_finished(folder):
                     return RunEnd()
-                if not any(folder.glob("checkpoints/*.ckpt")):
+                if not RunFolder(folder).last_saved_at():
                     shutil.rmtree(folder)
                 else:
                     resumes = may_resume

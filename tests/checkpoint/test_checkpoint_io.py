@@ -13,12 +13,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.checkpoint import checkpoint_io
-from lit_gpt_scratch.checkpoint.checkpoint_io import (
-    AtomicCheckpointIO,
-    BackgroundCheckpointIO,
-    save_checkpoint,
-    verify_checksum,
-)
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint, verify_checksum
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import AtomicCheckpointIO, BackgroundCheckpointIO
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint

@@ -20,7 +20,8 @@ from lit_gpt_scratch.callbacks.spike_guard import SpikeGuard
 from lit_gpt_scratch.callbacks.summary import RunMetadata, RunSummary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.adapters import apply_adapter, save_adapter
-from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, save_checkpoint
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import AtomicCheckpointIO
 from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model, load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors

@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -85,6 +86,12 @@ def python(script: str, *arguments: str | Path) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder, stream) for stream in ("out", "err"))
         return _wait(_execute, script, [str(argument) for argument in arguments], out, err)
+
+
+def python_processes(script: str, arguments: Sequence[Sequence[str]]) -> list[Outcome]:
+    """Run a script in several processes at once, each with its own arguments."""
+    with ThreadPoolExecutor(len(arguments)) as threads:
+        return list(threads.map(lambda own: python(script, *own), arguments))
 
 
 def _wait(target: Callable[..., None], *arguments: Any) -> Outcome:

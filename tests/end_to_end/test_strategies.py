@@ -36,15 +36,20 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("optimizer", "off"),
+    ("optimizer", "off", "formats"),
     [
-        pytest.param(["--model.optimizer=AdamW"], 1e-9, marks=pytest.mark.slow),
+        (["--model.optimizer=AdamW"], 1e-9, ["file"]),
+        (["--model.optimizer=AdamW"], 1e-9, ["sharded"]),
+        (["--model.optimizer=AdamW"], 1e-9, ["sharded", "file"]),
         # Muon orthogonalises in bfloat16.
-        pytest.param(["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, marks=pytest.mark.slow),
+        (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, ["sharded"]),
     ],
-    ids=["adamw", "normuon"],
+    ids=["adamw", "adamw, sharded", "adamw, alternating formats", "normuon, sharded"],
 )
-def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, optimizer: list[str], off: float) -> None:
+@pytest.mark.slow
+def test_run_resumes_with_another_strategy(
+    small: list[str], tmp_path: Path, optimizer: list[str], off: float, formats: list[str]
+) -> None:
     """Weights, optimizer state and averaged weights against a run that keeps its strategy; all but two validate."""
     everywhere = [
         "--data.tokens_per_step=128", "--trainer.precision=64-true", "--model.schedule.decay=constant",
@@ -80,7 +85,11 @@ def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, opt
     )
     for turn, way in enumerate(ways, 1):
         flags = ["--ckpt_path=last"] if turn > 1 else [*small, *SHAPE, *everywhere]
-        found = last(tmp_path / "moved", *flags, *way, f"--trainer.max_steps={steps * turn}")
+        saving = [f"--checkpoint.format={formats[turn % len(formats)]}", f"--checkpoint.background={turn % 3 == 0}"]
+        found = last(tmp_path / "moved", *flags, *way, *saving, f"--trainer.max_steps={steps * turn}")
+        checkpoint = tmp_path / "moved" / "pretrain" / "version_0" / "checkpoints" / "last.ckpt"
+        assert checkpoint.is_dir() == (formats[turn % len(formats)] == "sharded")
+        assert not list(checkpoint.parent.glob("previous-*"))
     for part in ("state_dict", "optimizer_states"):
         expected, values = dict(iterate_leaves(uninterrupted[part])), dict(iterate_leaves(found[part]))
         assert expected.keys() == values.keys()
