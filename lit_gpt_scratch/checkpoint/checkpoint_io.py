@@ -9,6 +9,8 @@ import logging
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -52,20 +54,38 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     _saving.add(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            writer = _HashingWriter(file)
-            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
-            file.seek(-len(NO_COMMENT), os.SEEK_CUR)
-            file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + writer.digest.hexdigest().encode())
-            file.flush()
-            _reject_unsafe_globals(Path(file.name), path)
+        with explain_save_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                writer = _HashingWriter(file)
+                torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
+                _write_checksum(file, writer.digest.hexdigest())
+                _reject_unsafe_globals(Path(file.name), path)
+    finally:
+        _saving.discard(path)
+
+
+@contextmanager
+def explain_save_errors(path: Path) -> Iterator[None]:
+    """Context manager that turns errors of the operating system while a checkpoint is written into a ``UserError``."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"cannot save {path}: {reason}; the previous checkpoint is unchanged") from error
-    finally:
-        _saving.discard(path)
+
+
+def append_checksum(file: BinaryIO) -> None:
+    """Add the checksum to an archive that ``torch.save`` has written; the file must be opened for reading, too."""
+    _write_checksum(file, _compute_checksum(file, file.seek(0, os.SEEK_END) + COMMENT_BYTES))
+
+
+def _write_checksum(file: BinaryIO, checksum: str) -> None:
+    """Replace the empty comment at the end of an archive by a checksum."""
+    file.seek(-len(NO_COMMENT), os.SEEK_END)
+    file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + checksum.encode())
+    file.flush()
 
 
 def _reject_unsafe_globals(partial: Path, path: Path) -> None:
@@ -126,8 +146,12 @@ def require_plain_archive(path: Path) -> None:
         raise UserError(f"{path} is not a checkpoint: its records are compressed or overlap; use another file")
 
 
-def load_archive(path: Path) -> dict[str, Any]:
+def load_archive(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint file onto the CPU, after verifying its checksum, without running code from it.
+
+    Args:
+        path: Path to the file.
+        mapped: Whether to map the tensors into memory, so that they are read when they are accessed.
 
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint.
@@ -136,7 +160,7 @@ def load_archive(path: Path) -> dict[str, Any]:
         log.warning("%s has no checksum, because another program wrote it; corruption cannot be detected", path)
     require_plain_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything
         raise UserError(f"{path} is not a checkpoint, or is corrupted; use another file") from error
     if not isinstance(loaded, dict):

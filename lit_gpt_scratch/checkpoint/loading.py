@@ -54,8 +54,12 @@ class LoadedModel(NamedTuple):
         return self.net, self.tokenizer
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint, a ``.safetensors`` file or a Hugging Face folder onto the CPU, without running code from it.
+
+    Args:
+        path: Path to the file or folder.
+        mapped: Whether to map the tensors of a checkpoint in one file into memory instead of reading them.
 
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint.
@@ -69,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         _validate(checkpoint.read_training_state(), path, ("cpu", "meta"))
         loaded = checkpoint.load()
     else:
-        loaded = load_archive(path)
+        loaded = load_archive(path, mapped)
     _validate(loaded, path, ("cpu",))
     return loaded
 
@@ -85,6 +89,21 @@ def load_training_state(path: Path) -> dict[str, Any]:
     loaded = ShardedCheckpoint.open(path).read_training_state()
     _validate(loaded, path, ("cpu", "meta"))
     return loaded
+
+
+def load_lazily(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without its optimizer states; a sharded one's weights are read when they are accessed.
+
+    The weights of other files are loaded, or mapped into memory, which the system reads when they are accessed.
+
+    Raises:
+        UserError: The file is missing, corrupted, or not a checkpoint; also raised when a weight is read.
+    """
+    if is_sharded(path):
+        checkpoint = ShardedCheckpoint.open(path)
+        _validate(checkpoint.read_training_state(), path, ("cpu", "meta"))
+        return checkpoint.load_lazily()
+    return load_checkpoint(path, mapped=True)
 
 
 def _validate(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:

@@ -2,18 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.tensor_stream import on_meta, strip_prefix, to_bytes, write_safetensors
 from lit_gpt_scratch.schema import parse_json
-from lit_gpt_scratch.text.atomic_files import write_atomically
+from lit_gpt_scratch.text.atomic_files import atomic_file
 
 SAFETENSORS_SUFFIX: Final = ".safetensors"
 
@@ -21,23 +21,23 @@ SAFETENSORS_SUFFIX: Final = ".safetensors"
 def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
     """Write the weights, config and tokenizer of a checkpoint to a ``.safetensors`` file.
 
-    Optimizer state and loop counters are omitted. The header of the file contains the checkpoint metadata as JSON, and
-    the SHA-256 digest of the metadata and weights.
+    Optimizer state and loop counters are omitted, and the tensors are read one at a time. The header of the file
+    contains the checkpoint metadata as JSON, and the SHA-256 digest of the metadata and weights.
 
     Args:
-        checkpoint: Checkpoint dict returned by ``loading.load_checkpoint``.
+        checkpoint: Checkpoint dict returned by ``loading.load_checkpoint`` or ``loading.load_lazily``.
         prefix: Prefix of the network's weights in the checkpoint's state dict.
         path: Path to the file to write.
 
     Raises:
         UserError: The file cannot be written.
     """
-    state = {name: weight for name, weight in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    weights = {name.removeprefix(prefix): w.clone() for name, w in state.items()}  # tied weights are stored twice
+    weights = strip_prefix(checkpoint["state_dict"], prefix)  # tied weights are stored twice
     metadata = json.dumps(checkpoint[METADATA_KEY], sort_keys=True)
-    content = save(weights, {METADATA_KEY: metadata, "sha256": compute_digest(metadata, weights)})
+    header = {METADATA_KEY: metadata, "sha256": compute_digest(metadata, weights)}
     try:
-        write_atomically(path, content)
+        with atomic_file(path) as file:
+            write_safetensors(file, on_meta(weights), weights.items(), header)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; check the permissions and the free disk space"
@@ -74,10 +74,11 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
         raise UserError(f"the metadata of {path} is corrupted ({error}); export the model again") from error
 
 
-def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:
+def compute_digest(metadata: str, weights: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 digest of a string and of tensors, including their names, dtypes and shapes."""
     sha256 = hashlib.sha256(metadata.encode())
-    for name, weight in sorted(weights.items()):
+    for name in sorted(weights):
+        weight = weights[name]
         sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())
-        sha256.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha256.update(to_bytes(weight))
     return sha256.hexdigest()

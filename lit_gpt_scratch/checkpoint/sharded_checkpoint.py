@@ -39,6 +39,7 @@ from typing_extensions import NotRequired, TypedDict
 from lit_gpt_scratch.checkpoint.checkpoint_io import load_archive, save_checkpoint, verify_checksum
 from lit_gpt_scratch.checkpoint.training_state import SavedOptimizer
 from lit_gpt_scratch.errors import UserError, exception_chain
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.atomic_files import write_atomically
@@ -198,12 +199,33 @@ class ShardedCheckpoint:
         """
         state = self.read_training_state()
         on_meta = dict(named_tensors(state))
-        self._require_stored(on_meta)
+        self.require_stored(on_meta)
         loaded = {id(meta): torch.empty(meta.shape, dtype=meta.dtype) for meta in on_meta.values()}
         self.read_tensors({name: loaded[id(meta)] for name, meta in on_meta.items()})
         return replace_tensors(state, lambda tensor: loaded[id(tensor)])
 
-    def _require_stored(self, on_meta: Mapping[str, Tensor]) -> None:
+    def load_lazily(self) -> dict[str, Any]:
+        """Return the checkpoint dict without its optimizer states; each weight is read whenever it is accessed.
+
+        Raises:
+            UserError: The checkpoint is corrupted; also raised when a weight is read.
+        """
+        state = self.read_training_state()
+        weights: dict[str, Tensor] = state["state_dict"]
+        stored_name = {id(meta): name for name, meta in named_tensors({"state_dict": weights})}
+        self.require_stored(dict(named_tensors({"state_dict": weights})))
+
+        def read(name: str) -> Tensor:
+            meta = weights[name]
+            if not meta.is_meta:  # a scalar
+                return meta
+            tensor = torch.empty(meta.shape, dtype=meta.dtype)
+            self.read_tensors({stored_name[id(meta)]: tensor})
+            return tensor
+
+        return {**state, "state_dict": LazyTensors(weights, read), "optimizer_states": []}
+
+    def require_stored(self, on_meta: Mapping[str, Tensor]) -> None:
         """Check that the tensors are not larger than the files, before memory is allocated for them."""
         stored = sum(file["bytes"] for file in self.manifest["files"].values())
         if sum(tensor.nbytes for tensor in on_meta.values()) > stored:

@@ -52,6 +52,22 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     to_adapter.add_argument("checkpoint", **checkpoint)
     to_adapter.add_argument("file", **file)
+    to_sharded = formats.add_parser(
+        "to-sharded",
+        help="convert a checkpoint in one file to a sharded checkpoint",
+        description="Convert a checkpoint in one file to a sharded checkpoint, as written with --checkpoint.format "
+        "sharded, including the state that is required to resume its run.",
+    )
+    to_sharded.add_argument("checkpoint", **checkpoint)
+    to_sharded.add_argument("folder", metavar="FOLDER", type=Path, help="output folder, which must not exist")
+    to_file = formats.add_parser(
+        "to-file",
+        help="convert a sharded checkpoint to one file",
+        description="Convert a sharded checkpoint to one file, including the state that is required to resume its run. "
+        "At most one tensor, or 256 MB, is held in memory.",
+    )
+    to_file.add_argument("checkpoint", **checkpoint)
+    to_file.add_argument("file", metavar="FILE", type=Path, help="output file, which must not exist")
     from_hf = formats.add_parser(
         "from-hf",
         help="import a folder from Hugging Face transformers",
@@ -65,8 +81,25 @@ def main(args: Sequence[str] | None = None) -> None:
         "checkpoint", metavar="CKPT", type=Path, help="output file; its name may end with .ckpt or .safetensors"
     )
     given = parser.parse_args(args)
-    convert = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
+    convert = {
+        "to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf,
+        "to-sharded": _to_sharded, "to-file": _to_file,
+    }  # fmt: skip
     convert[given.format](given)
+
+
+def _to_sharded(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.convert_format import to_sharded
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+
+    to_sharded(find_checkpoint(given.checkpoint, Path(), None), given.folder)
+
+
+def _to_file(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.convert_format import to_one_file
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+
+    to_one_file(find_checkpoint(given.checkpoint, Path(), None), given.file)
 
 
 def _to_adapter(given: Namespace) -> None:
@@ -85,13 +118,13 @@ def _require_safetensors_suffix(file: Path) -> None:
 
 
 def _to_safetensors(given: Namespace) -> None:
-    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_lazily
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors
 
     _require_safetensors_suffix(given.file)
     path = find_checkpoint(given.checkpoint, Path(), None)
-    export_safetensors(_merge_adapters(load_checkpoint(path), path, given.trust), STATE_PREFIX, given.file)
+    export_safetensors(_merge_adapters(load_lazily(path), path, given.trust), STATE_PREFIX, given.file)
 
 
 def _to_hf(given: Namespace) -> None:
@@ -121,23 +154,24 @@ def _from_hf(given: Namespace) -> None:
 
 def _open_model(path: Path) -> "PortableModel":
     """Read a model's weights in their stored dtype; a network is built only to merge LoRA adapters."""
-    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_lazily
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
+    from lit_gpt_scratch.interop.tensor_stream import strip_prefix
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_lazily(path)
     if attention := CheckpointMetadata.from_checkpoint(checkpoint).gpt.get("attention"):
         raise UserError(
             f"{path} has the custom attention class {attention}, which no published architecture supports; "
             "only models with the built-in attention can be converted"
         )
     checkpoint = _merge_adapters(checkpoint, path)
-    contents, state = CheckpointMetadata.from_checkpoint(checkpoint), checkpoint["state_dict"]
+    contents = CheckpointMetadata.from_checkpoint(checkpoint)
     gpt, _ = contents.build_configs(path, None)
     if contents.non_lm_task is not None:
         raise UserError(f"the model in {path} {contents.non_lm_task}; only language models can be converted")
-    weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
+    weights = strip_prefix(checkpoint["state_dict"], STATE_PREFIX)
     shape = ModelShape(gpt, contents.vocab_size, contents.block_size)
     return PortableModel(shape, weights, contents.load_tokenizer(path))
 

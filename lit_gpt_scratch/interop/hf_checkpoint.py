@@ -2,13 +2,12 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
@@ -23,6 +22,7 @@ from lit_gpt_scratch.interop.hf_tokenizer import (
 from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, read_tensors, validate_tensors
 from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, write_safetensors
 from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.model.weight_init import INIT_STD
@@ -50,7 +50,7 @@ class PortableModel(NamedTuple):
     """
 
     shape: ModelShape
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
 
 
@@ -84,7 +84,7 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     if shape.gpt.tied_embeddings:
         _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
     try:
-        expected = family.to_hf_weights(shape.gpt, expected_weights(found, *shape))
+        expected = dict(family.to_hf_weights(shape.gpt, expected_weights(found, *shape)))
     except UserError as error:
         raise UserError(f"{config.path} does not match the tensors in {folder}: {error}; download it again") from error
     validate_tensors(found, expected, str(folder))
@@ -104,17 +104,19 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     Raises:
         UserError: The folder is not empty or cannot be written, or no model family supports the model's settings.
     """
-    shape, weights = model.shape, dict(model.weights)
+    shape, shapes = model.shape, dict(on_meta(model.weights))
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} already exists and is not an empty folder; use another folder")
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     family = _choose_family(shape)
-    validate_tensors(weights, expected_weights(weights, *shape), "the checkpoint")
-    if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
-        weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
-    hf_weights = family.to_hf_weights(shape.gpt, weights)
+    validate_tensors(shapes, expected_weights(shapes, *shape), "the checkpoint")
+    unpadded = LazyTensors(
+        {name: _without_padding(name, tensor, shape) for name, tensor in shapes.items()},
+        lambda name: _without_padding(name, model.weights[name], shape),
+    )
+    hf_shapes = {name: tensor.to("meta") for name, tensor in family.to_hf_weights(shape.gpt, unpadded.on_meta)}
     if shape.gpt.dropout and not family.has_dropout:
         log.warning(
             "dropout is %s, but %s does not support dropout; dropout is not exported",
@@ -123,24 +125,29 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
         )
 
     def fill(place: Path) -> None:
-        for name, content in _build_json_files(family, model, hf_weights).items():
+        for name, content in _build_json_files(family, model, hf_shapes).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
         if (published := model.tokenizer.published) and published.chat_template is not None:
             (place / TEMPLATE_FILE).write_bytes(published.chat_template.encode())
-        save_file(hf_weights, place / WEIGHTS_FILE, metadata={"format": "pt"})
-        (place / WEIGHTS_FILE).chmod((place / TOKENIZER_FILE).stat().st_mode)  # safetensors ignores the umask
+        with (place / WEIGHTS_FILE).open("xb") as file:
+            write_safetensors(file, hf_shapes, family.to_hf_weights(shape.gpt, unpadded), {"format": "pt"})
 
     try:
         place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         fill_folder_atomically(place, fill)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
-            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; "
-            "check the permissions and the free disk space"
+            f"cannot write {folder}: {error.strerror}; check the permissions and the free disk space"
         ) from error
     return family.architecture
+
+
+def _without_padding(name: str, tensor: Tensor, shape: ModelShape) -> Tensor:
+    """Return a weight without the rows by which the vocabulary is padded."""
+    padded = name in (EMBEDDING, HEAD) and padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size
+    return tensor[: shape.vocab_size] if padded else tensor
 
 
 def _choose_family(shape: ModelShape) -> ModelFamily:
@@ -155,10 +162,10 @@ def _choose_family(shape: ModelShape) -> ModelFamily:
 
 
 def _build_json_files(
-    family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
+    family: ModelFamily, model: PortableModel, shapes: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Return the JSON objects to write, keyed by file name."""
-    shape, dtype = model.shape, reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
+    shape, dtype = model.shape, reduce(torch.promote_types, (tensor.dtype for tensor in shapes.values()))
     return {
         CONFIG_FILE: {
             "architectures": [family.architecture],

@@ -1,7 +1,7 @@
 """Base class for model families that convert configs and weights between Hugging Face and this package."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -121,14 +121,12 @@ class ModelFamily(ABC):
         if not gpt.tied_embeddings:
             yield TensorMapping("lm_head.weight", (HEAD,))
 
-    def to_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a state dict of ``GPT`` to the family's tensor names and layouts."""
-        converted = {}
+    def to_hf_weights(self, gpt: GPTConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Convert a state dict of ``GPT``, one tensor at a time, to the family's tensor names and layouts."""
         for mapping in self.all_tensor_mappings(gpt):
             parts = [weights[name] for name in mapping.names]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            converted[mapping.hf_name] = (tensor.T if mapping.transposed else tensor).contiguous()
-        return converted
+            yield mapping.hf_name, (tensor.T if mapping.transposed else tensor).contiguous()
 
     def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert the family's tensors to a state dict of ``GPT``. This is the inverse of ``to_hf_weights``.

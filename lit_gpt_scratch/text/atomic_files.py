@@ -186,7 +186,7 @@ def _checksum(name: str, token: str) -> str:
 def _create_locked(path: Path) -> BinaryIO:
     """Create a temporary file that is locked while it is open, so that no other process removes it."""
     while True:
-        file = _temporary_path(path).open("xb")  # exclusive: fails if the name exists, even as a dangling link
+        file = _temporary_path(path).open("x+b")  # exclusive: fails if the name exists, even as a dangling link
         if _try_lock(file.fileno()) is not False and os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # another process removed the file before it was locked

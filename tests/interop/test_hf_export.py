@@ -195,7 +195,7 @@ def test_failed_export_leaves_no_folder(tmp_path: Path, tokenizer: Tokenizer, mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_checkpoint, "save_file", full)
+    monkeypatch.setattr(hf_checkpoint, "write_safetensors", full)
     with pytest.raises(UserError, match=r"cannot write .*hf: No space left on device"):
         write_hf_checkpoint(made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer), tmp_path / "hf")
     assert not any(tmp_path.iterdir())

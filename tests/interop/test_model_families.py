@@ -35,7 +35,7 @@ def test_logits_and_gradients_equal_transformers(published: Published, case: str
     (expected * target).sum().backward()
     family = FAMILIES[reference.config.model_type]
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters(remove_duplicate=False)}
-    translated = family.to_hf_weights(model.shape.gpt, gradients)
+    translated = dict(family.to_hf_weights(model.shape.gpt, gradients))
     known = dict(reference.named_parameters())
     assert translated.keys() == known.keys()
     for name, parameter in known.items():

@@ -1,0 +1,93 @@
+"""Read and write tensors one at a time, so that a model larger than memory can be converted."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+DTYPES: Final = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of data types in the safetensors format (https://huggingface.co/docs/safetensors)."""
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors keyed by name, each of which is read whenever it is accessed.
+
+    Args:
+        on_meta: Tensors with the same names, shapes and data types on the meta device.
+        read: Function that reads the tensor with a given name.
+    """
+
+    def __init__(self, on_meta: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+        self.on_meta = on_meta
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.on_meta:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.on_meta)
+
+    def __len__(self) -> int:
+        return len(self.on_meta)
+
+
+def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors from which only names, shapes and data types can be read, without reading ``LazyTensors``."""
+    return tensors.on_meta if isinstance(tensors, LazyTensors) else tensors
+
+
+def select(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Return some of the tensors under other names, without reading ``LazyTensors``.
+
+    Args:
+        tensors: Tensors keyed by name.
+        names: Map from new names to names in ``tensors``.
+    """
+    if not isinstance(tensors, LazyTensors):
+        return {new: tensors[name] for new, name in names.items()}
+    return LazyTensors({new: tensors.on_meta[name] for new, name in names.items()}, lambda new: tensors[names[new]])
+
+
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """Return the tensors whose names have a prefix, under their names without it."""
+    return select(tensors, {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)})
+
+
+def write_safetensors(
+    file: BinaryIO,
+    shapes: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file from tensors that are read one at a time.
+
+    Args:
+        file: The file, opened for writing bytes.
+        shapes: Tensors with the shapes and data types of those in the file, in the same order; may be on the meta
+            device.
+        tensors: Names and values of the tensors.
+        metadata: Metadata for the header.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in shapes.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the tensors are aligned
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+        assert (name, tensor.shape, tensor.dtype) == (expected, shape.shape, shape.dtype)
+        file.write(to_bytes(tensor))
+
+
+def to_bytes(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor as bytes, without copying a contiguous tensor on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
