@@ -1,33 +1,36 @@
 """Save LoRA adapters to a separate ``.safetensors`` file, and merge saved adapters into their base model."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.init_from import copy_weights
-from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, LoadedModel, load_checkpoint
+from lit_gpt_scratch.checkpoint.init_from import HEAD_WEIGHT, copy_weights
+from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, LoadedModel, StoredModel, load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import compute_digest, export_safetensors, load_safetensors
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES, add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.trust import Trusted
 
-HEAD_WEIGHT = "head.weight"
 
+def hash_base_weights(weights: Mapping[str, Tensor], new_head: bool) -> str:
+    """Compute the SHA-256 of the base model weights that adapters were trained on, converted to float32.
 
-def hash_base_weights(net: nn.Module, new_head: bool) -> str:
-    """Compute the SHA-256 of the base model weights that adapters were trained on.
+    It is the same whatever the precision of training.
 
     Args:
-        net: The base model.
+        weights: State dict of the base model.
         new_head: Whether the head was trained together with the adapters. If True, the base model's head is not hashed.
     """
-    weights = {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD_WEIGHT)}
-    return compute_digest("", weights)
+    hashed = {name: tensor for name, tensor in on_meta(weights).items() if not (new_head and name == HEAD_WEIGHT)}
+    return compute_digest("", LazyTensors(hashed, lambda name: weights[name].to(torch.float32)))
 
 
 def save_adapter(checkpoint: Path, path: Path) -> None:
@@ -83,7 +86,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
         )
     gpt, lora = metadata.build_configs(adapter, trusted)
     assert lora is not None
-    if metadata.base != hash_base_weights(base.net, metadata.new_head):
+    if metadata.base != hash_base_weights(base.net.state_dict(), metadata.new_head):
         raise UserError(
             f"{adapter} was trained on the weights of a different base model; "
             "pass the checkpoint of the base model on which the adapter was trained"
@@ -100,7 +103,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
         raise UserError(f"{adapter} has missing or unexpected weights: {min(wrong)}; export the adapter again")
     validate_tensors({**trained, **weights}, expected, str(adapter))
     net = GPT(gpt, base.net.vocab_size, metadata.block_size, metadata.head)
-    copy_weights(base, net)
+    copy_weights(StoredModel(base.net.config, None, trained, base.metadata), net)
     add_lora(net, lora)
     net.load_state_dict(weights, strict=False)
     merge_lora(net)

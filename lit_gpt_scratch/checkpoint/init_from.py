@@ -7,27 +7,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.checkpoint.loading import LoadedModel, build_model, load_checkpoint
+import torch
+
+from lit_gpt_scratch.checkpoint.loading import StoredModel, build_model, load_lazily, open_model
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.tensor_stream import on_meta
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.local_shard import shard_slices, to_local
+from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
+HEAD_WEIGHT: Final = "head.weight"
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """Pretrained checkpoint whose network has not been built yet.
-
-    The checkpoint stays in memory for as long as this object exists.
+    """Pretrained checkpoint whose weights have not been copied yet.
 
     Attributes:
         path: Path to the file or folder from which the checkpoint was read.
-        checkpoint: Checkpoint dict returned by ``load_checkpoint``.
+        checkpoint: Checkpoint dict returned by ``load_lazily``.
     """
 
     path: Path
@@ -45,7 +49,7 @@ class InitialModel:
         """
         try:
             path = find_checkpoint(place, Path(), None)
-            return cls(path, load_checkpoint(path))
+            return cls(path, load_lazily(path))
         except UserError as error:
             raise UserError(f"model.init_from: {error}") from error
 
@@ -60,22 +64,26 @@ class InitialModel:
         return self.metadata.load_tokenizer(self.path)
 
     def build_config(self, trusted: Trusted = None) -> GPTConfig:
-        """Build the config of the network; see ``build`` for the argument and the exceptions."""
+        """Build the config of the network; see ``open`` for the argument and the exceptions."""
         with explain_untrusted("model.init_from"):
             return self.metadata.build_configs(self.path, trusted)[0]
 
-    def build(self, trusted: Trusted = None) -> LoadedModel:
-        """Build the network.
+    def open(self, trusted: Trusted = None) -> StoredModel:
+        """Return the weights, which are read when they are accessed; only adapters are merged at once.
 
         Args:
-            trusted: Import paths that the checkpoint may import, such as a custom attention class. Building the network
-                runs the imported code.
+            trusted: Import paths that the checkpoint may import, such as a custom attention class. The imported code
+                runs.
 
         Raises:
             UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
         """
         with explain_untrusted("model.init_from"):
-            return build_model(self.checkpoint, self.path, trusted)
+            stored = open_model(self.checkpoint, self.path, trusted)
+            if stored.lora is None:
+                return stored
+            merged = build_model(self.checkpoint, self.path, trusted).net.state_dict()
+            return stored._replace(weights=merged, lora=None)
 
 
 @contextmanager
@@ -92,46 +100,53 @@ def explain_untrusted(argument: str) -> Iterator[None]:
         raise UserError(f"{argument}: {error}") from error
 
 
-def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:
+def resolve_context(trained: CheckpointMetadata, gpt: GPTConfig, block_size: int) -> int:
     """Return the context length of a new network: the larger of the pretrained model's context and ``block_size``.
 
     Args:
-        trained: The pretrained model.
+        trained: Metadata of the pretrained model.
         gpt: Config of the new network.
         block_size: Tokens per training sequence.
 
     Raises:
         UserError: The pretrained model has fewer than ``block_size`` learned positions.
     """
-    if gpt.position == "learned" and block_size > trained.net.block_size:
+    if gpt.position == "learned" and block_size > trained.block_size:
         raise UserError(
             f"--data.block_size is {block_size}, but the pretrained model (--model.init_from) has only "
-            f"{trained.net.block_size} learned positions; set --data.block_size to at most {trained.net.block_size}"
+            f"{trained.block_size} learned positions; set --data.block_size to at most {trained.block_size}"
         )
-    return max(block_size, trained.net.block_size)
+    return max(block_size, trained.block_size)
 
 
-def copy_weights(trained: LoadedModel, net: GPT) -> bool:
-    """Copy a trained model's weights into a network; a head of a different type or size keeps its initial weights.
-
-    Args:
-        trained: The model to copy from.
-        net: The network to copy to.
-
-    Returns:
-        Whether the head's weights were copied.
+def has_same_head(trained: StoredModel, net: GPT) -> bool:
+    """Check that a pretrained model fits a network, and return whether their heads have the same type and size.
 
     Raises:
         UserError: The two models differ in settings that are not in ``MAY_DIFFER``.
     """
     own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
-    same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape
-    may_differ = MAY_DIFFER if same_head else (*MAY_DIFFER, "tied_embeddings")
+    same_shape = on_meta(trained.weights)[HEAD_WEIGHT].shape == net.head.weight.shape
+    same = net.output_head == trained.metadata.head and same_shape
+    may_differ = MAY_DIFFER if same else (*MAY_DIFFER, "tied_embeddings")
     require_same_model(replace(trained.metadata, lora=None), own, may_differ)
-    weights = trained.net.state_dict()
-    if not same_head:
-        weights.pop("head.weight")
-    missing, unexpected = net.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"head.weight"}
-    return same_head
+    return same
+
+
+@torch.no_grad()
+def copy_weights(trained: StoredModel, net: GPT) -> None:
+    """Copy a trained model's weights into a network, which may be sharded and have new adapters, one at a time.
+
+    A head of another type or size, and adapters, keep their initial weights.
+
+    Args:
+        trained: The model to copy from; see ``has_same_head``.
+        net: The network to copy to.
+    """
+    weights = net.state_dict()
+    kept = {name for name in weights if name.endswith(ADAPTER_SUFFIXES)}
+    if not has_same_head(trained, net):
+        kept.add(HEAD_WEIGHT)
+    assert weights.keys() - kept == trained.weights.keys() - kept
+    for name in weights.keys() - kept:
+        to_local(weights[name]).copy_(trained.weights[name][tuple(shard_slices(weights[name]))])

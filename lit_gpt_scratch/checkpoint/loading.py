@@ -1,6 +1,6 @@
 """Load trained models: checkpoints, ``.safetensors`` files and Hugging Face folders."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,9 +17,10 @@ from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
-from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.interop.tensor_stream import on_meta, strip_prefix
+from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.expected_weights import expected_weights
-from lit_gpt_scratch.model.lora import add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted
@@ -181,6 +182,43 @@ def load_hf_checkpoint(path: Path) -> dict[str, Any]:
     return {METADATA_KEY: asdict(metadata), "state_dict": {STATE_PREFIX + name: weights[name] for name in weights}}
 
 
+class StoredModel(NamedTuple):
+    """Trained model whose network has not been built.
+
+    Attributes:
+        config: The architecture.
+        lora: LoRA settings, or None if the weights contain no adapters.
+        weights: The network's state dict; its tensors may be read only when they are accessed.
+        metadata: Metadata of the checkpoint.
+    """
+
+    config: GPTConfig
+    lora: LoRA | None
+    weights: Mapping[str, Tensor]
+    metadata: CheckpointMetadata
+
+
+def open_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) -> StoredModel:
+    """Check that the config and the weights of a checkpoint match; see ``build_model`` for the arguments and errors."""
+    metadata = CheckpointMetadata.from_checkpoint(checkpoint)
+    if not metadata.tokenizer:
+        raise UserError(
+            f"{path} contains only adapters; pass the base model as the checkpoint and this file as --adapter"
+        )
+    gpt, lora = metadata.build_configs(path, trusted)
+    weights = strip_prefix(checkpoint["state_dict"], STATE_PREFIX)
+    shapes = on_meta(weights)
+    try:  # before memory is allocated, since the sizes in the metadata may be wrong
+        expected = expected_weights(shapes, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
+    except UserError as error:
+        raise UserError(
+            f"{path} contains a model that cannot be built: {error}; use an intact file, and the version "
+            "of lit_gpt_scratch that wrote it"
+        ) from error
+    validate_tensors(shapes, expected, str(path))
+    return StoredModel(gpt, lora, weights, metadata)
+
+
 def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) -> LoadedModel:
     """Build the model from a loaded checkpoint.
 
@@ -193,30 +231,12 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
     Raises:
         UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
     """
-    metadata = CheckpointMetadata.from_checkpoint(checkpoint)
-    if not metadata.tokenizer:
-        raise UserError(
-            f"{path} contains only adapters; pass the base model as the checkpoint and this file as --adapter"
-        )
-    gpt, lora = metadata.build_configs(path, trusted)
-    weights = {
-        name.removeprefix(STATE_PREFIX): weight
-        for name, weight in checkpoint["state_dict"].items()
-        if name.startswith(STATE_PREFIX)
-    }
-    try:  # before memory is allocated, since the sizes in the metadata may be wrong
-        expected = expected_weights(weights, gpt, metadata.vocab_size, metadata.block_size, metadata.head, lora)
-    except UserError as error:
-        raise UserError(
-            f"{path} contains a model that cannot be built: {error}; use an intact file, and the version "
-            "of lit_gpt_scratch that wrote it"
-        ) from error
-    validate_tensors(weights, expected, str(path))
+    gpt, lora, weights, metadata = open_model(checkpoint, path, trusted)
     tokenizer = metadata.load_tokenizer(path)
     net = GPT(gpt, metadata.vocab_size, metadata.block_size, metadata.head, initialise=False)
     if lora is not None:
         add_lora(net, lora)
-    net.load_state_dict(weights)
+    net.load_state_dict(dict(weights))
     if lora is not None:
         merge_lora(net)
         remove_lora(net)

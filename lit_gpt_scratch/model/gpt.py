@@ -21,7 +21,7 @@ from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, WeightsByRole
-from lit_gpt_scratch.model.weight_sampler import WeightSampler
+from lit_gpt_scratch.model.weight_sampler import WeightSampler, draw_seed
 
 
 class Block(nn.Module):
@@ -358,11 +358,6 @@ class GPT(nn.Module):
             previous = _shift_right(x) if cache is None else cache.shift_right("embedding", x)
             x = self.smear(x, previous.masked_fill(is_first[..., None], 0.0))
         return x
-
-
-def draw_seed() -> int:
-    """Draw a random seed from torch's global generator."""
-    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _shift_right(x: Tensor) -> Tensor:

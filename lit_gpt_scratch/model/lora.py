@@ -23,6 +23,7 @@ from typing_extensions import override
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
+from lit_gpt_scratch.model.weight_sampler import WeightSampler, draw_seed
 
 MAX_RANK: Final = 2**13
 """Maximum rank of an adapter: the full rank of the matrices in the largest models that can be adapted."""
@@ -103,9 +104,13 @@ class LoRALinear(nn.Linear):
         self.enabled = True
         exact, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_a = nn.Parameter(torch.empty(settings.rank, base.in_features, dtype=exact, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.rank, dtype=exact, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the authors' code and peft
+        self.lora_b = nn.Parameter(torch.empty(base.out_features, settings.rank, dtype=exact, device=device))
         self.train(base.training)
+
+    def init_weights(self, sampler: WeightSampler) -> None:
+        """Initialize the adapter as the authors' code and peft do: A from a uniform distribution, B to zero."""
+        sampler.uniform_(self.lora_a, 1 / math.sqrt(self.in_features))
+        nn.init.zeros_(self.lora_b)
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -176,13 +181,15 @@ def match_layers(pattern: str, names: list[str]) -> set[str]:
         ) from error
 
 
-def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
+@torch.no_grad()
+def add_lora(net: nn.Module, settings: LoRA, seed: int | None = None) -> list[str]:
     """Add adapters to the linear layers whose names match ``settings.pattern``, and freeze all other parameters.
 
     Args:
         net: Any network; modified in place. Linear layers of classes not in ``LINEAR_CLASSES`` are skipped, because
             their ``forward`` may differ.
         settings: Hyperparameters of the adapters and the pattern that selects the layers.
+        seed: Random seed of the initial adapters; by default drawn from torch's global generator.
 
     Returns:
         The names of the adapted layers.
@@ -203,6 +210,10 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     adapted = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
     for name, layer in chosen:
         net.set_submodule(name, adapted[layer])
+    sampler = WeightSampler(net, draw_seed() if seed is None else seed)
+    for layer in adapted.values():
+        if not layer.lora_a.is_meta:
+            layer.init_weights(sampler)
     return [name for name, _ in chosen]
 
 

@@ -55,3 +55,8 @@ class WeightSampler:
             block = torch.from_numpy(draw(rng, (last - first, *rest)))
             start, stop = max(first, rows.start), min(last, rows.stop)
             local[start - rows.start : stop - rows.start] = block[(slice(start - first, stop - first), *others)]
+
+
+def draw_seed() -> int:
+    """Draw a random seed from torch's global generator."""
+    return int(torch.randint(2**62, (), device="cpu"))

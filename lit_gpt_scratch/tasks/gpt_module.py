@@ -20,7 +20,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_gpt_scratch.batch_types import STEP_KEYS, BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.adapters import hash_base_weights
-from lit_gpt_scratch.checkpoint.init_from import InitialModel, copy_weights, resolve_context
+from lit_gpt_scratch.checkpoint.init_from import InitialModel, copy_weights, has_same_head, resolve_context
 from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, normalize_progress, rescale_batch_counts
 from lit_gpt_scratch.checkpoint.metadata import (
     METADATA_KEY,
@@ -37,9 +37,9 @@ from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
-from lit_gpt_scratch.model.gpt import draw_seed
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
+from lit_gpt_scratch.model.weight_sampler import draw_seed
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
 from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
@@ -301,44 +301,50 @@ class GPTModule(L.LightningModule):
         device, data = self.trainer.strategy.root_device, self.data_info
         vocab_size, block_size = data.vocab_size, data.block_size
         initial = self._initial_model()
-        pretrained = None if initial is None else initial.build(self.trusted)
+        pretrained = None if initial is None else initial.open(self.trusted)
         if pretrained is not None:
-            require_same_tokenizer(pretrained.metadata, data.tokenizer_json)
-            vocab_size, block_size = pretrained.net.vocab_size, resolve_context(pretrained, self.gpt, block_size)
+            trained = pretrained.metadata
+            require_same_tokenizer(trained, data.tokenizer_json)
+            vocab_size, block_size = trained.vocab_size, resolve_context(trained, self.gpt, block_size)
         validate_attention_backend(self.gpt, device)
         require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         seed = self.trainer.strategy.broadcast(draw_seed())  # each process initializes its own shards
-        # A network that is sharded is never allocated as a whole, unless its weights come from a pretrained model.
-        on_meta = self.device_mesh is not None and pretrained is None and self.lora is None
-        with torch.device("meta") if on_meta else nullcontext():
+        is_sharded = self.device_mesh is not None  # it is never allocated as a whole
+        with torch.device("meta") if is_sharded else nullcontext():
             self.net = GPT(self.gpt, vocab_size, block_size, self.output_head, seed)
-        self.head_is_new = pretrained is not None and not copy_weights(pretrained, self.net)
+        self.head_is_new = pretrained is not None and not has_same_head(pretrained, self.net)
+        if pretrained is not None and not is_sharded:
+            copy_weights(pretrained, self.net)
         # A resumed run starts from its own checkpoint; a head that was new at the start of the run still counts as new.
         self._trains_new_head = pretrained is None or self.head_is_new or pretrained.metadata.new_head
         if pretrained is None and (self.lora or self.train_layers is not None):
             log.warning("model.init_from is not set, so frozen weights stay random; set it to a pretrained model")
         if pretrained is not None and self.lora:
-            self._base_hash = hash_base_weights(self.net, self._trains_new_head)
-        self.initial_model = initial = pretrained = None  # free its memory
-        self._freeze()
+            self._base_hash = hash_base_weights(pretrained.weights, self._trains_new_head)
+        self._freeze(seed)
         auxiliary = self.build_auxiliary_networks()
         self.net.recompute = self.activation_checkpointing
         if self.device_mesh is not None:
-            for net in (self.net, *auxiliary):
+            for net in (self.net, *auxiliary):  # a copy of the network gets the same weights
                 parallelize(net, self.device_mesh, str(self.trainer.precision))
-                if on_meta:  # a copy of the network gets the same weights
-                    net.materialize(device, seed)
+                net.materialize(device, seed)
+                if pretrained is not None:
+                    copy_weights(pretrained, net)
+        self.initial_model = None  # free its memory
         self.metrics = self.build_metrics()
 
-    def _freeze(self) -> None:
+    def _freeze(self, seed: int) -> None:
         """Freeze the parameters that ``lora`` or ``train_layers`` excludes from training, except for a new output head.
+
+        Args:
+            seed: Random seed of the initial adapters.
 
         Raises:
             UserError: ``lora.pattern`` matches an output head that is tied to the embedding.
         """
         tied = self.net.head.weight is self.net.embedding.weight
         if self.lora is not None:
-            names = add_lora(self.net, self.lora)
+            names = add_lora(self.net, self.lora, seed)
             if tied and "head" in names:
                 raise UserError(
                     f"model.lora.pattern is {self.lora.pattern}, which matches the head, but the head is tied to "

@@ -317,7 +317,7 @@ def adapter(saved: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     base = build_model(load_checkpoint(folder / "base.ckpt"), folder / "base.ckpt")
     net = GPT(base.net.config, base.net.vocab_size, base.net.block_size)
     net.load_state_dict(base.net.state_dict())
-    digest = hash_base_weights(net, False)
+    digest = hash_base_weights(net.state_dict(), False)
     add_lora(net, LoRA(rank=2))
     metadata = saved[METADATA_KEY] | {"lora": asdict(LoRA(rank=2)), "base": digest}
     state = {STATE_PREFIX + name: weight for name, weight in net.state_dict().items()}

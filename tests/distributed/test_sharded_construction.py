@@ -3,6 +3,7 @@
 The processes of a group are simulated, each in a process of its own, because torch keeps the meshes of a process.
 """
 
+from dataclasses import asdict
 from itertools import product
 from typing import Any, Final
 
@@ -16,11 +17,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_gpt_scratch.checkpoint.init_from import copy_weights
+from lit_gpt_scratch.checkpoint.loading import StoredModel
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
 from lit_gpt_scratch.distributed.parallelize import DATA_PARALLEL, SHARD, TENSOR_PARALLEL, build_mesh, parallelize
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
+from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
 from tests.end_to_end import forked
 
@@ -113,13 +119,34 @@ def check_parameters() -> None:
         assert torch.equal(whole[tuple(shard_slices(expected))], expected.to_local()), (shape, dimensions)
 
 
+def check_pretrained() -> None:
+    """Compare shards of a pretrained model with parts of it, and shards of new adapters with whole ones."""
+    gpt = config(tied_embeddings=True, bias=True)
+    pretrained, lora = GPT(gpt, VOCAB, BLOCK_SIZE, seed=SEED + 1), LoRA(rank=4)
+    weights = {name: weight.clone() for name, weight in pretrained.state_dict().items()}
+    metadata = CheckpointMetadata(asdict(gpt), VOCAB, BLOCK_SIZE, "{}")
+    lazy = LazyTensors({name: weight.to("meta") for name, weight in weights.items()}, weights.__getitem__)
+    add_lora(pretrained, lora, SEED)
+    whole = dict(pretrained.named_parameters())
+    for layout in ("fsdp2", "hsdp"):
+        net = on_meta(gpt)
+        add_lora(net, lora, SEED)
+        parallelize(net, build_mesh("cpu", *MESHES[layout]), "32-true")
+        net.materialize(torch.device("cpu"), SEED)
+        copy_weights(StoredModel(gpt, None, lazy, metadata), net)
+        assert net.state_dict().keys() == pretrained.state_dict().keys()
+        for name, p in net.named_parameters():
+            assert torch.equal(to_local(p), part_of(whole[name], p)), (layout, name)
+            assert p.requires_grad == whole[name].requires_grad == ("lora" in name)
+
+
 QUICK_RANKS: Final = (0, WORLD - 1)
 
 
 @pytest.mark.parametrize(
     "rank", [pytest.param(r, marks=[] if r in QUICK_RANKS else pytest.mark.slow) for r in range(WORLD)]
 )
-@pytest.mark.parametrize("function", ["check_networks", "check_parameters"])
+@pytest.mark.parametrize("function", ["check_networks", "check_parameters", "check_pretrained"])
 def test_shards_are_parts_of_the_whole(function: str, rank: int) -> None:
     in_simulated_process(function, rank)
 

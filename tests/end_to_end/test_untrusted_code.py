@@ -108,7 +108,7 @@ def adapted_model() -> str:
 def adapter() -> str:
     base = build_model(load_checkpoint(RUN / "checkpoints/last.ckpt"), RUN)
     net = base.net
-    digest = hash_base_weights(net, new_head=False)
+    digest = hash_base_weights(net.state_dict(), new_head=False)
     add_lora(net, LoRA(rank=2))
     gpt = base.metadata.gpt | {"attention": ATTENTION}
     metadata = replace(base.metadata, gpt=gpt, tokenizer="", lora=asdict(LoRA(rank=2)), base=digest)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.checkpoint.adapters import apply_adapter, save_adapter
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
-from lit_gpt_scratch.checkpoint.init_from import copy_weights
+from lit_gpt_scratch.checkpoint.init_from import InitialModel, copy_weights, has_same_head
 from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors, load_safetensors
@@ -300,16 +300,14 @@ def test_head_for_different_classes_is_initialised_from_scratch(
         return task, path
 
     _, path = fit(base, "ham", "spam")
-    trained = build_model(load_checkpoint(path), path)
+    trained = InitialModel.read(str(path)).open()
+    sizes = trained.metadata.vocab_size, trained.metadata.block_size
     for classes, kept in ((("spam", "ham"), True), (("bad", "good"), False)):
-        net = GPT(
-            trained.net.config,
-            trained.net.vocab_size,
-            trained.net.block_size,
-            ClassificationHead(2, tuple(sorted(classes))),
-        )
-        assert copy_weights(trained, net) is kept
-        assert torch.equal(net.head.weight, trained.net.head.weight) is kept
+        net = GPT(trained.config, *sizes, ClassificationHead(2, tuple(sorted(classes))))
+        assert has_same_head(trained, net) is kept
+        copy_weights(trained, net)
+        assert torch.equal(net.head.weight, trained.weights["head.weight"]) is kept
+        assert torch.equal(net.embedding.weight, trained.weights["embedding.weight"])
     assert fit(path, "bad", "good")[0].net.head.weight.requires_grad
 
 
