@@ -35,13 +35,27 @@ The record begins with ``END_RECORD_SIGNATURE``, and its last field is the lengt
 READ_BYTES: Final = 1 << 20
 
 
-_saving: set[Path] = set()
-"""Paths of the checkpoints that this process is writing."""
+_saving: dict[Path, bool] = {}
+"""Paths of the checkpoints that this process is writing, and whether it depends on no other process."""
 
 
-def is_saving() -> bool:
-    """Return whether this process is writing a checkpoint, in any thread."""
-    return bool(_saving)
+def is_saving(alone: bool = False) -> bool:
+    """Return whether this process is writing a checkpoint, in any thread.
+
+    Args:
+        alone: Whether to ignore checkpoints that are complete only once other processes have written their shards.
+    """
+    return any(_saving.values()) if alone else bool(_saving)
+
+
+@contextmanager
+def mark_saving(path: Path, alone: bool = True) -> Iterator[None]:
+    """Context manager in which ``is_saving`` returns True; see there for the argument ``alone``."""
+    _saving[path] = alone
+    try:
+        yield
+    finally:
+        _saving.pop(path, None)
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -52,17 +66,13 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: The file cannot be written, or the checkpoint contains objects that could not be loaded again.
     """
-    _saving.add(path)
-    try:
-        with explain_save_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as file:
-                writer = _HashingWriter(file)
-                torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
-                _write_checksum(file, writer.digest.hexdigest())
-                _reject_unsafe_globals(Path(file.name), path)
-    finally:
-        _saving.discard(path)
+    with mark_saving(path), explain_save_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            writer = _HashingWriter(file)
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
+            _write_checksum(file, writer.digest.hexdigest())
+            _reject_unsafe_globals(Path(file.name), path)
 
 
 @contextmanager

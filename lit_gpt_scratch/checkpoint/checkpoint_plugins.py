@@ -13,8 +13,8 @@ from lit_gpt_scratch.checkpoint.checkpoint_io import load_archive, save_checkpoi
 from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
     ShardedCheckpoint,
     is_sharded,
-    previous_format,
     remove_checkpoint,
+    remove_replaced,
     save_sharded,
     set_aside,
     tensor_identity,
@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         set_aside(Path(path), sharded=False)
         save_checkpoint(checkpoint, Path(path))
-        remove_checkpoint(previous_format(Path(path)))
+        remove_replaced(Path(path))
 
     @override
     def load_checkpoint(
@@ -74,12 +74,28 @@ class BackgroundCheckpointIO(SingleThreadCheckpointIO):
         super().__init__(checkpoint_io or AtomicCheckpointIO())
         self._last: Future[None] | None = None
 
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def wait(self) -> None:
+        """Wait until the pending saves have finished.
+
+        Raises:
+            Exception: A save has failed.
+        """
         if self._last is not None:
             self._last.result()
         if self.error is not None:
             raise self.error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        self.wait()  # it may be the checkpoint that is being saved
+        assert self.checkpoint_io is not None
+        return self.checkpoint_io.load_checkpoint(path, map_location, weights_only)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        self.wait()
         copies: dict[Any, torch.Tensor] = {}  # tied weights are copied once
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:

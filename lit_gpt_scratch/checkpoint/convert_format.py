@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import append_checksum, explain_save_errors, load_archive
+from lit_gpt_scratch.checkpoint.checkpoint_io import append_checksum, explain_save_errors
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_training_state
 from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
     ShardedCheckpoint,
     is_sharded,
@@ -27,7 +28,7 @@ MAPPED_BYTES: Final = 2**28
 
 
 def to_sharded(path: Path, sharded: Path) -> None:
-    """Convert a checkpoint in one file to a sharded checkpoint, whose files are smaller than 512 MB.
+    """Convert a checkpoint in one file to a sharded checkpoint, in files of about 256 MB or one tensor.
 
     Args:
         path: Path to the checkpoint.
@@ -39,7 +40,7 @@ def to_sharded(path: Path, sharded: Path) -> None:
     if is_sharded(path):
         raise UserError(f"{path} is sharded already; it can be loaded with any strategy and number of processes")
     require_new(sharded)
-    save_sharded(load_archive(path, mapped=True), sharded)
+    save_sharded(load_checkpoint(path, mapped=True), sharded)
 
 
 def to_one_file(sharded: Path, path: Path) -> None:
@@ -57,8 +58,7 @@ def to_one_file(sharded: Path, path: Path) -> None:
             f"{sharded} is not a sharded checkpoint; pass a folder written with --checkpoint.format sharded"
         )
     require_new(path)
-    checkpoint = ShardedCheckpoint.open(sharded)
-    state = checkpoint.read_training_state()
+    checkpoint, state = ShardedCheckpoint.open(sharded), load_training_state(sharded)
     stored = dict(named_tensors(state))
     checkpoint.require_stored(stored)
     with explain_save_errors(path), atomic_file(path) as file:

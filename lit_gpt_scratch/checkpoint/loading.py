@@ -87,15 +87,16 @@ def load_training_state(path: Path) -> dict[str, Any]:
     """
     if not is_sharded(path):
         return load_checkpoint(path)
-    loaded = ShardedCheckpoint.open(path).read_training_state()
+    loaded = ShardedCheckpoint.open(path, with_shards=False).read_training_state()
     _validate(loaded, path, ("cpu", "meta"))
     return loaded
 
 
 def load_lazily(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without its optimizer states; a sharded one's weights are read when they are accessed.
+    """Load a checkpoint whose weights are read when they are accessed, if it is sharded or in one file.
 
-    The weights of other files are loaded, or mapped into memory, which the system reads when they are accessed.
+    The optimizer states of a sharded checkpoint are omitted. The weights of ``.safetensors`` files and Hugging Face
+    folders are loaded at once.
 
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint; also raised when a weight is read.

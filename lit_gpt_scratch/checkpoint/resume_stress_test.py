@@ -91,7 +91,7 @@ class ResumeStressTest:
         reference = RunFolder(self.folder / "uninterrupted" / "pretrain" / "version_0")
         began = time.monotonic()
         self._wait_until_finished(self._start(reference))
-        if not (reference.last.exists() and reference.config.exists()):
+        if not (is_checkpoint(reference.last) and reference.config.exists()):
             raise UserError("fit saved no checkpoint with these flags, so no run can be resumed; enable checkpointing")
         self.training_seconds = time.time() - reference.config.stat().st_mtime  # written when training begins
         self.startup_seconds = max(time.monotonic() - began - self.training_seconds, 0.1)
@@ -118,7 +118,7 @@ class ResumeStressTest:
     def _start(self, run: RunFolder) -> "subprocess.Popen[str]":
         """Start or resume a run in its own process session, so that all its processes can be killed."""
         resume = []
-        if run.last.exists():
+        if is_checkpoint(run.last):
             resume = [f"--ckpt_path={run.path}"]
         elif run.path.exists():
             run.delete()

@@ -14,7 +14,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
-from lit_gpt_scratch.checkpoint.sharded_checkpoint import is_checkpoint, saved_at, verify_checkpoint
+from lit_gpt_scratch.checkpoint.sharded_checkpoint import is_checkpoint, is_incomplete, saved_at, verify_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.atomic_files import is_unfinished, remove_unfinished, write_atomically
@@ -110,8 +110,9 @@ class RunFolder:
 
         A folder that contains a checkpoint is kept.
         """
-        saved = [path for path in self.checkpoints.glob("*") if not is_unfinished(path)]
-        if saved or any(self.path.rglob("*.ckpt")):
+        unfinished = [path for path in self.checkpoints.glob("*") if is_unfinished(path) or is_incomplete(path)]
+        others = [path for path in self.path.rglob("*.ckpt") if not {path, *path.parents} & {*unfinished}]
+        if others or {*self.checkpoints.glob("*")} - {*unfinished}:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):

@@ -16,33 +16,41 @@ The manifest is written last, by renaming, so a killed process leaves the previo
 
 import hashlib
 import json
+import logging
+import math
+import os
 import re
 import secrets
 import shutil
+import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, TypedDict, override
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import load_archive, save_checkpoint, verify_checksum
+from lit_gpt_scratch.checkpoint.checkpoint_io import load_archive, mark_saving, save_checkpoint, verify_checksum
 from lit_gpt_scratch.checkpoint.training_state import SavedOptimizer
 from lit_gpt_scratch.errors import UserError, exception_chain
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.schema import read_json, validate
-from lit_gpt_scratch.text.atomic_files import write_atomically
+from lit_gpt_scratch.text.atomic_files import name_checksum, sync_folder, write_atomically
 from lit_gpt_scratch.text.token_shards import sha256_file
 
 MANIFEST: Final = "manifest.json"
@@ -52,7 +60,14 @@ SHARD_FILE: Final = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 FILE_BYTES: Final = 2**28
 """Approximate maximum size in bytes of a shard file; ``torch.distributed.checkpoint`` serializes a file in memory."""
 
+REPLACED: Final = re.compile(r"replaced-([0-9a-f]{16})([0-9a-f]{16})-(.*)", re.DOTALL)
+"""Pattern of the names that ``set_aside`` gives: a random token, a checksum of the token and the name, and the name."""
+VISIBLE_SECONDS: Final = 60.0
+"""Maximum time in seconds until a network file system shows the files of other machines."""
+
 T = TypeVar("T")
+Box = tuple[tuple[int, int], ...]
+log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
@@ -88,6 +103,11 @@ def is_sharded(path: Path) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a complete checkpoint in either format."""
     return path.is_file() or is_sharded(path)
+
+
+def is_incomplete(path: Path) -> bool:
+    """Return whether a folder contains only shards of killed saves, and no complete checkpoint."""
+    return path.is_dir() and all(SHARDS_FOLDER.fullmatch(each.name) for each in path.iterdir())
 
 
 def saved_at(path: Path) -> float:
@@ -128,13 +148,14 @@ class ShardedCheckpoint:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path, rank: int = 0, ranks: int = 1) -> "ShardedCheckpoint":
+    def open(cls, path: Path, rank: int = 0, ranks: int = 1, with_shards: bool = True) -> "ShardedCheckpoint":
         """Open a sharded checkpoint and verify the checksums of its files.
 
         Args:
             path: Path to the checkpoint.
             rank: Rank of this process among those that open the checkpoint together.
-            ranks: Number of such processes; each verifies the checksums of its share of the files.
+            ranks: Number of such processes; each verifies the checksums of its share of the shards.
+            with_shards: Whether to verify the shards; otherwise, only the training state is verified.
 
         Raises:
             UserError: The manifest is invalid, or a file is missing, was added, or does not match its checksum.
@@ -142,14 +163,18 @@ class ShardedCheckpoint:
         manifest = _read_manifest(path)
         folder = path / manifest["folder"]
         present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        if missing := sorted(manifest["files"].keys() - present):
+        missing = sorted(manifest["files"].keys() - present)
+        if missing and _read_manifest(path) != manifest:
+            return cls.open(path, rank, ranks, with_shards)  # another process has just saved a new checkpoint
+        if missing:
             raise UserError(f"{path} is incomplete: {folder / missing[0]} is missing; use another checkpoint")
         if added := sorted(present - manifest["files"].keys()):
             raise UserError(
                 f"{path} is corrupted: {folder / added[0]} is not in its manifest; delete this file, or use another "
                 "checkpoint"
             )
-        for name in sorted(manifest["files"])[rank::ranks]:
+        shards = sorted(manifest["files"].keys() - {TRAINING_STATE}) if with_shards else []
+        for name in (TRAINING_STATE, *shards[rank::ranks]):
             _verify_file(folder / name, manifest["files"][name])
         return cls(path, manifest)
 
@@ -167,6 +192,8 @@ class ShardedCheckpoint:
         state = load_archive(self.folder / TRAINING_STATE)
         try:
             validate(state, StoredTensors, "checkpoint")
+            stored = {id(tensor) for _, tensor in _find_tensors(state)}
+            apply_to_collection(state, Tensor, lambda tensor: _require_meta(tensor, id(tensor) in stored))
         except ValueError as error:
             raise UserError(f"{self.folder / TRAINING_STATE} is corrupted ({error}); use another checkpoint") from error
         return state
@@ -178,18 +205,22 @@ class ShardedCheckpoint:
             tensors: Tensors keyed by name as in ``named_tensors``. Each process reads only its shard of a ``DTensor``.
 
         Raises:
-            UserError: A tensor is missing, incomplete, or has another shape or data type.
+            UserError: A tensor is missing or incomplete, or has another shape.
         """
-        reader = HuggingFaceStorageReader(str(self.folder))
         try:
-            saved = reader.read_metadata().state_dict_metadata
             for name, tensor in tensors.items():
-                _require_same_tensor(name, tensor, saved.get(name))
-            load(dict(tensors), storage_reader=reader, no_dist=True)
-        except ValueError as error:
-            raise UserError(f"{self.path} is corrupted: {error}; use another checkpoint") from error
+                _require_same_tensor(name, tensor, self._reader.metadata.state_dict_metadata.get(name))
+            load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except (Exception, CheckpointException) as error:  # reading an arbitrary file can raise anything
-            raise UserError(f"{self.path} is corrupted: its tensors cannot be read; use another checkpoint") from error
+            if is_sharded(self.path) and _read_manifest(self.path) != self.manifest:
+                reason = "it was replaced while it was read; run the command again"
+            else:
+                reason = f"{error if isinstance(error, ValueError) else 'its tensors cannot be read'}; use another one"
+            raise UserError(f"cannot read the checkpoint {self.path}: {reason}") from error
+
+    @cached_property
+    def _reader(self) -> "_ShardReader":
+        return _ShardReader(str(self.folder))
 
     def load(self) -> dict[str, Any]:
         """Return the checkpoint dict with all tensors, on the CPU. Tied weights share their memory.
@@ -232,6 +263,19 @@ class ShardedCheckpoint:
             raise UserError(f"{self.path} is corrupted: its tensors are larger than its files; use another checkpoint")
 
 
+class _ShardReader(HuggingFaceStorageReader):
+    """Reader that reads the headers of the files only once."""
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """Shapes and shards of all tensors."""
+        return super().read_metadata()
+
+    @override
+    def read_metadata(self) -> Metadata:
+        return self.metadata
+
+
 def named_tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor of a checkpoint dict that is stored in shards.
 
@@ -244,6 +288,16 @@ def named_tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]
         if identity not in seen:
             seen.add(identity)
             yield name, tensor
+
+
+def _require_meta(tensor: Tensor, is_stored: bool) -> None:
+    """Check that a tensor of the training state is on the meta device if and only if it is stored in shards.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if tensor.is_meta != is_stored:
+        raise ValueError("a tensor is not where it is stored")
 
 
 def _find_tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -263,10 +317,12 @@ def _is_stored_in_shards(value: Any) -> bool:
 def tensor_identity(tensor: Tensor) -> Any:
     """Return a key that is equal for tensors that share their memory, such as tied weights.
 
-    All empty tensors have the same key, including the ``DTensor``s of which this process holds no part.
+    It is unique for each tensor on the meta device and each ``DTensor`` of which this process holds no part.
     """
     local = to_local(tensor)
-    return id(tensor) if tensor.is_meta else (local.data_ptr(), local.shape)
+    if tensor.is_meta or not local.numel():
+        return id(tensor)
+    return local.data_ptr(), local.dtype, local.shape, local.stride()
 
 
 def replace_tensors(checkpoint: Mapping[str, Any], replace: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -304,18 +360,20 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, group: ProcessGroup 
     """
     rank = 0 if group is None else dist.get_rank(group)
     action = f"save {path}"
-    # Of tied weights, rank 0 chooses the one that is stored: a rank that holds no part of them does not see the tie.
-    folder, names = _agree(group, action, lambda: _create_folder(path, checkpoint) if rank == 0 else (path, []))[0]
-    try:
-        tensors = {name: tensor for name, tensor in _find_tensors(checkpoint) if name in names}
-        _agree(group, action, lambda: _write_shards(tensors, folder, group))
-        records = _agree(group, action, lambda: _record_shards(folder, rank))
-        shards = {name: file for part in records for name, file in part.items()}
-        _agree(group, action, lambda: _commit(checkpoint, path, folder, shards) if rank == 0 else None)
-    except BaseException:
-        if rank == 0 and (not is_sharded(path) or _read_manifest(path)["folder"] != folder.name):
-            shutil.rmtree(folder, ignore_errors=True)  # frees disk space
-        raise
+    with mark_saving(path, alone=group is None):
+        # Rank 0 chooses the names: a rank that holds no part of a tied weight does not see that it is tied.
+        folder, names = _agree(group, action, lambda: _create_folder(path, checkpoint) if rank == 0 else (path, []))[0]
+        try:
+            chosen = set(names)
+            tensors = {name: tensor for name, tensor in _find_tensors(checkpoint) if name in chosen}
+            _agree(group, action, lambda: _write_shards(tensors, folder, group))
+            records = _agree(group, action, lambda: _record_shards(folder, rank))
+            shards = {name: file for part in records for name, file in part.items()}
+            _agree(group, action, lambda: _commit(checkpoint, path, folder, shards) if rank == 0 else None)
+        except BaseException:
+            if rank == 0 and (not is_sharded(path) or _read_manifest(path)["folder"] != folder.name):
+                shutil.rmtree(folder, ignore_errors=True)  # frees disk space
+            raise
 
 
 def open_on_all_ranks(path: Path, group: ProcessGroup | None) -> ShardedCheckpoint:
@@ -326,8 +384,10 @@ def open_on_all_ranks(path: Path, group: ProcessGroup | None) -> ShardedCheckpoi
     """
     if group is None:
         return ShardedCheckpoint.open(path)
+    opened: list[ShardedCheckpoint] = []
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    return _agree(group, f"open {path}", lambda: ShardedCheckpoint.open(path, rank, ranks))[rank]
+    _agree(group, f"open {path}", lambda: opened.append(ShardedCheckpoint.open(path, rank, ranks)))
+    return opened[0]
 
 
 def _agree(group: ProcessGroup | None, action: str, function: Callable[[], T]) -> list[T]:
@@ -351,6 +411,7 @@ def _agree(group: ProcessGroup | None, action: str, function: Callable[[], T]) -
         failure = f"cannot {action}: {_describe_failure(error)}"
         if group is None and not isinstance(error, OSError | CheckpointException):
             raise
+        log.debug("%s", failure, exc_info=True)
     outcomes: list[Any] = [(result, failure)]
     if group is not None:
         outcomes *= dist.get_world_size(group)
@@ -391,6 +452,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup 
         files[name] = 1 + size // (FILE_BYTES * ranks)
     if files:
         writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # copy one tensor after another, without a stream of the current CUDA device
         save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
@@ -400,6 +462,8 @@ def _record_shards(folder: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _record_file(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
@@ -411,16 +475,31 @@ def _commit(checkpoint: Mapping[str, Any], path: Path, folder: Path, shards: dic
         return meta.setdefault(tensor_identity(tensor), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     save_checkpoint(replace_tensors(checkpoint, to_meta), folder / TRAINING_STATE)
+    sync_folder(folder)
+    _require_visible(folder, shards)
     files = {TRAINING_STATE: _record_file(folder / TRAINING_STATE), **shards}
     content: dict[str, Any] = {"version": 1, "folder": folder.name, "files": files}
     write_atomically(path / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1))
+    sync_folder(path.parent)
     _remove_shards(path, keep=folder.name)
-    remove_checkpoint(previous_format(path))
+    remove_replaced(path)
 
 
-def previous_format(path: Path) -> Path:
-    """Return the path to which a checkpoint is renamed until a checkpoint in another format has replaced it."""
-    return path.with_name(f"previous-{path.name}")
+def _require_visible(folder: Path, shards: Mapping[str, FileRecord]) -> None:
+    """Check that this process sees the files of all ranks; a network file system may show them with a delay.
+
+    Raises:
+        UserError: A file is missing or incomplete.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for name, record in shards.items():
+        while not (folder / name).is_file() or (folder / name).stat().st_size != record["bytes"]:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"cannot save {folder.parent}: {name}, which another rank has written, is not there; "
+                    "set --runs to a folder that all machines share"
+                )
+            time.sleep(0.1)
 
 
 def set_aside(path: Path, sharded: bool) -> None:
@@ -430,23 +509,36 @@ def set_aside(path: Path, sharded: bool) -> None:
         path: Path to a checkpoint, which may be missing.
         sharded: Whether a sharded checkpoint will be written.
     """
-    if path.is_dir() and not sharded and not is_sharded(path):
-        remove_checkpoint(path)  # left by a process that was killed while it saved its first checkpoint
-    elif path.is_file() if sharded else path.is_dir():
-        remove_checkpoint(previous_format(path))
-        path.rename(previous_format(path))
+    is_folder = path.is_dir() and not path.is_symlink()  # a link is replaced like a file
+    if is_folder and not sharded and is_incomplete(path):
+        remove_checkpoint(path)
+    elif is_folder != sharded and os.path.lexists(path):
+        token = secrets.token_hex(8)
+        path.rename(path.with_name(f"replaced-{token}{name_checksum(path.name, token)}-{path.name}"))
+
+
+def remove_replaced(path: Path) -> None:
+    """Delete the checkpoints that ``set_aside`` has renamed, once another one has replaced them."""
+    for other in path.parent.glob("replaced-*"):
+        match = REPLACED.fullmatch(other.name)
+        if match and match[3] == path.name and name_checksum(match[3], match[1]) == match[2]:
+            remove_checkpoint(other)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint in either format, if it exists; files of other programs in its folder are kept.
+    """Delete a checkpoint in either format, if it exists; a folder that contains other files is kept, without shards.
 
     Raises:
-        OSError: The folder contains other files, or a file cannot be deleted.
+        OSError: A file cannot be deleted.
     """
-    if path.is_dir():
-        (path / MANIFEST).unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        if is_sharded(path):
+            (path / MANIFEST).unlink()
         _remove_shards(path, keep=None)
-        path.rmdir()
+        with suppress(OSError):
+            path.rmdir()
+        if path.exists():
+            log.warning("%s contains other files, so the folder is kept", path)
     else:
         path.unlink(missing_ok=True)
 
@@ -494,7 +586,9 @@ def _verify_file(path: Path, record: FileRecord) -> None:
         UserError: They differ, or the file cannot be read.
     """
     try:
-        intact = path.stat().st_size == record["bytes"] and sha256_file(path) == record["sha256"]
+        info = path.lstat()
+        is_plain = stat.S_ISREG(info.st_mode) and info.st_size == record["bytes"]
+        intact = is_plain and sha256_file(path) == record["sha256"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     if not intact:
@@ -502,7 +596,7 @@ def _verify_file(path: Path, record: FileRecord) -> None:
 
 
 def _require_same_tensor(name: str, tensor: Tensor, saved: Any) -> None:
-    """Check that a stored tensor is complete and has the expected shape and data type.
+    """Check that a stored tensor is complete and has the expected shape. It may have another data type.
 
     Raises:
         ValueError: It does not.
@@ -511,5 +605,18 @@ def _require_same_tensor(name: str, tensor: Tensor, saved: Any) -> None:
         raise ValueError(f"it has no tensor {name}")
     if saved.size != tensor.shape:
         raise ValueError(f"{name} has the shape {tuple(saved.size)} instead of {tuple(tensor.shape)}")
-    if sum(chunk.sizes.numel() for chunk in saved.chunks) != tensor.numel():
-        raise ValueError(f"a part of {name} is missing")
+    boxes = [tuple(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in saved.chunks if chunk.sizes.numel()]
+    if sum(math.prod(size for _, size in box) for box in boxes) != tensor.numel() or _any_overlap(boxes):
+        raise ValueError(f"a part of {name} is missing or repeated")
+
+
+def _any_overlap(boxes: list[Box]) -> bool:
+    """Return whether any two boxes, each given by the offset and size in each dimension, overlap."""
+    boxes = sorted(boxes)  # by their offset in the first dimension, so that few pairs have to be compared
+    for index, box in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            if other[0][0] >= box[0][0] + box[0][1]:
+                break
+            if all(a < c + d and c < a + b for (a, b), (c, d) in zip(box, other, strict=True)):
+                return True
+    return False

@@ -230,7 +230,7 @@ class RankMonitor:
             rank for rank, (value, at) in self._seen.items() if value.startswith(SAVING) and now - at < STUCK_SECONDS
         }
         lost = [rank for rank in ranks if rank not in saving]
-        if lost and not is_saving() and now - self._signaled_at > GRACE_SECONDS:
+        if lost and not is_saving(alone=True) and now - self._signaled_at > GRACE_SECONDS:
             self._abort(f"while it waited for {_name_ranks(lost)}")
         cpu_seconds = time.process_time()
         if cpu_seconds - self._cpu_seconds > IDLE_SHARE * INTERVAL or saving or is_saving():

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
-from lit_gpt_scratch.checkpoint.checkpoint_plugins import ShardedCheckpointIO
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import BackgroundCheckpointIO, ShardedCheckpointIO
 from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
     ShardedCheckpoint,
     is_sharded,
@@ -39,6 +39,7 @@ from lit_gpt_scratch.lightning_compat import (
     multiprocessing_start_method,
     start_as_scripts,
 )
+from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Options for checkpoints of full tensors: rank 0 saves them, and each rank extracts its shards when loading them."""
@@ -121,8 +122,10 @@ class ModelParallel(SizedModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         # The parent class would load the weights and optimizer state here, before any hook has seen the checkpoint.
-        path = Path(self.broadcast(checkpoint_path))
-        self._shards = open_on_all_ranks(path, self.checkpoint_group) if is_sharded(path) else None
+        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            self.checkpoint_io.wait()  # a save uses the same process group
+        path, shards = self.broadcast((Path(checkpoint_path), is_sharded(Path(checkpoint_path))))
+        self._shards = open_on_all_ranks(path, self.checkpoint_group) if shards else None
         if self._shards is None:
             return ParallelStrategy.load_checkpoint(self, path, weights_only)
         return self._shards.read_training_state()
@@ -141,6 +144,9 @@ class ModelParallel(SizedModelParallelStrategy):
         saved = named_tensors({"state_dict": checkpoint["state_dict"]})
         names = [name.removeprefix("state_dict.") for name, _ in saved]
         self._shards.read_tensors({f"state_dict.{name}": weights[name] for name in names if name in weights})
+        for name, value in checkpoint["state_dict"].items():
+            if not value.is_meta and name in weights:  # a scalar
+                weights[name].copy_(value)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -176,9 +182,12 @@ class ModelParallel(SizedModelParallelStrategy):
 
     def _load_optimizer_shards(self, shards: ShardedCheckpoint, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states; a tensor with the shape of its parameter is sharded like the parameter."""
-        orders = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        states = {"optimizer_states": checkpoint["optimizer_states"]}
+        shards.require_stored(dict(named_tensors(states)))
         allocated: dict[int, Tensor] = {}
-        for order, state in zip(orders, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            validate_optimizer_state(optimizer, state)
+            order = [p for group in optimizer.param_groups for p in group["params"]]
             for number, values in state["state"].items():
                 for value in values.values():
                     if isinstance(value, Tensor) and value.is_meta:
@@ -188,7 +197,6 @@ class ModelParallel(SizedModelParallelStrategy):
                             if value.shape == p.shape
                             else torch.empty(value.shape, dtype=value.dtype, device=self.root_device)
                         )
-        states = {"optimizer_states": checkpoint["optimizer_states"]}
         shards.read_tensors({name: allocated[id(value)] for name, value in named_tensors(states)})
         loaded = replace_tensors(states, lambda value: allocated[id(value)])["optimizer_states"]
         for optimizer, state in zip(self.optimizers, loaded, strict=True):

@@ -7,6 +7,8 @@ from typing import BinaryIO, Final
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.errors import UserError
+
 DTYPES: Final = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -74,10 +76,15 @@ def write_safetensors(
             device.
         tensors: Names and values of the tensors.
         metadata: Metadata for the header.
+
+    Raises:
+        UserError: A data type is not supported.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in shapes.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{name} has the type {tensor.dtype}, which cannot be exported; convert it first")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()

@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(path)  # before closing the file, which releases its lock
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -137,7 +137,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -170,16 +170,16 @@ def remove_unfinished(folder: Path) -> None:
 def _final_name(path: Path) -> str | None:
     """Return a temporary path's final name, truncated to ``KEPT_CHARACTERS``, or None for any other path."""
     match = UNFINISHED.fullmatch(path.name)
-    return match[1] if match and _checksum(match[1], match[2]) == match[3] else None
+    return match[1] if match and name_checksum(match[1], match[2]) == match[3] else None
 
 
 def _temporary_path(path: Path) -> Path:
     name, token = path.name[:KEPT_CHARACTERS], secrets.token_hex(8)
-    return path.with_name(f".{name}.{token}{_checksum(name, token)}.unfinished")
+    return path.with_name(f".{name}.{token}{name_checksum(name, token)}.unfinished")
 
 
-def _checksum(name: str, token: str) -> str:
-    """Return the checksum in a temporary name, by which the name is recognized as temporary."""
+def name_checksum(name: str, token: str) -> str:
+    """Return the checksum in a name that this program gives, by which it recognizes the name."""
     return hashlib.sha256(f"lit_gpt_scratch {token} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -228,7 +228,7 @@ def _read_purpose(partial: Path) -> str | None:
         return None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder to disk, if the file system supports this, so that a power failure cannot undo a rename in it."""
     if os.name == "posix":
         with suppress(OSError):

@@ -84,4 +84,14 @@ def test_wrong_format_and_existing_output_are_refused(checkpoint: dict[str, Any]
     for convert, source in ((to_one_file, "sharded.ckpt"), (to_sharded, "one.ckpt")):
         with pytest.raises(UserError, match="already exists"):
             convert(tmp_path / source, tmp_path / "one.ckpt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ckpt", "sharded.ckpt"]
+    save_checkpoint({"lit_gpt_scratch": {}, "state_dict": [1]}, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="does not map names to tensors"):
+        to_sharded(tmp_path / "foreign.ckpt", tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign.ckpt", "one.ckpt", "sharded.ckpt"]
+
+
+def test_type_that_cannot_be_exported_is_named(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["state_dict"]["net.phase"] = torch.zeros(2, dtype=torch.complex64)
+    with pytest.raises(UserError, match=r"phase has the type torch\.complex64"):
+        export_safetensors(checkpoint, "net.", tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())

@@ -14,11 +14,17 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lit_gpt_scratch.checkpoint import sharded_checkpoint
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
-from lit_gpt_scratch.checkpoint.checkpoint_plugins import AtomicCheckpointIO, ShardedCheckpointIO
+from lit_gpt_scratch.checkpoint.checkpoint_plugins import (
+    AtomicCheckpointIO,
+    BackgroundCheckpointIO,
+    ShardedCheckpointIO,
+)
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
     MANIFEST,
@@ -85,7 +91,31 @@ def save_on_rank(rank: int, folder: str) -> None:
     for layout, name in product(MESHES, CONFIGS):
         checkpoint = as_checkpoint(sharded_network(CONFIGS[name], layout))
         ShardedCheckpointIO().save_checkpoint(checkpoint, Path(folder, f"{layout}-{name}.ckpt"), dist.group.WORLD)
+        if layout == "fsdp2":
+            fail_on_one_rank(checkpoint, Path(folder, f"{layout}-{name}.ckpt"), rank)
     dist.barrier()
+
+
+def fail_on_one_rank(checkpoint: dict[str, Any], path: Path, rank: int) -> None:
+    """Fail to save on one of the ranks: all raise the same error, in the background, too."""
+    changed = checkpoint | {"global_step": 4}
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = HuggingFaceStorageWriter
+    for failing, part, step in (
+        (2, writer, "write_data"), (3, sharded_checkpoint, "_record_shards"), (0, sharded_checkpoint, "_commit")
+    ):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing:
+                patch.setattr(part, step, fail)
+            with pytest.raises(UserError, match="No space left on device"):
+                ShardedCheckpointIO().save_checkpoint(changed, path, dist.group.WORLD)
+            plugin = BackgroundCheckpointIO(ShardedCheckpointIO())
+            plugin.save_checkpoint(changed, path, dist.group.WORLD)
+            with pytest.raises(UserError, match="No space left on device"):
+                plugin.wait()
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +226,80 @@ def test_failed_save_keeps_the_previous_checkpoint(
         same(AtomicCheckpointIO().load_checkpoint(find_checkpoint(str(run.path), tmp_path, None)), new)
 
 
+def copy_in_background(rank: int) -> None:
+    """Copies of shards of which this process holds no part keep their global shapes."""
+    dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+    mesh = build_mesh("cpu", 8, 1, 1)["data_parallel"]
+    shapes = {"a": (4, 16), "head": (1, 16), "b": (4, 16), "c": (20, 16)}
+    weights = {
+        name: distribute_tensor(torch.ones(shape), mesh, [Shard(0)], src_data_rank=None)
+        for name, shape in shapes.items()
+    }
+    copied: list[dict[str, Any]] = []
+    plugin = BackgroundCheckpointIO()
+    plugin.submit = lambda _, checkpoint, *__: copied.append(checkpoint)  # type: ignore[assignment,method-assign,return-value]
+    plugin.save_checkpoint({"state_dict": weights | {"tied": weights["c"]}}, "x")
+    [checkpoint] = copied
+    for name, shape in shapes.items():
+        assert checkpoint["state_dict"][name].shape == shape
+        assert checkpoint["state_dict"][name] is not weights[name]
+    assert checkpoint["state_dict"]["tied"] is checkpoint["state_dict"]["c"]
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_copies_in_the_background_keep_their_shapes(rank: int) -> None:
+    done = forked.python(f"from {__name__} import copy_in_background\ncopy_in_background({rank})")
+    assert done.code == 0, done.err
+
+
+def test_missing_files_of_other_machines_are_reported_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    save_sharded(checkpoint, path)
+    before = ShardedCheckpoint.open(path).manifest
+    record_shards = sharded_checkpoint._record_shards
+
+    def of_two_machines(folder: Path, rank: int) -> dict[str, Any]:
+        own = record_shards(folder, rank)
+        return own | {"shard-00002-model-00001-of-00001.safetensors": next(iter(own.values()))}
+
+    monkeypatch.setattr(sharded_checkpoint, "_record_shards", of_two_machines)
+    monkeypatch.setattr(sharded_checkpoint, "VISIBLE_SECONDS", 0.2)
+    assert "shard-00002" in refuse_in_one_line(lambda: save_sharded(checkpoint, path))
+    assert ShardedCheckpoint.open(path).manifest == before
+
+
+def test_files_of_the_user_are_kept(tmp_path: Path) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    backups = [tmp_path / name for name in ("previous-last.ckpt", f"replaced-{'0' * 32}-last.ckpt")]
+    for backup in backups:
+        backup.write_text("mine")
+    target = tmp_path / "larger disk"
+    save_sharded(checkpoint, target)
+    path.symlink_to(target)
+    for plugin in (ShardedCheckpointIO(), AtomicCheckpointIO()) * 2:
+        plugin.save_checkpoint(checkpoint, path)
+        same(plugin.load_checkpoint(path), checkpoint)
+    same(ShardedCheckpoint.open(target).load(), checkpoint)
+    assert {each.name for each in tmp_path.iterdir()} == {"last.ckpt", target.name, *(each.name for each in backups)}
+    ShardedCheckpointIO().save_checkpoint(checkpoint, tmp_path / "step=1.ckpt")
+    (tmp_path / "step=1.ckpt" / "notes.txt").write_text("mine")
+    ShardedCheckpointIO().remove_checkpoint(tmp_path / "step=1.ckpt")
+    assert [each.name for each in (tmp_path / "step=1.ckpt").iterdir()] == ["notes.txt"]
+
+
+def test_checkpoint_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    save_sharded(checkpoint, path)
+    opened = ShardedCheckpoint.open(path)
+    state = opened.read_training_state()
+    save_sharded(checkpoint, path)
+    assert state
+    targets = {name: torch.empty_like(tensor) for name, tensor in named_tensors(checkpoint)}
+    assert "it was replaced while it was read" in refuse_in_one_line(lambda: opened.read_tensors(targets))
+
+
 def test_objects_that_could_not_be_loaded_again_are_refused(tmp_path: Path) -> None:
     checkpoint = as_checkpoint(build(CONFIGS["tied"])) | {"callbacks": {"mine": Path("x")}}
     refuse_in_one_line(lambda: save_sharded(checkpoint, tmp_path / "last.ckpt"))
@@ -288,17 +392,34 @@ def test_invalid_manifest_is_refused(original: Path, changes: dict[str, Any], me
     assert message in refuse_in_one_line(lambda: verify_checkpoint(original))
 
 
-@pytest.mark.parametrize("fault", ["missing part", "missing tensor", "other shape", "huge"])
+FAULTS = ["missing part", "repeated part", "missing tensor", "other shape", "huge", "meta elsewhere", "not a dict"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_signed_checkpoint_whose_tensors_do_not_match_is_refused(original: Path, fault: str) -> None:
     """The checksums match, as if a program had written a wrong checkpoint."""
     file = shard(original, 0)
     tensors = load_file(file)
     name = next(name for name in tensors if name.startswith("state_dict."))
-    if fault == "huge":
+    if fault in ("huge", "meta elsewhere", "not a dict"):
         state_file = next(original.glob(f"shards-*/{TRAINING_STATE}"))
         state = torch.load(state_file, weights_only=True)
-        state["state_dict"]["norm.weight"] = torch.empty(10**12, device="meta")
+        if fault == "huge":
+            state["state_dict"]["norm.weight"] = torch.empty(10**12, device="meta")
+        elif fault == "meta elsewhere":
+            state["optimizer_states"][0]["state"][0]["step"] = torch.empty((), device="meta")
+        else:
+            state["state_dict"] = [1]
         save_checkpoint(state, state_file)
+    elif fault == "repeated part":
+        tensors = load_file(shard(original, 1))
+        with safe_open(str(shard(original, 1)), framework="pt") as stream:
+            metadata = stream.metadata()
+        info = json.loads(metadata["DCP_SHARDING_INFO"])
+        name = next(name for name in tensors if tensors[name].ndim == 2 and name.startswith("state_dict."))
+        info[name]["saved_offsets"][0] = 0
+        metadata["DCP_SHARDING_INFO"] = json.dumps(info)
+        save_file(tensors, shard(original, 1), metadata)
     else:
         with safe_open(str(file), framework="pt") as stream:
             metadata = stream.metadata()
@@ -349,6 +470,32 @@ def _equal_json(one: bytes, other: bytes) -> bool:
 @pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_altered_file_is_refused_by_name(original: Path, tmp_path: Path, n: int) -> None:
     fuzz("sharded checkpoint", tmp_path, range(n), attempt_on(original, tmp_path))
+
+
+@pytest.mark.parametrize("content", ["nothing", "shards", "notes"])
+def test_run_folder_with_an_incomplete_checkpoint_only_is_deleted(tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path / "runs" / "x" / "version_0")
+    if content != "nothing":
+        folder = run.last / "shards-0123456789abcdef"
+        folder.mkdir(parents=True)
+        (folder / TRAINING_STATE).write_bytes(b"x")
+    else:
+        run.last.mkdir(parents=True)
+    if content == "notes":
+        (run.last / "notes.txt").write_text("mine")
+    run.delete()
+    assert run.path.exists() == (content == "notes")
+
+
+def test_shard_that_is_no_file_is_refused(original: Path) -> None:
+    file = shard(original, 1)
+    manifest = json.loads((original / MANIFEST).read_text())
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    manifest["files"][file.name]["bytes"] = 0
+    content = {key: manifest[key] for key in ("version", "folder", "files")}
+    (original / MANIFEST).write_text(json.dumps(content | {"sha256": sharded_checkpoint._digest(content)}))
+    assert file.name in refuse_in_one_line(lambda: verify_checkpoint(original))
 
 
 def test_a_run_folder_finds_its_sharded_checkpoint(tmp_path: Path) -> None:

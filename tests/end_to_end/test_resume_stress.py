@@ -9,6 +9,7 @@ import pytest
 from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
 from tests.end_to_end.conftest import STAGES
 
+SHARDED = ["--trainer.strategy=fsdp2", "--checkpoint.format=sharded", "--checkpoint.background=true"]
 CONFIGURATIONS = {
     "plain": [],
     "workers and accumulation": ["--data.num_workers=2", "--trainer.accumulate_grad_batches=4"],
@@ -19,6 +20,8 @@ CONFIGURATIONS = {
         "--trainer.callbacks.min_delta=0.1",
     ],
     "two processes": ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
+    "two processes, shards in the background": [*SHARDED, "--trainer.devices=2", "--data.batch_size=2"],
+    "four processes, shards in the background": [*SHARDED, "--trainer.devices=4", "--data.batch_size=1"],
     "workers, average of weights by a callback, no validation": [
         "--data.num_workers=2", "--trainer.callbacks=EMAWeightAveraging", "--trainer.limit_val_batches=0",
     ],

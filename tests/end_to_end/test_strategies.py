@@ -89,7 +89,7 @@ def test_run_resumes_with_another_strategy(
         found = last(tmp_path / "moved", *flags, *way, *saving, f"--trainer.max_steps={steps * turn}")
         checkpoint = tmp_path / "moved" / "pretrain" / "version_0" / "checkpoints" / "last.ckpt"
         assert checkpoint.is_dir() == (formats[turn % len(formats)] == "sharded")
-        assert not list(checkpoint.parent.glob("previous-*"))
+        assert not list(checkpoint.parent.glob("replaced-*"))
     for part in ("state_dict", "optimizer_states"):
         expected, values = dict(iterate_leaves(uninterrupted[part])), dict(iterate_leaves(found[part]))
         assert expected.keys() == values.keys()
