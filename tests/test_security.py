@@ -21,7 +21,7 @@ READERS = {
 }  # fmt: skip
 """Calls that read a file: names of functions and methods, with their module if the name alone means other things."""
 WRITE_ONLY = {"w", "wb", "x", "xb", "x+b", "a", "ab"}  # "x" creates the file
-OWN_OPEN = {"TokenStore.open", "CleanedCorpus.open", "ShardedCheckpoint.open", "os.open"}
+OWN_OPEN = {"TokenStore.open", "CleanedCorpus.open", "ShardedCheckpoint.open", "cls.open", "os.open"}
 """Functions named ``open`` that open no file by themselves, and the one that only locks, or syncs folders."""
 IMPORTERS = {
     "trust.import_object": {"importlib.import_module"},

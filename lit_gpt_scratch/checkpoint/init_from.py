@@ -64,11 +64,11 @@ class InitialModel:
         return self.metadata.load_tokenizer(self.path)
 
     def build_config(self, trusted: Trusted = None) -> GPTConfig:
-        """Build the config of the network; see ``open`` for the argument and the exceptions."""
+        """Build the config of the network; see ``open_weights`` for the argument and the exceptions."""
         with explain_untrusted("model.init_from"):
             return self.metadata.build_configs(self.path, trusted)[0]
 
-    def open(self, trusted: Trusted = None) -> StoredModel:
+    def open_weights(self, trusted: Trusted = None) -> StoredModel:
         """Return the weights, which are read when they are accessed; only adapters are merged at once.
 
         Args:

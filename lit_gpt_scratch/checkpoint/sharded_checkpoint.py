@@ -50,7 +50,7 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.schema import read_json, validate
-from lit_gpt_scratch.text.atomic_files import name_checksum, sync_folder, write_atomically
+from lit_gpt_scratch.text.atomic_files import name_checksum, sync_to_disk, write_atomically
 from lit_gpt_scratch.text.token_shards import sha256_file
 
 MANIFEST: Final = "manifest.json"
@@ -462,8 +462,7 @@ def _record_shards(folder: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _record_file(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_to_disk(path)
     return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
@@ -475,12 +474,12 @@ def _commit(checkpoint: Mapping[str, Any], path: Path, folder: Path, shards: dic
         return meta.setdefault(tensor_identity(tensor), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     save_checkpoint(replace_tensors(checkpoint, to_meta), folder / TRAINING_STATE)
-    sync_folder(folder)
+    sync_to_disk(folder)
     _require_visible(folder, shards)
     files = {TRAINING_STATE: _record_file(folder / TRAINING_STATE), **shards}
     content: dict[str, Any] = {"version": 1, "folder": folder.name, "files": files}
     write_atomically(path / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1))
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
     _remove_shards(path, keep=folder.name)
     remove_replaced(path)
 

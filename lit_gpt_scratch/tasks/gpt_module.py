@@ -301,7 +301,7 @@ class GPTModule(L.LightningModule):
         device, data = self.trainer.strategy.root_device, self.data_info
         vocab_size, block_size = data.vocab_size, data.block_size
         initial = self._initial_model()
-        pretrained = None if initial is None else initial.open(self.trusted)
+        pretrained = None if initial is None else initial.open_weights(self.trusted)
         if pretrained is not None:
             trained = pretrained.metadata
             require_same_tokenizer(trained, data.tokenizer_json)

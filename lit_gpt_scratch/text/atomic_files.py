@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.replace(path)  # before closing the file, which releases its lock
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -137,7 +137,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -228,11 +228,11 @@ def _read_purpose(partial: Path) -> str | None:
         return None
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, if the file system supports this, so that a power failure cannot undo a rename in it."""
+def sync_to_disk(path: Path) -> None:
+    """Flush a file or folder to disk, if possible, so that a power failure cannot undo its writes or renames."""
     if os.name == "posix":
         with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:

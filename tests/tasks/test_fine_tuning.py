@@ -300,7 +300,7 @@ def test_head_for_different_classes_is_initialised_from_scratch(
         return task, path
 
     _, path = fit(base, "ham", "spam")
-    trained = InitialModel.read(str(path)).open()
+    trained = InitialModel.read(str(path)).open_weights()
     sizes = trained.metadata.vocab_size, trained.metadata.block_size
     for classes, kept in ((("spam", "ham"), True), (("bad", "good"), False)):
         net = GPT(trained.config, *sizes, ClassificationHead(2, tuple(sorted(classes))))
