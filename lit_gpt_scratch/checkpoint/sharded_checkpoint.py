@@ -194,8 +194,9 @@ class ShardedCheckpoint:
             validate(state, StoredTensors, "checkpoint")
             stored = {id(tensor) for _, tensor in _find_tensors(state)}
             apply_to_collection(state, Tensor, lambda tensor: _require_meta(tensor, id(tensor) in stored))
-        except ValueError as error:
-            raise UserError(f"{self.folder / TRAINING_STATE} is corrupted ({error}); use another checkpoint") from error
+        except (ValueError, RecursionError) as error:  # a container may contain itself
+            file, reason = self.folder / TRAINING_STATE, str(error).splitlines()[0]
+            raise UserError(f"{file} is corrupted ({reason}); use another checkpoint") from error
         return state
 
     def read_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -104,11 +104,12 @@ class LoRALinear(nn.Linear):
         self.enabled = True
         exact, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_a = nn.Parameter(torch.empty(settings.rank, base.in_features, dtype=exact, device=device))
-        self.lora_b = nn.Parameter(torch.empty(base.out_features, settings.rank, dtype=exact, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.rank, dtype=exact, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.train(base.training)
 
     def init_weights(self, sampler: WeightSampler) -> None:
-        """Initialize the adapter as the authors' code and peft do: A from a uniform distribution, B to zero."""
+        """Initialize the adapter as the constructor, the authors' code and peft do: A from a uniform distribution."""
         sampler.uniform_(self.lora_a, 1 / math.sqrt(self.in_features))
         nn.init.zeros_(self.lora_b)
 

@@ -80,6 +80,7 @@ def test_time_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert records[-1]["reason"] == "not started"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_killed_run_leaves_valid_reports_and_no_processes(tmp_path: Path) -> None:
     """kill -9 at random moments, in one folder; each report is complete, and the next run continues to write it."""

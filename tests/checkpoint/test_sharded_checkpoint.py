@@ -159,7 +159,7 @@ def check_resharding(folder: str) -> None:
             assert torch.equal(to_local(p.detach()), expected[parameter]), (saved, layout, name, parameter)
 
 
-@pytest.mark.parametrize("rank", [0, WORLD - 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), WORLD - 1])
 def test_each_layout_reads_the_shards_of_each_other(saved_by_four: Path, rank: int) -> None:
     start = f"import torch.distributed as dist\nfrom {__name__} import begin, check_resharding\nbegin({rank})\n"
     done = forked.python(f"{start}check_resharding({str(saved_by_four)!r})")
@@ -392,7 +392,10 @@ def test_invalid_manifest_is_refused(original: Path, changes: dict[str, Any], me
     assert message in refuse_in_one_line(lambda: verify_checkpoint(original))
 
 
-FAULTS = ["missing part", "repeated part", "missing tensor", "other shape", "huge", "meta elsewhere", "not a dict"]
+FAULTS = [
+    *("missing part", "repeated part", "missing tensor", "other shape"),
+    *("huge", "meta elsewhere", "not a dict", "cycle"),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -401,13 +404,15 @@ def test_signed_checkpoint_whose_tensors_do_not_match_is_refused(original: Path,
     file = shard(original, 0)
     tensors = load_file(file)
     name = next(name for name in tensors if name.startswith("state_dict."))
-    if fault in ("huge", "meta elsewhere", "not a dict"):
+    if fault in ("huge", "meta elsewhere", "not a dict", "cycle"):
         state_file = next(original.glob(f"shards-*/{TRAINING_STATE}"))
         state = torch.load(state_file, weights_only=True)
         if fault == "huge":
             state["state_dict"]["norm.weight"] = torch.empty(10**12, device="meta")
         elif fault == "meta elsewhere":
             state["optimizer_states"][0]["state"][0]["step"] = torch.empty((), device="meta")
+        elif fault == "cycle":
+            state["notes"] = state
         else:
             state["state_dict"] = [1]
         save_checkpoint(state, state_file)

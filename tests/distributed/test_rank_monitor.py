@@ -25,11 +25,11 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.values: dict[str, bytes] = {}
-        self.is_down = self.is_blocked = self.saves = self.is_busy = False
+        self.is_down = self.is_blocked = self.saves = self.needs_others = self.is_busy = False
         self.aborted: list[str] = []
         self.connected = 0
         monkeypatch.setattr(module, "TCPStore", self.connect)
-        monkeypatch.setattr(module, "is_saving", lambda: self.saves)
+        monkeypatch.setattr(module, "is_saving", lambda alone=False: self.saves and not (alone and self.needs_others))
         clock = SimpleNamespace(monotonic=lambda: self.now, process_time=lambda: self.now if self.is_busy else 0.0)
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -148,6 +148,17 @@ def test_process_that_writes_a_checkpoint_is_not_ended(machine: Machine) -> None
     machine.saves = False
     machine.run(monitor, GRACE_SECONDS)
     assert machine.aborted == ["while it waited for ranks 1, 2"]
+
+
+def test_process_that_saves_with_a_lost_rank_is_ended(machine: Machine) -> None:
+    """Its checkpoint can never be complete; a rank that only writes slowly still sends heartbeats."""
+    monitor = machine.monitor(0)
+    machine.saves = machine.needs_others = True
+    monitor._receive(bytes([SIGTERM]))
+    machine.run(monitor, 3 * STUCK_SECONDS, lambda beat: dict.fromkeys(range(3), f"saving{beat}"))
+    assert machine.aborted == []
+    machine.run(monitor, STUCK_SECONDS + 10, lambda beat: dict.fromkeys(range(2), f"saving{beat}"))
+    assert machine.aborted[:1] == ["while it waited for rank 2"]
 
 
 def test_rank_that_writes_a_checkpoint_has_more_time(machine: Machine) -> None:

@@ -149,7 +149,7 @@ STAGES = {
     ],
 }  # fmt: skip
 """Flags added to those of ``small``, by stage."""
-COMBINED = ("instructions, adapters", "classes, adapters")
+COMBINED = ("instructions, adapters", "classes, adapters", "classes, last layer, weighted", "preferences, adapters")
 """Stages whose task and whose adapters occur in other stages, too: slow in tests that train several times."""
 
 

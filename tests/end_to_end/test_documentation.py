@@ -117,7 +117,19 @@ def prepared() -> dict[tuple[str, ...], Path]:
     return {}
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line != "python -m lit_gpt_scratch.fit"])
+def is_slow(line: str) -> bool:
+    """``.ci/run`` runs the first of these itself, and a slow test compares all layouts."""
+    return line.startswith(("python -m lit_gpt_scratch.doctor --resume", "python -m lit_gpt_scratch.doctor --parity"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * is_slow(line))
+        for line in COMMAND_LINES
+        if line != "python -m lit_gpt_scratch.fit"
+    ],
+)
 def test_documented_command_runs(
     command: Command,
     user_folder: Path,

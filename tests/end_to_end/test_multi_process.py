@@ -26,7 +26,7 @@ def fit(folder: Path, *flags: str) -> Path:
 UNEVEN = ["--data.packing=one_document", "--data.document_mask=true"]
 
 
-QUICK = "pretraining", "classes", "preferences", "on-policy"
+QUICK = "pretraining", "classes", "on-policy"
 ROWS = [pytest.param(stage, [], marks=[pytest.mark.slow] * (stage not in QUICK)) for stage in STAGES]
 
 

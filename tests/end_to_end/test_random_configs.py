@@ -148,7 +148,7 @@ def check(config: GPTConfig) -> None:
 
 
 @given(configs())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_any_configuration(config: GPTConfig) -> None:
     check(config)
 

@@ -97,9 +97,9 @@ def random_flags(command: Command, small: list[str], n: int, seed: int) -> Count
 
 @pytest.mark.usefixtures("built")
 def test_random_flags(command: Command, small: list[str]) -> None:
-    found = random_flags(command, small, 50, seed=0)
-    assert found["accepted"] > 3
-    assert found["rejected"] > 15
+    found = random_flags(command, small, 25, seed=0)
+    assert found["accepted"] > 1
+    assert found["rejected"] > 7
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_run_resumes_with_another_strategy(
         assert {step: points[1][step] for step in points[0]} == pytest.approx(points[0], rel=max(off, 1e-5), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_trains_validates_and_generates_when_sharded(small: list[str], tmp_path: Path) -> None:
     flags = [
         "--trainer.devices=2",

@@ -54,9 +54,8 @@ def test_short_contexts(context: int) -> None:
     assert texts(model, [[1], [2, 3]], 12) == [generate_uncached(model, prompt, 12) for prompt in ([1], [2, 3])]
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(LOOKS_BACK, id="looks-back"), pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI], ids=["looks-back", "alibi"])
 def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(config).double()
