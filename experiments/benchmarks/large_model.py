@@ -6,7 +6,7 @@ For each number of processes, `fit` trains a few steps under `fsdp2` (one proces
 checkpoints, then with a checkpoint in one file, a sharded one, and a sharded one in the background. The resident memory
 of each process is read from `/proc` twenty times per second; memory that is backed by files, such as libraries, is not
 counted, and neither is that of the same run with a tiny network ("base"). Saving is timed by Lightning's profiler on
-rank 0. At the end, the sharded checkpoint of the largest number of processes is converted, and the memory of the
+rank 0. At the end, the sharded checkpoint of the last number of processes is converted, and the memory of the
 conversion is measured.
 """
 
@@ -30,7 +30,7 @@ STATUS = re.compile(r"^(RssAnon|RssShmem):\s+(\d+) kB", re.MULTILINE)
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yield a process and the processes that it has started, in the order of their start."""
+    """Yield a process ID and those of all its descendants, depth first."""
     yield pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -62,7 +62,7 @@ class MemoryReader(threading.Thread):
 def measure(command: list[str]) -> tuple[list[float], str, float]:
     """Run a command; return the peak memory of its processes in GB, largest first, its output, and its duration."""
     began = time.perf_counter()
-    # Otherwise, glibc keeps freed memory, and the largest amounts that were ever allocated in each size add up.
+    # Otherwise, glibc would keep freed blocks instead of returning them to the system, which would inflate the peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, text=True, env=environment, **pipes)
@@ -113,7 +113,7 @@ def main() -> None:
             whole = whole or own[0]
             shares = ", ".join(f"{each:.2f}" for each in own)
             share = max(own) / whole
-            print(f"{devices} processes: {shares} GB above a base of {base[0]:.2f} GB; {share:.3f} of the first row's;"
+            print(f"{devices} processes: {shares} GB above a base of {base[0]:.2f} GB; {share:.3f} of row 1;"
                   f" {seconds:.0f} s", flush=True)  # fmt: skip
             formats = {"file": "false", "sharded": "false", "sharded, background": "true"}
             for name, background in {} if arguments.memory_only else formats.items():

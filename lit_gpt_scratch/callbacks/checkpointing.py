@@ -195,7 +195,8 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         background: Whether to write checkpoints in a background thread, from a copy of the state in host memory, while
             training continues.
         format: ``file`` saves a checkpoint as one file, for which rank 0 gathers all weights. ``sharded`` saves it as a
-            folder to which each process writes its own shards; use it for models that do not fit into one process.
+            folder to which each process writes its own shards, for models that do not fit into the memory of one
+            process.
 
     Raises:
         UserError: If an argument is out of range.

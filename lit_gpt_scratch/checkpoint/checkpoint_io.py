@@ -36,21 +36,26 @@ READ_BYTES: Final = 1 << 20
 
 
 _saving: dict[Path, bool] = {}
-"""Paths of the checkpoints that this process is writing, and whether it depends on no other process."""
+"""Maps the path of each checkpoint that this process is writing to whether it writes the checkpoint alone."""
 
 
 def is_saving(alone: bool = False) -> bool:
     """Return whether this process is writing a checkpoint, in any thread.
 
     Args:
-        alone: Whether to ignore checkpoints that are complete only once other processes have written their shards.
+        alone: Whether to ignore checkpoints that several processes write together.
     """
     return any(_saving.values()) if alone else bool(_saving)
 
 
 @contextmanager
 def mark_saving(path: Path, alone: bool = True) -> Iterator[None]:
-    """Context manager in which ``is_saving`` returns True; see there for the argument ``alone``."""
+    """Context manager in which ``is_saving`` returns True.
+
+    Args:
+        path: Path to the checkpoint.
+        alone: Whether no other process takes part in the save.
+    """
     _saving[path] = alone
     try:
         yield

@@ -1,6 +1,7 @@
 """Convert checkpoints between one file and shards, without holding the whole checkpoint in memory."""
 
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import append_checksum, explain_save_errors
-from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_training_state
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint, validate_checkpoint
 from lit_gpt_scratch.checkpoint.sharded_checkpoint import (
     ShardedCheckpoint,
     is_sharded,
@@ -58,15 +59,19 @@ def to_one_file(sharded: Path, path: Path) -> None:
             f"{sharded} is not a sharded checkpoint; pass a folder written with --checkpoint.format sharded"
         )
     require_new(path)
-    checkpoint, state = ShardedCheckpoint.open(sharded), load_training_state(sharded)
+    checkpoint = ShardedCheckpoint.open(sharded)
+    state = checkpoint.read_training_state()
+    validate_checkpoint(state, sharded, ("cpu", "meta"))
     stored = dict(named_tensors(state))
     checkpoint.require_stored(stored)
     with explain_save_errors(path), atomic_file(path) as file:
         with FakeTensorMode():
             without_data = {id(meta): torch.empty(meta.shape, dtype=meta.dtype) for meta in stored.values()}
-        with skip_data(materialize_fake_tensors=True):  # reserves the space of each tensor in the file
+        with skip_data(materialize_fake_tensors=True):  # leaves a gap for each tensor in the file
             torch.save(replace_tensors(state, lambda meta: without_data[id(meta)]), file)
         file.flush()
+        if hasattr(os, "posix_fallocate"):  # writing to a mapped file ends the process if the disk is full
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         for names in _in_batches(stored):
             with set_default_mmap_options(mmap.MAP_SHARED):  # writing to a tensor writes to the file
                 mapped = torch.load(file.name, mmap=True, weights_only=True)

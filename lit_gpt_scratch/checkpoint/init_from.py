@@ -69,11 +69,13 @@ class InitialModel:
             return self.metadata.build_configs(self.path, trusted)[0]
 
     def open_weights(self, trusted: Trusted = None) -> StoredModel:
-        """Return the weights, which are read when they are accessed; only adapters are merged at once.
+        """Check that the config and the weights match, and return the model without building its network.
+
+        Only a model with adapters is built, to merge them.
 
         Args:
-            trusted: Import paths that the checkpoint may import, such as a custom attention class. The imported code
-                runs.
+            trusted: Import paths that the checkpoint may import, such as a custom attention class. Importing them runs
+                their code.
 
         Raises:
             UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
@@ -135,7 +137,7 @@ def has_same_head(trained: StoredModel, net: GPT) -> bool:
 
 @torch.no_grad()
 def copy_weights(trained: StoredModel, net: GPT) -> None:
-    """Copy a trained model's weights into a network, which may be sharded and have new adapters, one at a time.
+    """Copy a trained model's weights, one tensor at a time, into a network that may be sharded and have new adapters.
 
     A head of another type or size, and adapters, keep their initial weights.
 

@@ -71,16 +71,16 @@ def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
         return load_safetensors(path, STATE_PREFIX)
     if is_sharded(path):
         checkpoint = ShardedCheckpoint.open(path)
-        _validate(checkpoint.read_training_state(), path, ("cpu", "meta"))
+        validate_checkpoint(checkpoint.read_training_state(), path, ("cpu", "meta"))
         loaded = checkpoint.load()
     else:
         loaded = load_archive(path, mapped)
-    _validate(loaded, path, ("cpu",))
+    validate_checkpoint(loaded, path, ("cpu",))
     return loaded
 
 
 def load_training_state(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without its large tensors if it is sharded; they are on the meta device.
+    """Load a checkpoint. If it is sharded, its weights and optimizer states are tensors on the meta device.
 
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint.
@@ -88,12 +88,12 @@ def load_training_state(path: Path) -> dict[str, Any]:
     if not is_sharded(path):
         return load_checkpoint(path)
     loaded = ShardedCheckpoint.open(path, with_shards=False).read_training_state()
-    _validate(loaded, path, ("cpu", "meta"))
+    validate_checkpoint(loaded, path, ("cpu", "meta"))
     return loaded
 
 
 def load_lazily(path: Path) -> dict[str, Any]:
-    """Load a checkpoint whose weights are read when they are accessed, if it is sharded or in one file.
+    """Load a checkpoint; if it is sharded or in one file, its weights are read only when they are accessed.
 
     The optimizer states of a sharded checkpoint are omitted. The weights of ``.safetensors`` files and Hugging Face
     folders are loaded at once.
@@ -103,12 +103,12 @@ def load_lazily(path: Path) -> dict[str, Any]:
     """
     if is_sharded(path):
         checkpoint = ShardedCheckpoint.open(path)
-        _validate(checkpoint.read_training_state(), path, ("cpu", "meta"))
+        validate_checkpoint(checkpoint.read_training_state(), path, ("cpu", "meta"))
         return checkpoint.load_lazily()
     return load_checkpoint(path, mapped=True)
 
 
-def _validate(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:
+def validate_checkpoint(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:
     """Check the types of the contents of a checkpoint, and the devices of its tensors.
 
     Raises:

@@ -50,7 +50,13 @@ from lit_gpt_scratch.errors import UserError, exception_chain
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.schema import read_json, validate
-from lit_gpt_scratch.text.atomic_files import name_checksum, sync_to_disk, write_atomically
+from lit_gpt_scratch.text.atomic_files import (
+    is_unfinished,
+    name_checksum,
+    remove_unfinished,
+    sync_to_disk,
+    write_atomically,
+)
 from lit_gpt_scratch.text.token_shards import sha256_file
 
 MANIFEST: Final = "manifest.json"
@@ -63,7 +69,7 @@ FILE_BYTES: Final = 2**28
 REPLACED: Final = re.compile(r"replaced-([0-9a-f]{16})([0-9a-f]{16})-(.*)", re.DOTALL)
 """Pattern of the names that ``set_aside`` gives: a random token, a checksum of the token and the name, and the name."""
 VISIBLE_SECONDS: Final = 60.0
-"""Maximum time in seconds until a network file system shows the files of other machines."""
+"""Maximum time in seconds to wait until a network file system shows what other machines have written."""
 
 T = TypeVar("T")
 Box = tuple[tuple[int, int], ...]
@@ -107,7 +113,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def is_incomplete(path: Path) -> bool:
     """Return whether a folder contains only shards of killed saves, and no complete checkpoint."""
-    return path.is_dir() and all(SHARDS_FOLDER.fullmatch(each.name) for each in path.iterdir())
+    return path.is_dir() and all(SHARDS_FOLDER.fullmatch(each.name) or is_unfinished(each) for each in path.iterdir())
 
 
 def saved_at(path: Path) -> float:
@@ -117,7 +123,7 @@ def saved_at(path: Path) -> float:
 
 def has_unfinished_shards(path: Path) -> bool:
     """Return whether a sharded checkpoint is being saved, or a killed process has left an incomplete one."""
-    complete = _read_manifest(path)["folder"] if is_sharded(path) else None
+    complete = _complete_folder(path)
     return path.is_dir() and any(
         SHARDS_FOLDER.fullmatch(each.name) and each.name != complete for each in path.iterdir()
     )
@@ -161,12 +167,19 @@ class ShardedCheckpoint:
             UserError: The manifest is invalid, or a file is missing, was added, or does not match its checksum.
         """
         manifest = _read_manifest(path)
+        try:
+            cls._verify(path, manifest, rank, ranks, with_shards)
+        except (OSError, UserError):
+            if _complete_folder(path) in (None, manifest["folder"]):
+                raise
+            return cls.open(path, rank, ranks, with_shards)  # another process has just saved a new checkpoint
+        return cls(path, manifest)
+
+    @staticmethod
+    def _verify(path: Path, manifest: Manifest, rank: int, ranks: int, with_shards: bool) -> None:
         folder = path / manifest["folder"]
         present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        missing = sorted(manifest["files"].keys() - present)
-        if missing and _read_manifest(path) != manifest:
-            return cls.open(path, rank, ranks, with_shards)  # another process has just saved a new checkpoint
-        if missing:
+        if missing := sorted(manifest["files"].keys() - present):
             raise UserError(f"{path} is incomplete: {folder / missing[0]} is missing; use another checkpoint")
         if added := sorted(present - manifest["files"].keys()):
             raise UserError(
@@ -176,7 +189,6 @@ class ShardedCheckpoint:
         shards = sorted(manifest["files"].keys() - {TRAINING_STATE}) if with_shards else []
         for name in (TRAINING_STATE, *shards[rank::ranks]):
             _verify_file(folder / name, manifest["files"][name])
-        return cls(path, manifest)
 
     @property
     def folder(self) -> Path:
@@ -213,10 +225,12 @@ class ShardedCheckpoint:
                 _require_same_tensor(name, tensor, self._reader.metadata.state_dict_metadata.get(name))
             load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except (Exception, CheckpointException) as error:  # reading an arbitrary file can raise anything
+            _raise_if_interrupted(error)
             if is_sharded(self.path) and _read_manifest(self.path) != self.manifest:
                 reason = "it was replaced while it was read; run the command again"
             else:
-                reason = f"{error if isinstance(error, ValueError) else 'its tensors cannot be read'}; use another one"
+                detail = error if isinstance(error, ValueError) else "its tensors cannot be read"
+                reason = f"{detail}; use another checkpoint"
             raise UserError(f"cannot read the checkpoint {self.path}: {reason}") from error
 
     @cached_property
@@ -298,7 +312,7 @@ def _require_meta(tensor: Tensor, is_stored: bool) -> None:
         ValueError: It is not.
     """
     if tensor.is_meta != is_stored:
-        raise ValueError("a tensor is not where it is stored")
+        raise ValueError("a tensor is on the wrong device")
 
 
 def _find_tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -316,7 +330,7 @@ def _is_stored_in_shards(value: Any) -> bool:
 
 
 def tensor_identity(tensor: Tensor) -> Any:
-    """Return a key that is equal for tensors that share their memory, such as tied weights.
+    """Return a key that is equal for tensors with the same memory, data type, shape and strides, such as tied weights.
 
     It is unique for each tensor on the meta device and each ``DTensor`` of which this process holds no part.
     """
@@ -365,6 +379,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, group: ProcessGroup 
         # Rank 0 chooses the names: a rank that holds no part of a tied weight does not see that it is tied.
         folder, names = _agree(group, action, lambda: _create_folder(path, checkpoint) if rank == 0 else (path, []))[0]
         try:
+            _agree(group, action, lambda: _require_folder(folder))
             chosen = set(names)
             tensors = {name: tensor for name, tensor in _find_tensors(checkpoint) if name in chosen}
             _agree(group, action, lambda: _write_shards(tensors, folder, group))
@@ -372,7 +387,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, group: ProcessGroup 
             shards = {name: file for part in records for name, file in part.items()}
             _agree(group, action, lambda: _commit(checkpoint, path, folder, shards) if rank == 0 else None)
         except BaseException:
-            if rank == 0 and (not is_sharded(path) or _read_manifest(path)["folder"] != folder.name):
+            if rank == 0 and _complete_folder(path) != folder.name:
                 shutil.rmtree(folder, ignore_errors=True)  # frees disk space
             raise
 
@@ -409,6 +424,8 @@ def _agree(group: ProcessGroup | None, action: str, function: Callable[[], T]) -
     except UserError as error:
         failure = str(error)
     except (Exception, CheckpointException) as error:  # an error on one rank must not leave the others waiting
+        if group is None:
+            _raise_if_interrupted(error)
         failure = f"cannot {action}: {_describe_failure(error)}"
         if group is None and not isinstance(error, OSError | CheckpointException):
             raise
@@ -420,6 +437,13 @@ def _agree(group: ProcessGroup | None, action: str, function: Callable[[], T]) -
     if failures := [reason for _, reason in outcomes if reason is not None]:
         raise UserError(failures[0])
     return [value for value, _ in outcomes]
+
+
+def _raise_if_interrupted(error: BaseException) -> None:
+    """Raise the ``KeyboardInterrupt`` or ``SystemExit`` that a ``CheckpointException`` contains, if any."""
+    for cause, _ in getattr(error, "failures", {}).values():
+        if not isinstance(cause, Exception | CheckpointException):
+            raise cause
 
 
 def _describe_failure(error: BaseException) -> str:
@@ -438,7 +462,7 @@ def _create_folder(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Path, lis
     set_aside(path, sharded=True)
     path.mkdir(exist_ok=True)
     # Subfolders that killed processes have left.
-    _remove_shards(path, keep=_read_manifest(path)["folder"] if is_sharded(path) else None)
+    _remove_shards(path, keep=_complete_folder(path))
     folder = path / f"shards-{secrets.token_hex(8)}"
     folder.mkdir()
     return folder, [name for name, _ in named_tensors(checkpoint)]
@@ -485,6 +509,22 @@ def _commit(checkpoint: Mapping[str, Any], path: Path, folder: Path, shards: dic
     remove_replaced(path)
 
 
+def _require_folder(folder: Path) -> None:
+    """Check that this process sees the folder that rank 0 has created; otherwise, torch would create another one.
+
+    Raises:
+        UserError: The folder does not exist on this machine.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"cannot save {folder.parent}: another machine does not see this folder; set --runs to a folder that "
+                "all machines share"
+            )
+        time.sleep(0.1)
+
+
 def _require_visible(folder: Path, shards: Mapping[str, FileRecord]) -> None:
     """Check that this process sees the files of all ranks; a network file system may show them with a delay.
 
@@ -496,7 +536,7 @@ def _require_visible(folder: Path, shards: Mapping[str, FileRecord]) -> None:
         while not (folder / name).is_file() or (folder / name).stat().st_size != record["bytes"]:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"cannot save {folder.parent}: {name}, which another rank has written, is not there; "
+                    f"cannot save {folder.parent}: rank 0 does not see {name}, which another rank has written; "
                     "set --runs to a folder that all machines share"
                 )
             time.sleep(0.1)
@@ -512,6 +552,9 @@ def set_aside(path: Path, sharded: bool) -> None:
     is_folder = path.is_dir() and not path.is_symlink()  # a link is replaced like a file
     if is_folder and not sharded and is_incomplete(path):
         remove_checkpoint(path)
+    elif is_folder and not any(SHARDS_FOLDER.fullmatch(each.name) for each in path.iterdir()):
+        if not sharded or any(path.iterdir()):
+            raise UserError(f"cannot save {path}: it is a folder with other files; choose another path")
     elif is_folder != sharded and os.path.lexists(path):
         token = secrets.token_hex(8)
         path.rename(path.with_name(f"replaced-{token}{name_checksum(path.name, token)}-{path.name}"))
@@ -526,19 +569,22 @@ def remove_replaced(path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint in either format, if it exists; a folder that contains other files is kept, without shards.
+    """Delete a checkpoint in either format, if it exists.
+
+    If its folder also contains other files, only the files of the checkpoint are deleted.
 
     Raises:
-        OSError: A file cannot be deleted.
+        OSError: The manifest or the file cannot be deleted.
     """
     if path.is_dir() and not path.is_symlink():
-        if is_sharded(path):
-            (path / MANIFEST).unlink()
+        if any(SHARDS_FOLDER.fullmatch(each.name) for each in path.iterdir()):
+            (path / MANIFEST).unlink(missing_ok=True)
         _remove_shards(path, keep=None)
+        remove_unfinished(path)
         with suppress(OSError):
             path.rmdir()
         if path.exists():
-            log.warning("%s contains other files, so the folder is kept", path)
+            log.warning("%s is not empty after its checkpoint was deleted, so the folder is kept", path)
     else:
         path.unlink(missing_ok=True)
 
@@ -548,6 +594,14 @@ def _remove_shards(path: Path, keep: str | None) -> None:
     for folder in path.iterdir():
         if SHARDS_FOLDER.fullmatch(folder.name) and folder.name != keep and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _complete_folder(path: Path) -> str | None:
+    """Return the name of the subfolder that the manifest refers to, or None without a valid manifest."""
+    try:
+        return _read_manifest(path)["folder"]
+    except UserError:
+        return None
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -596,10 +650,10 @@ def _verify_file(path: Path, record: FileRecord) -> None:
 
 
 def _require_same_tensor(name: str, tensor: Tensor, saved: Any) -> None:
-    """Check that a stored tensor is complete and has the expected shape. It may have another data type.
+    """Check that a stored tensor is complete and has the expected shape; its data type is not checked.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The tensor is missing or incomplete, or has another shape.
     """
     if not isinstance(saved, TensorStorageMetadata):
         raise ValueError(f"it has no tensor {name}")

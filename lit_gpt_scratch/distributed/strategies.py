@@ -102,7 +102,7 @@ class ModelParallel(SizedModelParallelStrategy):
 
     @cached_property
     def checkpoint_group(self) -> ProcessGroup | None:
-        """Gloo group of all ranks, which saves checkpoints, also in a background thread during training."""
+        """Gloo group of all ranks for sharded checkpoints, which a background thread may use during training."""
         return dist.new_group(backend="gloo", timeout=self.collective_timeout) if dist.is_initialized() else None
 
     @override
@@ -140,7 +140,7 @@ class ModelParallel(SizedModelParallelStrategy):
             self.model, options=SHARDS
         )  # they share their memory with the parameters
         if strict and (different := weights.keys() ^ checkpoint["state_dict"].keys()):
-            raise UserError(f"the checkpoint contains a different model: {min(different)} is in only one of them")
+            raise UserError(f"the checkpoint does not match the model: only one of them contains {min(different)}")
         saved = named_tensors({"state_dict": checkpoint["state_dict"]})
         names = [name.removeprefix("state_dict.") for name, _ in saved]
         self._shards.read_tensors({f"state_dict.{name}": weights[name] for name in names if name in weights})
@@ -187,7 +187,9 @@ class ModelParallel(SizedModelParallelStrategy):
         allocated: dict[int, Tensor] = {}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             validate_optimizer_state(optimizer, state)
-            order = [p for group in optimizer.param_groups for p in group["params"]]
+            own = (p for group in optimizer.param_groups for p in group["params"])
+            saved = (number for group in state["param_groups"] for number in group["params"])
+            order = dict(zip(saved, own, strict=True))
             for number, values in state["state"].items():
                 for value in values.values():
                     if isinstance(value, Tensor) and value.is_meta:

@@ -84,7 +84,7 @@ def write_safetensors(
     end = 0
     for name, tensor in shapes.items():
         if tensor.dtype not in DTYPES:
-            raise UserError(f"{name} has the type {tensor.dtype}, which cannot be exported; convert it first")
+            raise UserError(f"{name} has the data type {tensor.dtype}, which cannot be exported; convert the tensor")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()

@@ -109,7 +109,7 @@ class LoRALinear(nn.Linear):
         self.train(base.training)
 
     def init_weights(self, sampler: WeightSampler) -> None:
-        """Initialize the adapter as the constructor, the authors' code and peft do: A from a uniform distribution."""
+        """Initialize A from a uniform distribution and B to zero, as the constructor, the authors' code and peft do."""
         sampler.uniform_(self.lora_a, 1 / math.sqrt(self.in_features))
         nn.init.zeros_(self.lora_b)
 

@@ -179,7 +179,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def name_checksum(name: str, token: str) -> str:
-    """Return the checksum in a name that this program gives, by which it recognizes the name."""
+    """Return the checksum that is part of a generated name, by which this program recognizes its own files."""
     return hashlib.sha256(f"lit_gpt_scratch {token} {name}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 

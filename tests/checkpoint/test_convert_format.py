@@ -92,6 +92,6 @@ def test_wrong_format_and_existing_output_are_refused(checkpoint: dict[str, Any]
 
 def test_type_that_cannot_be_exported_is_named(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     checkpoint["state_dict"]["net.phase"] = torch.zeros(2, dtype=torch.complex64)
-    with pytest.raises(UserError, match=r"phase has the type torch\.complex64"):
+    with pytest.raises(UserError, match=r"phase has the data type torch\.complex64"):
         export_safetensors(checkpoint, "net.", tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -40,6 +40,7 @@ from lit_gpt_scratch.distributed.parallelize import build_mesh, parallelize
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.text.atomic_files import name_checksum
 from tests.end_to_end import forked
 from tests.mutations import fuzz, mutate_bytes, mutate_json, refuse_in_one_line
 
@@ -289,6 +290,72 @@ def test_files_of_the_user_are_kept(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "step=1.ckpt").iterdir()] == ["notes.txt"]
 
 
+def test_corrupted_manifest_is_replaced_by_the_next_save(tmp_path: Path) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    save_sharded(checkpoint, path)
+    (path / MANIFEST).write_text("{")
+    assert has_unfinished_shards(path)
+    save_sharded(checkpoint, path)
+    same(ShardedCheckpoint.open(path).load(), checkpoint)
+    assert len(list(path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("plugin", [AtomicCheckpointIO(), ShardedCheckpointIO()], ids=["file", "sharded"])
+@pytest.mark.parametrize("names", [[], ["notes.txt"], [MANIFEST]], ids=["empty", "notes", "manifest"])
+def test_folder_of_the_user_is_not_replaced(tmp_path: Path, plugin: AtomicCheckpointIO, names: list[str]) -> None:
+    path, checkpoint = tmp_path / "results", as_checkpoint(build(CONFIGS["tied"]))
+    path.mkdir()
+    for name in names:
+        (path / name).write_text("mine")
+    if names:
+        assert "folder with other files" in refuse_in_one_line(lambda: plugin.save_checkpoint(checkpoint, path))
+        assert [each.name for each in path.iterdir()] == names
+    else:  # nothing is lost
+        plugin.save_checkpoint(checkpoint, path)
+        same(plugin.load_checkpoint(path), checkpoint)
+    assert [each.name for each in tmp_path.iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interruption_is_not_reported_as_a_corrupted_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    save_sharded(checkpoint, path)
+
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", interrupt)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupt)
+    with pytest.raises(error):
+        ShardedCheckpoint.open(path).load()
+    with pytest.raises(error):
+        save_sharded(checkpoint, path)
+    monkeypatch.undo()
+    same(ShardedCheckpoint.open(path).load(), checkpoint)
+
+
+def test_folder_that_another_machine_does_not_see_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_checkpoint, "VISIBLE_SECONDS", 0.2)
+    assert "all machines share" in refuse_in_one_line(lambda: sharded_checkpoint._require_folder(tmp_path / "x" / "y"))
+
+
+def test_checkpoint_that_is_saved_again_while_it_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
+    save_sharded(checkpoint, path)
+    verify_file = sharded_checkpoint._verify_file
+    saves = iter([True, True, False])
+
+    def save_first(*arguments: Any) -> None:
+        if next(saves, False):
+            save_sharded(checkpoint, path)
+        verify_file(*arguments)
+
+    monkeypatch.setattr(sharded_checkpoint, "_verify_file", save_first)
+    same(ShardedCheckpoint.open(path).load(), checkpoint)
+
+
 def test_checkpoint_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
     path, checkpoint = tmp_path / "last.ckpt", as_checkpoint(build(CONFIGS["tied"]))
     save_sharded(checkpoint, path)
@@ -477,10 +544,15 @@ def test_every_altered_file_is_refused_by_name(original: Path, tmp_path: Path, n
     fuzz("sharded checkpoint", tmp_path, range(n), attempt_on(original, tmp_path))
 
 
-@pytest.mark.parametrize("content", ["nothing", "shards", "notes"])
+@pytest.mark.parametrize("content", ["nothing", "shards", "unfinished manifest", "notes"])
 def test_run_folder_with_an_incomplete_checkpoint_only_is_deleted(tmp_path: Path, content: str) -> None:
     run = RunFolder(tmp_path / "runs" / "x" / "version_0")
-    if content != "nothing":
+    if content == "unfinished manifest":
+        (run.last / "shards-0123456789abcdef").mkdir(parents=True)
+        token = "0" * 16
+        name = f".{MANIFEST}.{token}{name_checksum(MANIFEST, token)}.unfinished"
+        (run.last / name).write_text("{")
+    elif content != "nothing":
         folder = run.last / "shards-0123456789abcdef"
         folder.mkdir(parents=True)
         (folder / TRAINING_STATE).write_bytes(b"x")
