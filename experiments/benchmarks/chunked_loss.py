@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy, positions_per_chunk
-from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
+from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy
+from lit_gpt_scratch.losses.cross_entropy import positions_per_chunk, token_cross_entropy
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.presets import PRESETS
 

@@ -17,7 +17,7 @@ from lit_gpt_scratch.acceptance.profiler_trace import longest_events, read_trace
 from lit_gpt_scratch.acceptance.row import RowContext, RowFailed, Values
 from lit_gpt_scratch.batch_types import Batch, BatchLayout, DataInfo
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
-from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb, positions_per_chunk
+from lit_gpt_scratch.losses.cross_entropy import default_max_logits_mb, positions_per_chunk
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.profiling.flops_and_memory import activation_bytes, state_bytes, training_flops_per_token

@@ -14,7 +14,7 @@ from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb
+from lit_gpt_scratch.losses.cross_entropy import default_max_logits_mb
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule

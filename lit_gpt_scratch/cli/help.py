@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lit_gpt_scratch.cli.config_defaults import LOG_EVERY, MAX_STEPS, TRAINER_DEFAULTS, VALIDATE_EVERY, import_class
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.chunked_cross_entropy import default_max_logits_mb
+from lit_gpt_scratch.losses.cross_entropy import default_max_logits_mb
 
 WIDTH: Final = 110
 ALL: Final = "all"

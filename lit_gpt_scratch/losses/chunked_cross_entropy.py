@@ -7,7 +7,7 @@ during the backward pass of the blocks.
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,6 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, USE_ONEDNN
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
-
-MAX_LOGITS_MB_CPU: Final = 64
-MAX_LOGITS_MB_ACCELERATOR: Final = 1024
-
-
-def default_max_logits_mb(device: torch.device) -> int:
-    """Return the default of the maximum size of the float32 logits that are in memory at once, in MB.
-
-    Each chunk reads and writes the gradient of the head once. Relative to the matmuls, this takes a time proportional
-    to FLOP/s / (bandwidth * positions per chunk), so accelerators need larger chunks than CPUs.
-    """
-    return MAX_LOGITS_MB_CPU if device.type == "cpu" else MAX_LOGITS_MB_ACCELERATOR
-
-
-def positions_per_chunk(vocab_size: int, max_logits_mb: int) -> int:
-    """Return the largest power of two of positions whose float32 logits take at most ``max_logits_mb`` MB, at least 1.
-
-    A power of two suits matmuls on GPUs, and typical micro-batches have a multiple of it.
-    """
-    fitting = max(1, max_logits_mb * 10**6 // (4 * vocab_size))
-    return 1 << (fitting.bit_length() - 1)
 
 
 def chunked_cross_entropy(

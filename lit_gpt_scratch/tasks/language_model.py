@@ -11,13 +11,13 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
-from lit_gpt_scratch.losses.chunked_cross_entropy import (
-    chunked_cross_entropy,
-    chunked_token_logprobs,
+from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy, chunked_token_logprobs
+from lit_gpt_scratch.losses.cross_entropy import (
     default_max_logits_mb,
     positions_per_chunk,
+    token_cross_entropy,
+    token_logprobs,
 )
-from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.gpt_module import GPTModule

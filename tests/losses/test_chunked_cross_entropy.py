@@ -13,12 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses import chunked_cross_entropy as module
-from lit_gpt_scratch.losses.chunked_cross_entropy import (
-    chunked_cross_entropy,
-    chunked_token_logprobs,
-    positions_per_chunk,
-)
-from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
+from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy, chunked_token_logprobs
+from lit_gpt_scratch.losses.cross_entropy import positions_per_chunk, token_cross_entropy, token_logprobs
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, LoRALinear
 
