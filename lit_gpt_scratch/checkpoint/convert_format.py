@@ -40,7 +40,7 @@ def to_sharded(path: Path, sharded: Path) -> None:
     """
     if is_sharded(path):
         raise UserError(f"{path} is sharded already; it can be loaded with any strategy and number of processes")
-    require_new(sharded)
+    _require_new(sharded)
     save_sharded(load_checkpoint(path, mapped=True), sharded)
 
 
@@ -58,7 +58,7 @@ def to_one_file(sharded: Path, path: Path) -> None:
         raise UserError(
             f"{sharded} is not a sharded checkpoint; pass a folder written with --checkpoint.format sharded"
         )
-    require_new(path)
+    _require_new(path)
     checkpoint = ShardedCheckpoint.open(sharded)
     state = checkpoint.read_training_state()
     validate_checkpoint(state, sharded, ("cpu", "meta"))
@@ -102,7 +102,7 @@ def _in_batches(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     yield names
 
 
-def require_new(path: Path) -> None:
+def _require_new(path: Path) -> None:
     """Check that no file or folder exists at a path.
 
     Raises:

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -75,6 +75,7 @@ T = TypeVar("T")
 Box = tuple[tuple[int, int], ...]
 log = logging.getLogger(__name__)
 
+# Single processes save and load checkpoints on purpose, also while a process group exists.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 
@@ -258,8 +259,9 @@ class ShardedCheckpoint:
         """
         state = self.read_training_state()
         weights: dict[str, Tensor] = state["state_dict"]
-        stored_name = {id(meta): name for name, meta in named_tensors({"state_dict": weights})}
-        self.require_stored(dict(named_tensors({"state_dict": weights})))
+        stored = dict(named_tensors({"state_dict": weights}))
+        self.require_stored(stored)
+        stored_name = {id(meta): name for name, meta in stored.items()}
 
         def read(name: str) -> Tensor:
             meta = weights[name]
@@ -386,9 +388,9 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, group: ProcessGroup 
             records = _agree(group, action, lambda: _record_shards(folder, rank))
             shards = {name: file for part in records for name, file in part.items()}
             _agree(group, action, lambda: _commit(checkpoint, path, folder, shards) if rank == 0 else None)
-        except BaseException:
+        except BaseException:  # including Ctrl-C: an incomplete save would waste disk space
             if rank == 0 and _complete_folder(path) != folder.name:
-                shutil.rmtree(folder, ignore_errors=True)  # frees disk space
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
@@ -515,14 +517,11 @@ def _require_folder(folder: Path) -> None:
     Raises:
         UserError: The folder does not exist on this machine.
     """
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not folder.is_dir():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"cannot save {folder.parent}: another machine does not see this folder; set --runs to a folder that "
-                "all machines share"
-            )
-        time.sleep(0.1)
+    if not _wait_until(folder.is_dir):
+        raise UserError(
+            f"cannot save {folder.parent}: another machine does not see this folder; set --runs to a folder that all "
+            "machines share"
+        )
 
 
 def _require_visible(folder: Path, shards: Mapping[str, FileRecord]) -> None:
@@ -531,15 +530,26 @@ def _require_visible(folder: Path, shards: Mapping[str, FileRecord]) -> None:
     Raises:
         UserError: A file is missing or incomplete.
     """
-    deadline = time.monotonic() + VISIBLE_SECONDS
     for name, record in shards.items():
-        while not (folder / name).is_file() or (folder / name).stat().st_size != record["bytes"]:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"cannot save {folder.parent}: rank 0 does not see {name}, which another rank has written; "
-                    "set --runs to a folder that all machines share"
-                )
-            time.sleep(0.1)
+        if not _wait_until(partial(_has_size, folder / name, record["bytes"])):
+            raise UserError(
+                f"cannot save {folder.parent}: rank 0 does not see {name}, which another rank has written; "
+                "set --runs to a folder that all machines share"
+            )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    """Wait up to ``VISIBLE_SECONDS`` until a condition holds, and return whether it does."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def set_aside(path: Path, sharded: bool) -> None:
