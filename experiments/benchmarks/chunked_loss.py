@@ -33,7 +33,7 @@ def build(arguments: argparse.Namespace) -> tuple[GPT, Callable[[int | None], St
     """Return the network, and a function that returns the step for a size of the logits in MB, or None for all."""
     torch.manual_seed(0)
     net = GPT(PRESETS[arguments.preset], VOCABULARY, BLOCK_SIZE)
-    net.recompute = arguments.activation_checkpointing
+    net.activation_checkpointing = arguments.activation_checkpointing
     ids = torch.randint(VOCABULARY, (arguments.batch_size, BLOCK_SIZE + 1))
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 

@@ -24,6 +24,7 @@ from lit_gpt_scratch.diagnostics.config_rules import (
     MAX_EPOCHS,
 )
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
+from lit_gpt_scratch.distributed.parallelize import fsdp_mesh
 from lit_gpt_scratch.lightning_compat import batches_in_steps, planned_steps
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
@@ -31,6 +32,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import (
     state_bytes,
     training_flops_per_token,
 )
+from lit_gpt_scratch.profiling.layout_sizes import gathered_bytes, gathered_sizes
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.text.markdown import format_markdown_table, markdown_code
 
@@ -130,11 +132,17 @@ class RunPlan(RunDirCallback):
             task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing, task.loss_chunk_size
         )
         held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
+        gathered = ""
+        if task.device_mesh is not None and fsdp_mesh(task.device_mesh).size() > 1:
+            largest = gathered_bytes(
+                *gathered_sizes(task.net, task.device_mesh), dtype.itemsize, str(trainer.precision)
+            )
+            gathered = f"up to {format_bytes(largest)} for weights that FSDP2 gathers, "
         per = " per process" if trainer.world_size > 1 else ""
         yield (
             "cost",
             f"{format_count(training_flops_per_token(task.net))} FLOPs per token; "
-            f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, "
+            f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, {gathered}"
             f"up to {format_bytes(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late

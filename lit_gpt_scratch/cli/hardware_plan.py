@@ -136,7 +136,7 @@ def _training_setup(
         precision=precision,
         strategy=strategy,
         tensor_parallel=size,
-        recompute=model.activation_checkpointing,
+        checkpointing=model.activation_checkpointing,
         optimizer=model.optimizer,
         averaged=model.ema.decay is not None,
         clips=bool(trainer.gradient_clip_val),

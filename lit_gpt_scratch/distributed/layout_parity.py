@@ -47,6 +47,9 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "accumulation 4": ParallelLayout(accumulate=4),
     "manual attention": ParallelLayout(flags=("--model.gpt.attention_backend=manual",)),
     "activation checkpointing": ParallelLayout(flags=("--model.activation_checkpointing=true",)),
+    "checkpointing, attention kept": ParallelLayout(flags=("--model.activation_checkpointing=keep_attention",)),
+    "checkpointing, matmuls kept": ParallelLayout(flags=("--model.activation_checkpointing=keep_matmuls",)),
+    "loss in chunks": ParallelLayout(flags=("--model.max_logits_mb=0.1",)),
     "compiled": ParallelLayout(flags=("--model.compile=true",)),
     "ddp 2": ParallelLayout(2, 2, flags=("--trainer.strategy=ddp",)),
     "fsdp2 2": ParallelLayout(2, 2, flags=("--trainer.strategy=fsdp2",)),
@@ -54,6 +57,9 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "hsdp 4": ParallelLayout(4, 4, flags=("--trainer.strategy=hsdp", "--hsdp_groups=2")),
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
+    "fsdp2 2, matmuls kept": ParallelLayout(
+        2, 2, flags=("--trainer.strategy=fsdp2", "--model.activation_checkpointing=keep_matmuls")
+    ),
 }
 """Layouts by name; the first layout is the reference for the others."""
 

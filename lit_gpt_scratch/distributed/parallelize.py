@@ -109,6 +109,15 @@ def build_mesh(device_type: str, data_parallel: int, tensor_parallel: int, group
     return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the dimension of the device mesh across which FSDP2 shards weights."""
+    return mesh[SHARD] if _is_hybrid(mesh) else mesh[DATA_PARALLEL]
+
+
+def _is_hybrid(mesh: DeviceMesh) -> bool:
+    return REPLICATE in (mesh.mesh_dim_names or ())
+
+
 def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     """Shard a network in place; it is on the meta device, or its weights are the same on all processes.
 
@@ -127,7 +136,7 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     if mesh[TENSOR_PARALLEL].size() > 1:
         validate_tensor_parallel(net.config, mesh[TENSOR_PARALLEL].size(), precision)
         _apply_tensor_parallel(net, mesh[TENSOR_PARALLEL])
-    data_mesh = mesh[REPLICATE, SHARD] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[DATA_PARALLEL]
+    data_mesh = mesh[REPLICATE, SHARD] if _is_hybrid(mesh) else mesh[DATA_PARALLEL]
     if data_mesh.size() > 1:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":

@@ -68,10 +68,10 @@ def default_max_logits_mb(device: torch.device) -> int:
     return MAX_LOGITS_MB_CPU if device.type == "cpu" else MAX_LOGITS_MB_ACCELERATOR
 
 
-def positions_per_chunk(vocab_size: int, max_logits_mb: int) -> int:
+def positions_per_chunk(vocab_size: int, max_logits_mb: float) -> int:
     """Return the largest power of two of positions whose float32 logits take at most ``max_logits_mb`` MB, at least 1.
 
     A power of two suits matmuls on GPUs, and typical micro-batches have a multiple of it.
     """
-    fitting = max(1, max_logits_mb * 10**6 // (4 * vocab_size))
+    fitting = max(1, int(max_logits_mb * 10**6 / (4 * vocab_size)))
     return 1 << (fitting.bit_length() - 1)

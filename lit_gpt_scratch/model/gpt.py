@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import Linear
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, call_with_checkpointing
 from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout, resolve_attention_class
 from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
@@ -63,6 +63,7 @@ class Block(nn.Module):
         layout: AttentionLayout,
         value_embedding: Tensor | None = None,
         layer_cache: tuple[KVCache, int] | None = None,
+        checkpointing: ActivationCheckpointing = False,
     ) -> Tensor:
         """Apply the block to the residual stream.
 
@@ -73,10 +74,14 @@ class Block(nn.Module):
             layout: Positions and attention mask.
             value_embedding: Tensor of shape (B, T, n_kv_head * head_dim) to add to the attention values, or None.
             layer_cache: KV cache and the index of this block in the cache, or None if no cache is used.
+            checkpointing: What to store for the backward pass.
 
         Returns:
             The new residual stream, of shape (B, T, n_embd).
         """
+        if checkpointing:  # inside the block, so that compiling the block compiles the recomputation, too
+            inputs = x, x0, position, layout, value_embedding, layer_cache
+            return call_with_checkpointing(checkpointing, self.forward, *inputs)
         if self.mixing is not None:
             x = self.mixing[0] * x + self.mixing[1] * x0
         h = x if self.post else self.attention_norm(x)
@@ -133,12 +138,8 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.output_head = output_head
-        self.recompute = False
-        """Whether to use activation checkpointing in training (https://arxiv.org/abs/1604.06174).
-
-        Only the input of each block is stored, and the other activations are recomputed in the backward pass. This
-        saves memory, but requires about a third more compute.
-        """
+        self.activation_checkpointing: ActivationCheckpointing = False
+        """What each block stores for the backward pass in training."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -338,11 +339,11 @@ class GPT(nn.Module):
         if self.bigrams is not None or self.smear is not None:
             x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
         x = x0 = self.dropout(x)
+        checkpointing = self.training and self.activation_checkpointing
         for layer, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
             value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             layer_cache = None if cache is None else (cache, layer)
-            inputs = x, x0, self.position, layout, value_embedding, layer_cache
-            x = checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
+            x = block(x, x0, self.position, layout, value_embedding, layer_cache, checkpointing)
         out: Tensor = self.norm(x)
         return out
 

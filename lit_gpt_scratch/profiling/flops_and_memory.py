@@ -1,22 +1,26 @@
 """Estimate the cost of a training step before running it: parameters, floating-point operations and memory."""
 
 import os
+import weakref
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.gpt import Block
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.module_metadata import flops_per_token
@@ -160,14 +164,15 @@ def activation_bytes(
     device: torch.device,
     dtype: torch.dtype,
     autocast: bool,
-    recompute: bool = False,
+    checkpointing: ActivationCheckpointing = False,
     loss_chunk_size: int | None = None,
 ) -> int:
-    """Return the size in bytes of the activations that an uncompiled model saves for a micro-batch's backward pass.
+    """Return the size in bytes of the activations that an uncompiled model stores for a micro-batch's backward pass.
 
-    A compiled model saves fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
-    data; each storage is counted once. If the loss is computed in chunks, the result includes what it holds at its
-    peak: the gradients of the hidden states and of the head, and the logits of one chunk with their gradients.
+    A compiled model stores fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
+    data; the result is the size of all storages that still exist at its end. If the loss is computed in chunks, the
+    result includes what it holds at its peak: the gradients of the hidden states and of the head, and the logits of one
+    chunk with their gradients.
 
     Args:
         config: The model config.
@@ -177,35 +182,56 @@ def activation_bytes(
         device: The device to simulate; none of its memory is allocated.
         dtype: Dtype of the weights.
         autocast: Whether matmuls run in bfloat16.
-        recompute: Whether activation checkpointing is used, which saves only the inputs of the blocks.
+        checkpointing: What each block stores.
         loss_chunk_size: Number of positions per chunk of the loss; None computes all logits at once.
     """
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
     # FlexAttention is compiled and cannot be simulated; it uses about as much memory as the fused kernel.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size, initialise=False)
-        net.recompute = recompute
+        net.activation_checkpointing = checkpointing
         weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # Module.to() fails with fake tensors
-        weight_storages = {weight.untyped_storage()._cdata for weight in weights.values()}
         ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
-        with (
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
-        ):
+        known = [*weights.values(), *net.buffers(), ids]
+        autocasting = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+        live = _LiveStorages(known)
+        with live:
             if loss_chunk_size is None or ids.numel() <= loss_chunk_size:
-                loss, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
-                of_loss = loss.element_size()
-            else:
-                named = {f"net.{name}": weight for name, weight in weights.items()}
-                of_loss = _chunked_loss_bytes(net, functional_call(_HiddenStates(net), named, (ids,)), loss_chunk_size)
-        return sum(size for storage, size in kept.items() if storage not in weight_storages) + of_loss
+                with autocasting:
+                    loss = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
+                n_bytes = live.n_bytes  # without autocast's cache
+                del loss  # it kept the activations alive until here
+                return n_bytes
+            named = {f"net.{name}": weight for name, weight in weights.items()}
+            with autocasting:
+                x: Tensor = functional_call(_HiddenStates(net), named, (ids,))
+                return live.n_bytes - x.nbytes + _chunked_loss_bytes(net, x, loss_chunk_size)
+
+
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Context manager that records the storages of all tensors that operators return.
+
+    Args:
+        known: Tensors whose storages are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._found: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Total size in bytes of the recorded storages that still exist."""
+        return sum(size for storage, size in self._found.values() if storage() is not None)
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._found[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return out
 
 
 class _HiddenStates(nn.Module):

@@ -12,11 +12,13 @@ from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
-from lit_gpt_scratch.distributed.parallelize import parallelize
+from lit_gpt_scratch.distributed.parallelize import fsdp_mesh, parallelize
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.optim import OptimizerRecipe
 from lit_gpt_scratch.profiling.accelerators import Machine
@@ -51,7 +53,7 @@ class TrainingSetup:
         precision: The Trainer's precision, a key of ``WEIGHT_DTYPES``.
         strategy: Name of the strategy.
         tensor_parallel: Number of ranks that share a replica.
-        recompute: Whether activation checkpointing is used.
+        checkpointing: What each block stores for the backward pass.
         optimizer: The optimizer.
         averaged: Whether there is a moving average of the weights.
         clips: Whether gradients are clipped by their norm.
@@ -67,7 +69,7 @@ class TrainingSetup:
     precision: str
     strategy: StrategyName
     tensor_parallel: int
-    recompute: bool
+    checkpointing: ActivationCheckpointing
     optimizer: OptimizerRecipe
     averaged: bool
     clips: bool
@@ -109,11 +111,6 @@ class TrainingSetup:
         """Bytes per element of the inputs and outputs of matmuls."""
         return 4 if self.precision == "32-true" else 2
 
-    @property
-    def gathered_bytes(self) -> int:
-        """Bytes per weight of a block that FSDP2 has gathered; only ``bf16-mixed`` gathers in lower precision."""
-        return 2 if self.precision == "bf16-mixed" else self.weight_bytes
-
 
 Change = tuple[dict[str, str], TrainingSetup]
 """Values of flags, keyed by flag, and the setup that they result in."""
@@ -154,12 +151,8 @@ def measure_layout(setup: TrainingSetup) -> LayoutSizes:
     """
     one, two = (_measure(setup, n_layer) for n_layer in (1, 2))
     found = {name: _extrapolate(one[name], two[name], setup.config.n_layer) for name in one}
-    gathered = (sizes["gathered"]["all"] for sizes in (one, two))
-    first = next(gathered)
-    block = next(gathered) - first
-    flops = found.pop("flops")["all"]
-    del found["gathered"]
-    return LayoutSizes(**found, flops_per_token=flops, block=block, root=first - block)
+    flops, gathered = found.pop("flops")["all"], found.pop("gathered")
+    return LayoutSizes(**found, flops_per_token=flops, block=gathered["block"], root=gathered["root"])
 
 
 def _extrapolate(one: Counter[Any], two: Counter[Any], n_layer: int) -> Counter[Any]:
@@ -181,6 +174,7 @@ def _measure(setup: TrainingSetup, n_layer: int) -> dict[str, Counter[Any]]:
     for rule, name, p in _parameters(optimizer):
         sizes["groups"].update({(rule, name, "parameters"): p.numel(), (rule, name, "tensors"): 1})
     with ExitStack() as stack:
+        mesh = None
         if setup.strategy in SHARDED:
             mesh = stack.enter_context(fake_mesh(setup.data_parallel, setup.tensor_parallel, setup.groups))
             parallelize(net, mesh, setup.precision)
@@ -189,8 +183,8 @@ def _measure(setup: TrainingSetup, n_layer: int) -> dict[str, Counter[Any]]:
         sizes["by_rule"] = Counter()
         for rule, _, p in _parameters(optimizer):
             sizes["by_rule"][rule] += to_local(p).numel() * p.element_size()
-        shards = setup.n_shards if setup.is_fully_sharded else 1  # of equal size, because FSDP2 pads them
-        sizes["gathered"] = Counter(all=shards * sum(to_local(p).numel() for p in net.parameters()))
+        block, root = gathered_sizes(net, mesh)
+        sizes["gathered"] = Counter(block=block, root=root)  # the same for any number of blocks
     return sizes
 
 
@@ -199,6 +193,47 @@ def _parameters(optimizer: Optimizer) -> Iterator[tuple[str, str, torch.Tensor]]
     for group in optimizer.param_groups:
         for p in group["params"]:
             yield group.get("rule", type(optimizer).__name__), group.get("name", "tensors"), p
+
+
+def gathered_sizes(net: GPT, mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Return the number of weights in a block and outside the blocks after FSDP2 has gathered their shards.
+
+    The shards of tensor parallelism are not gathered.
+
+    Args:
+        net: The network after ``parallelize``.
+        mesh: Its device mesh, or None if it is not sharded.
+    """
+    shards = 1 if mesh is None else fsdp_mesh(mesh).size()  # of equal size, because FSDP2 pads them
+    block, total = (shards * sum(to_local(p).numel() for p in module.parameters()) for module in (net.blocks[0], net))
+    return block, total - len(net.blocks) * block
+
+
+def gathered_bytes(block: int, root: int, weight_bytes: int, precision: str) -> int:
+    """Return an upper bound on the memory in bytes of gathered weights and their gradients with FSDP2.
+
+    It includes the weights of two blocks (the current and the prefetched one), the gradient of one block in the dtype
+    of the gathered weights and in that of the reduction, and the weights and gradients outside the blocks, which stay
+    gathered from the forward to the backward pass.
+
+    Args:
+        block: Number of weights in a block; see ``gathered_sizes``.
+        root: Number of weights outside the blocks.
+        weight_bytes: Bytes per stored weight.
+        precision: The Trainer's precision.
+    """
+    gathered, reduced = gathered_bytes_per_weight(precision, weight_bytes)
+    return block * (3 * gathered + reduced) + 2 * root * weight_bytes
+
+
+def gathered_bytes_per_weight(precision: str, weight_bytes: int) -> tuple[int, int]:
+    """Return the bytes per weight of a block that FSDP2 has gathered, and of its gradients while they are reduced.
+
+    Args:
+        precision: The Trainer's precision; only ``bf16-mixed`` gathers in lower precision.
+        weight_bytes: Bytes per stored weight.
+    """
+    return (2, 4) if precision == "bf16-mixed" else (weight_bytes, weight_bytes)
 
 
 class ActivationSizes(NamedTuple):
@@ -219,7 +254,7 @@ class ActivationSizes(NamedTuple):
 
 @cache
 def simulate_activations(
-    config: GPTConfig, vocab_size: int, block_size: int, precision: str, recompute: bool
+    config: GPTConfig, vocab_size: int, block_size: int, precision: str, checkpointing: ActivationCheckpointing
 ) -> ActivationSizes:
     """Fit the four coefficients to four simulations: one and two blocks, one and two rows."""
 
@@ -228,7 +263,7 @@ def simulate_activations(
         small = replace(config, n_layer=n_layer, dropout=0.0, sliding_window=None)
         dtype, autocast = WEIGHT_DTYPES[precision], precision.endswith("mixed")
         device = torch.device("cpu")
-        return activation_bytes(small, vocab_size, block_size, rows, device, dtype, autocast, recompute)
+        return activation_bytes(small, vocab_size, block_size, rows, device, dtype, autocast, checkpointing)
 
     both, wide, deep, least = simulate(2, 2), simulate(1, 2), simulate(2, 1), simulate(1, 1)
     block_row = both - wide - deep + least
@@ -258,29 +293,27 @@ def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
     """Return an upper bound on the memory of a rank in bytes, keyed by what it holds.
 
     - ``weights``, ``gradients``, ``optimizer``, ``average``: the shards of rank 0 in the real layout.
-    - ``gathered``: with FSDP2, the weights of two blocks (the current and the prefetched one), the gradient of one
-      block in the dtype of the gathered weights and in that of the reduction, and the weights and gradients outside the
-      blocks, which stay gathered from the forward to the backward pass. With DDP, the buckets of the gradients.
-    - ``activations``: what an uncompiled network saves. With activation checkpointing, the inputs of all blocks and the
-      activations of one block. Without FSDP2, autocast also keeps a 16-bit copy of all matrices.
+    - ``gathered``: with FSDP2, ``gathered_bytes``; with DDP, the buckets of the gradients.
+    - ``activations``: what an uncompiled network stores. With activation checkpointing, this includes all activations
+      of one block, which the backward pass recomputes. Without FSDP2, autocast also keeps a 16-bit copy of all
+      matrices.
     - ``logits``: two more float32 copies of the logits, which exist while their gradient is computed.
 
     Tensor parallelism splits activations inside attention and feed-forward networks. The residual stream is replicated,
     and so are the logits, which ``colwise_gather`` gathers.
     """
     memory = Counter(sizes.local)
-    reduced = 4 if setup.precision == "bf16-mixed" else setup.weight_bytes
     if setup.is_fully_sharded:
-        memory["gathered"] = sizes.block * (3 * setup.gathered_bytes + reduced) + 2 * sizes.root * setup.weight_bytes
+        memory["gathered"] = gathered_bytes(sizes.block, sizes.root, setup.weight_bytes, setup.precision)
     elif setup.strategy == "ddp":
         memory["gathered"] = sizes.local["gradients"]
     arguments = local_config(setup), setup.vocab_size, setup.block_size, setup.precision
     full, n_layer = simulate_activations(*arguments, False), setup.config.n_layer
-    kept = simulate_activations(*arguments, True) if setup.recompute else full
+    kept = simulate_activations(*arguments, setup.checkpointing)
     memory["activations"] = kept.fixed + setup.batch_size * (kept.row + n_layer * kept.block_row)
     if not setup.is_fully_sharded:
         memory["activations"] += n_layer * kept.block_fixed
-    if setup.recompute:
+    if setup.checkpointing:
         memory["activations"] += full.block_fixed + setup.batch_size * full.block_row
     memory["logits"] = 2 * 4 * setup.tokens_per_rank * setup.vocab_size
     return +memory
@@ -331,9 +364,14 @@ def _shard(setup: TrainingSetup) -> Change | None:
 
 
 def _recompute(setup: TrainingSetup) -> Change | None:
-    if setup.recompute:
+    """Recompute as little as fits; otherwise everything."""
+    if setup.checkpointing:
         return None
-    return {"--model.activation_checkpointing": "true"}, replace(setup, recompute=True)
+    for checkpointing in ("keep_matmuls", "keep_attention", True):
+        smaller = replace(setup, checkpointing=checkpointing)
+        if fits(smaller):
+            break
+    return {"--model.activation_checkpointing": str(checkpointing).lower()}, smaller
 
 
 def _shrink(setup: TrainingSetup) -> Change | None:

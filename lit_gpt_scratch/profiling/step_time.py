@@ -9,11 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.module_metadata import flops_per_token, linear_flops_per_token
 from lit_gpt_scratch.profiling.layout_sizes import (
     SHARDED,
     LayoutSizes,
     TrainingSetup,
+    gathered_bytes_per_weight,
     local_config,
     local_network,
     simulate_activations,
@@ -35,6 +37,10 @@ ATTENTION_BACKWARD: Final = 2.5
 FORWARD_PASSES, BACKWARD_PASSES, RECOMPUTE_PASSES = 2, 3, 2
 """Number of times that each saved activation crosses the memory bus: written and read in the forward pass; read in the
 backward pass, which also writes and reads its gradient; written and read again if it is recomputed."""
+RECOMPUTED: Final[dict[ActivationCheckpointing, tuple[bool, bool]]] = {
+    False: (False, False), "keep_matmuls": (False, False), "keep_attention": (False, True), True: (True, True),
+}  # fmt: skip
+"""Whether attention and the matmuls of linear layers are recomputed, keyed by what each block stores."""
 OPTIMIZER_PASSES: Final = {"adamw": 7, "muon": 12}
 """Number of times that a tensor of the weight's size is read or written per step, keyed by update rule.
 
@@ -88,16 +94,18 @@ def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
     full = simulate_activations(local_config(setup), setup.vocab_size, setup.block_size, setup.precision, False)
     in_blocks = setup.batch_size * n_layer * full.block_row / _memory_bandwidth(setup)
     saved = setup.batch_size * full.row / _memory_bandwidth(setup) + in_blocks
-    recompute = setup.recompute
+    recompute = bool(setup.checkpointing)
+    repeats_attention, repeats_matmuls = RECOMPUTED[setup.checkpointing]
+    recomputed_attention, recomputed_matmuls = repeats_attention * attention, repeats_matmuls * matmul_blocks
     forward = matmul + attention + FORWARD_PASSES * saved
     backward = 2 * matmul + ATTENTION_BACKWARD * attention + BACKWARD_PASSES * saved
-    backward += recompute * (matmul_blocks + attention + RECOMPUTE_PASSES * in_blocks)
+    backward += recomputed_matmuls + recomputed_attention + recompute * RECOMPUTE_PASSES * in_blocks
     exposed, sent = _communication(setup, sizes, forward, backward)
     n = setup.accumulate
     optimizer, optimizer_sent = _optimizer(setup, sizes)
     return StepTime(
-        matmuls=n * (3 * matmul + recompute * matmul_blocks),
-        attention=n * (1 + ATTENTION_BACKWARD + recompute) * attention,
+        matmuls=n * (3 * matmul + recomputed_matmuls),
+        attention=n * ((1 + ATTENTION_BACKWARD) * attention + recomputed_attention),
         memory_bound=n * ((FORWARD_PASSES + BACKWARD_PASSES) * saved + recompute * RECOMPUTE_PASSES * in_blocks),
         communication=exposed,
         optimizer=optimizer,
@@ -141,9 +149,9 @@ def _communication(setup: TrainingSetup, sizes: LayoutSizes, forward: float, bac
         return _overlap(backward, sent / bandwidth) + n * split, sent
     if not setup.is_fully_sharded:
         return n * split, n * split_sent
-    reduced = 4 if setup.precision == "bf16-mixed" else setup.weight_bytes
+    gathered, reduced = gathered_bytes_per_weight(setup.precision, setup.weight_bytes)
     blocks = setup.config.n_layer * sizes.block
-    gather, reduce = (ring_bytes(blocks * size, shards) for size in (setup.gathered_bytes, reduced))
+    gather, reduce = (ring_bytes(blocks * size, shards) for size in (gathered, reduced))
     root = ring_bytes(sizes.root * setup.weight_bytes, shards)  # gathered before, and reduced after everything else
     first = gather / setup.config.n_layer
     # HSDP then averages the shards of the gradients across groups.
@@ -175,7 +183,7 @@ def _tensor_parallel(setup: TrainingSetup) -> tuple[float, float]:
     if size == 1:
         return 0.0, 0.0
     stream = tokens * n_embd * setup.compute_bytes
-    sent = 2 * ring_bytes(stream, size) * (2 * setup.config.n_layer * (2 + setup.recompute) + 1)
+    sent = 2 * ring_bytes(stream, size) * (2 * setup.config.n_layer * (2 + bool(setup.checkpointing)) + 1)
     sent += 2 * ring_bytes(tokens * n_embd * setup.weight_bytes, size)
     sent += ring_bytes(tokens * setup.vocab_size * setup.compute_bytes, size)
     return sent / collective_bandwidth(setup, size, 1), sent

@@ -36,6 +36,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
@@ -98,8 +99,10 @@ class GPTModule(L.LightningModule):
             machine supports compilation and its compiler works. ``true`` also compiles other parts of the training
             step, which increases the startup time, and raises an error if compilation is not supported or fails.
             ``false`` disables compilation.
-        activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute all
-            other activations. This saves memory at the cost of about a third more compute.
+        activation_checkpointing: What each block stores for the backward pass: by default, all activations. ``true``
+            stores only the input of the block and recomputes its activations, which saves the most memory, but
+            requires about a third more compute. ``keep_attention`` also stores the output of fused attention, and
+            ``keep_matmuls`` the outputs of all matmuls, so that fewer operations are recomputed.
 
     Raises:
         UserError: The architecture has a custom attention class that cannot be imported, or arguments contradict each
@@ -145,7 +148,7 @@ class GPTModule(L.LightningModule):
         train_layers: int | None = None,
         ema_decay: float | None = None,
         compile: bool | Literal["blocks"] | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
     ) -> None:
         super().__init__()
         if lora is not None and train_layers is not None:
@@ -323,7 +326,7 @@ class GPTModule(L.LightningModule):
             self._base_hash = hash_base_weights(pretrained.weights, self._trains_new_head)
         self._freeze(seed)
         auxiliary = self.build_auxiliary_networks()
-        self.net.recompute = self.activation_checkpointing
+        self.net.activation_checkpointing = self.activation_checkpointing
         if self.device_mesh is not None:
             for net in (self.net, *auxiliary):  # a copy of the network gets the same weights
                 parallelize(net, self.device_mesh, str(self.trainer.precision))

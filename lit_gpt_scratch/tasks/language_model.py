@@ -50,10 +50,10 @@ class LanguageModel(GPTModule):
     returns_label_losses = True
     _scales_loss = False
 
-    def __init__(self, *args: Any, max_logits_mb: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_logits_mb: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if max_logits_mb is not None and max_logits_mb < 1:
-            raise UserError(f"model.max_logits_mb is {max_logits_mb}; it must be at least 1")
+        if max_logits_mb is not None and max_logits_mb <= 0:
+            raise UserError(f"model.max_logits_mb is {max_logits_mb}; it must be positive")
         self.max_logits_mb = max_logits_mb
 
     @override

@@ -1,15 +1,19 @@
 """GPT as a whole: initial loss, causality, and equality with Qwen3 in transformers."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from tests.conftest import TINY, randomised
 
 configs = st.builds(
@@ -125,20 +129,80 @@ def test_default_architecture_matches_qwen3(n_kv_head: int) -> None:
         torch.testing.assert_close(parameter.grad / scale, other / scale, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_preserves_gradients(dropout: float) -> None:
-    """Activation checkpointing gives bitwise the same gradients, and keeps fewer tensors."""
+KINDS: list[ActivationCheckpointing] = [True, "keep_attention", "keep_matmuls"]
 
-    def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("checkpointing", KINDS)
+def test_activation_checkpointing_preserves_gradients(
+    checkpointing: ActivationCheckpointing, dropout: float, autocast: bool
+) -> None:
+    """Activation checkpointing gives bitwise the same gradients."""
+
+    def gradients(checkpointing: ActivationCheckpointing) -> list[torch.Tensor]:
         torch.manual_seed(0)
         net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=dropout, initialisation="gpt2"), 50, 16)
-        net.recompute = recompute
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        net.activation_checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = net(torch.randint(50, (3, 16))).square().mean()
         loss.backward()
-        return [p.grad for p in net.parameters() if p.grad is not None], sum(kept)
+        return [p.grad for p in net.parameters() if p.grad is not None]
 
-    (again, few), (once, many) = gradients(True), gradients(False)
-    assert all(torch.equal(a, b) for a, b in zip(again, once, strict=True))
-    assert few < many / 2
+    assert all(torch.equal(a, b) for a, b in zip(gradients(checkpointing), gradients(False), strict=True))
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the calls of operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name().partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "recomputes"),
+    [(False, (0, 0)), (True, (1, 1)), ("keep_attention", (0, 1)), ("keep_matmuls", (0, 0))],
+)
+def test_operators_that_are_kept_are_not_recomputed(
+    checkpointing: ActivationCheckpointing, recomputes: tuple[int, int]
+) -> None:
+    """Calls in the backward pass: fused attention, and the first five of the six matmuls of each block."""
+    net = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, feed_forward="gelu", initialisation="gpt2"), 50, 16)
+    net.activation_checkpointing = checkpointing
+    loss = net(torch.randint(50, (3, 16))).square().mean()
+    with CountedOperators() as counted:
+        loss.backward()
+    attention, matmuls = recomputes
+    assert counted.calls["_scaled_dot_product_flash_attention_for_cpu"] == 3 * attention
+    plain = 2 * (6 * 3 + 1)  # the gradients of input and weight of each matmul and of the head
+    assert counted.calls["mm"] == plain + 5 * 3 * matmuls  # nothing needs the output of the last one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("checkpointing", KINDS)
+def test_activation_checkpointing_is_compiled_with_the_block(
+    checkpointing: ActivationCheckpointing, dropout: float
+) -> None:
+    torch.compiler.reset()  # the number of variants of one function is limited
+
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=dropout, initialisation="gpt2"), 50, 16)
+        net.activation_checkpointing = checkpointing
+        if compiled:
+            for block in net.blocks:
+                block.compile(fullgraph=True)
+        net(torch.randint(50, (3, 16))).square().mean().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients(compiled=True), gradients(compiled=False), strict=True):
+        if dropout:  # compiled code draws other random numbers
+            assert a.isfinite().all()
+        else:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

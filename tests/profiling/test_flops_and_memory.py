@@ -19,6 +19,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
 from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.profiling.flops_and_memory import (
@@ -75,22 +76,26 @@ def test_state_bytes_match_an_optimizer_after_a_step(recipe: OptimizerRecipe, em
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "recompute"),
+    ("dtype", "autocast", "checkpointing"),
     [
         (torch.float32, False, False), (torch.float32, True, False), (torch.float64, False, False),
         (torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, True),
+        (torch.float32, False, "keep_attention"), (torch.float32, True, "keep_attention"),
+        (torch.float32, False, "keep_matmuls"), (torch.float32, True, "keep_matmuls"),
     ],
 )  # fmt: skip
-def test_activation_bytes_match_a_profiled_forward_pass(dtype: torch.dtype, autocast: bool, recompute: bool) -> None:
+def test_activation_bytes_match_a_profiled_forward_pass(
+    dtype: torch.dtype, autocast: bool, checkpointing: ActivationCheckpointing
+) -> None:
     config, shape = GPTConfig(n_layer=2, n_head=2, n_embd=64), (4, 128)
     net = GPT(config, vocab_size=500, block_size=128).to(dtype)
-    net.recompute = recompute
+    net.activation_checkpointing = checkpointing
     ids = torch.randint(500, shape)
     with profile(profile_memory=True) as profiled, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = token_cross_entropy(net(ids), ids)
     measured = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
     del kept
-    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)
+    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, checkpointing)
     assert expected == pytest.approx(measured, rel=0.03)
 
 

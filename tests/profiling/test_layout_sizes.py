@@ -28,7 +28,7 @@ BLOCK, TABLE, VOCABULARY = MATRICES + 2 * 64, 512 * 64, 512
 def make_setup(**changes: Any) -> TrainingSetup:
     setup = TrainingSetup(
         config=CONFIG, vocab_size=VOCABULARY, block_size=32, batch_size=4, accumulate=2, precision="bf16-mixed",
-        strategy="fsdp2", tensor_parallel=1, recompute=False, optimizer=AdamW(), averaged=False, clips=True,
+        strategy="fsdp2", tensor_parallel=1, checkpointing=False, optimizer=AdamW(), averaged=False, clips=True,
         machine=parse_machine("8xh100"),
     )  # fmt: skip
     return replace(setup, **changes)
@@ -90,7 +90,7 @@ def test_activations_are_linear_in_rows_and_blocks() -> None:
 def test_activation_checkpointing_keeps_inputs_and_one_block() -> None:
     setup = make_setup()
     full, inputs = (simulate_activations(CONFIG, VOCABULARY, 32, "bf16-mixed", again) for again in (False, True))
-    memory = rank_memory(replace(setup, recompute=True), measure_layout(setup))
+    memory = rank_memory(replace(setup, checkpointing=True), measure_layout(setup))
     block = full.block_fixed + 4 * full.block_row
     assert memory["activations"] == inputs.fixed + 4 * (inputs.row + 3 * inputs.block_row) + block
 
@@ -108,12 +108,12 @@ def needed(setup: TrainingSetup) -> int:
     ("change", "flags"),
     [
         ({"strategy": "fsdp2"}, {"--trainer.strategy": "fsdp2"}),
-        ({"recompute": True}, {"--model.activation_checkpointing": "true"}),
+        ({"checkpointing": True}, {"--model.activation_checkpointing": "true"}),
     ],
 )
 def test_one_flag_that_suffices_is_suggested(change: dict[str, Any], flags: dict[str, str]) -> None:
     large = GPTConfig(n_layer=50, n_head=4, n_kv_head=2, n_embd=64, ffn_dim=128, qk_norm=False)
-    rows = {"recompute": 64}.get(next(iter(change)), 1)
+    rows = {"checkpointing": 64}.get(next(iter(change)), 1)
     setup = make_setup(config=large, strategy="ddp", batch_size=rows)
     setup = with_memory(setup, needed(replace(setup, **change)))
     assert not fits(setup)
@@ -121,7 +121,7 @@ def test_one_flag_that_suffices_is_suggested(change: dict[str, Any], flags: dict
 
 
 def test_smaller_micro_batches_keep_the_step() -> None:
-    setup = make_setup(batch_size=12, recompute=True)
+    setup = make_setup(batch_size=12, checkpointing=True)
     setup = with_memory(setup, needed(replace(setup, batch_size=3)))
     flags, _ = suggest_flags(setup) or ({}, 0)
     assert flags == {"--data.batch_size": "3", "--data.tokens_per_step": f"{12 * 32 * 8 * 2}"}
@@ -130,10 +130,10 @@ def test_smaller_micro_batches_keep_the_step() -> None:
 def test_flags_that_are_not_needed_are_removed() -> None:
     """bf16-true suffices together with checkpointing, so tensor parallelism is not suggested."""
     setup = make_setup(config=replace(CONFIG, n_layer=400), batch_size=1)
-    enough = needed(replace(setup, recompute=True, precision="bf16-true"))
+    enough = needed(replace(setup, checkpointing=True, precision="bf16-true"))
     setup = with_memory(setup, enough)
     flags, _ = suggest_flags(setup) or ({}, 0)
-    assert "--tensor_parallel" not in flags or not fits(replace(setup, recompute=True, precision="bf16-true"))
+    assert "--tensor_parallel" not in flags or not fits(replace(setup, checkpointing=True, precision="bf16-true"))
     assert suggest_flags(with_memory(setup, 1000)) is None
 
 

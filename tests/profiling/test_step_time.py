@@ -42,7 +42,7 @@ def test_computation_of_one_device() -> None:
 
 def test_recomputation_repeats_the_forward_pass_of_the_blocks() -> None:
     one = {"strategy": "single", "machine": parse_machine("1xh100")}
-    plain, again = predict(**one), predict(**one, recompute=True)
+    plain, again = predict(**one), predict(**one, checkpointing=True)
     blocks = 2 * 2 * TOKENS * 3 * MATRICES / (0.9 * 0.803 * PEAK)
     assert again.matmuls - plain.matmuls == pytest.approx(blocks)
     assert again.attention / plain.attention == pytest.approx(4.5 / 3.5)
@@ -98,7 +98,7 @@ def test_muon_distributes_matrices_with_fsdp2_only() -> None:
 
 
 def test_utilization_counts_model_flops() -> None:
-    setup = make_setup(recompute=True)
+    setup = make_setup(checkpointing=True)
     sizes = measure_layout(setup)
     assert utilization(setup, sizes, 2.0) == pytest.approx(sizes.flops_per_token * 8 * 2 * TOKENS / (2 * 8 * PEAK))
 

@@ -278,7 +278,7 @@ def test_loss_in_chunks_trains_the_same_model(
 
 
 def test_chunks_of_the_loss_must_not_be_empty() -> None:
-    with pytest.raises(UserError, match=r"model\.max_logits_mb is 0; it must be at least 1"):
+    with pytest.raises(UserError, match=r"model\.max_logits_mb is 0; it must be positive"):
         LanguageModel(max_logits_mb=0)
 
 

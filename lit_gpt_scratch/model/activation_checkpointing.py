@@ -1,0 +1,49 @@
+"""Activation checkpointing: recompute activations in the backward pass instead of storing them.
+
+Full activation checkpointing (https://arxiv.org/abs/1604.06174) stores only the input of each block. Selective
+activation checkpointing (https://arxiv.org/abs/2205.05198) also stores the outputs of some operators.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention  # noqa: F401 - it defines an operator
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from lit_gpt_scratch.kernels import cpu_attention, onednn_linear  # noqa: F401 - they define operators
+
+ActivationCheckpointing: TypeAlias = bool | Literal["keep_attention", "keep_matmuls"]
+"""What a block stores for the backward pass: all activations (False), only its input (True), or also the outputs of
+the operators in ``KEPT_OPERATORS``."""
+
+ATTENTION: Final = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+    torch.ops.lit_gpt_scratch.causal_attention.default,
+)
+MATMULS: Final = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.lit_gpt_scratch.product.default,
+)
+KEPT_OPERATORS: Final = {"keep_attention": ATTENTION, "keep_matmuls": ATTENTION + MATMULS}
+"""Operators whose outputs selective activation checkpointing stores: fused attention, or all matmuls."""
+
+
+def call_with_checkpointing(
+    checkpointing: ActivationCheckpointing, function: Callable[..., Tensor], *inputs: Any
+) -> Tensor:
+    """Return ``function(*inputs)``, storing for the backward pass only what ``checkpointing`` specifies."""
+    selective: dict[str, Any] = {}
+    if isinstance(checkpointing, str):
+        kept = list(KEPT_OPERATORS[checkpointing])
+        selective["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, **selective)
+    return out
