@@ -26,6 +26,8 @@ from torch.distributed import default_pg_timeout, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
+from lit_gpt_scratch.errors import UserError
+
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
 """Name of the profiler action for fetching a training batch; no callback hook runs when fetching starts."""
 
@@ -131,6 +133,17 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 def collective_timeout(trainer: Trainer) -> timedelta:
     """Return the timeout of the strategy's process group; other process groups do not inherit this timeout."""
     return getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
+
+
+def set_collective_timeout(strategy: Strategy, timeout: timedelta) -> None:
+    """Set the timeout of a strategy's process group, before it is created.
+
+    Raises:
+        UserError: The strategy has a single process.
+    """
+    if not hasattr(strategy, "_timeout"):
+        raise UserError("--collective_timeout is set, but there is a single process; omit it")
+    strategy._timeout = timeout
 
 
 def trains_in_this_process(trainer: Trainer) -> bool:

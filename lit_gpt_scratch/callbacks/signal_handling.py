@@ -96,10 +96,11 @@ class SignalHandling(StopBetweenSteps):
 
 def exit_rank(trainer: L.Trainer, code: int) -> NoReturn:
     """Exit this process with the given code, or with 0 if any other code would make Lightning kill rank 0."""
-    if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
+    if trainer.world_size > 1 and trainer.local_rank and not is_launched_externally(trainer):
         raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
     raise SystemExit(code)
 
 
-def _is_launched_externally(trainer: L.Trainer) -> bool:
+def is_launched_externally(trainer: L.Trainer) -> bool:
+    """Return whether a launcher such as torchrun started this process, and not another process of the run."""
     return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of parallel strategies

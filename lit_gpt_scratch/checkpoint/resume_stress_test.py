@@ -111,7 +111,7 @@ class ResumeStressTest:
                 self._wait_until_finished(self._start(run))
             self.report.runs += 1
             self.report.differences.update(compare_checkpoints(self.expected, load_checkpoint(run.last)))
-            self.report.differences.update(_compare_checkpoint_files(reference, run))
+            self.report.differences.update(compare_checkpoint_files(reference, run))
             self.report.differences.update(compare_curves(reference.path, run.path))
         return self.report
 
@@ -171,7 +171,7 @@ class ResumeStressTest:
         return phase
 
 
-def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
+def compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
     """Count the differing bits in all checkpoints except ``last.ckpt``.
 
     A checkpoint that exists in only one of the runs counts as one differing bit.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.event_logger import RunLogger, tolerate_logger_errors
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
-from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal, exit_rank
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal, exit_rank, is_launched_externally
 from lit_gpt_scratch.callbacks.spike_guard import GAVE_UP_EXIT_CODE, GuardMode, guard_gave_up
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.callbacks.throughput import Throughput
@@ -69,7 +70,12 @@ from lit_gpt_scratch.distributed.strategies import (
 )
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import collective_timeout, kill_child_processes, trains_in_this_process
+from lit_gpt_scratch.lightning_compat import (
+    collective_timeout,
+    kill_child_processes,
+    set_collective_timeout,
+    trains_in_this_process,
+)
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.profiling.accelerators import ACCELERATORS
@@ -157,6 +163,13 @@ class FitCLI(LightningCLI):
             default=None,
             help="Number of groups of processes that each hold all weights, sharded within the group, for "
             "--trainer.strategy hsdp (default: one group per machine).",
+        )
+        parser.add_argument(
+            "--collective_timeout",
+            type=timedelta | None,
+            default=None,
+            help="Time after which a run ends with an error because a process waits for another one that does not "
+            "respond, as hours:minutes:seconds (default: half an hour).",
         )
         parser.add_argument(
             "--guard",
@@ -297,6 +310,8 @@ class FitCLI(LightningCLI):
         # Unknown strategy, missing library, or flags or cluster variables that contradict each other.
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise explain_trainer_error(error, given, self.parser.get_defaults().trainer) from error
+        if self.config_init.collective_timeout is not None:
+            set_collective_timeout(trainer.strategy, self.config_init.collective_timeout)
         if self.config_init.plan:
             trainer.limit_val_batches = 0
         if (method := replace_multiprocessing_launcher(trainer.strategy)) and trainer.is_global_zero:
@@ -366,7 +381,8 @@ class FitCLI(LightningCLI):
                         folder.require_only_run()
                 self._set_run_folder(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
-                with self._monitor_ranks(claimed):
+                monitor = self._monitor_ranks(claimed, folder.path if folder else None)
+                with monitor, user_errors(), explain_out_of_memory(self.datamodule):
                     self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                     if self.trainer.global_step == 0:
                         raise UserError("no training steps ran; increase --trainer.max_steps or --trainer.max_epochs")
@@ -395,7 +411,7 @@ class FitCLI(LightningCLI):
         log.info("testing %s, which has the lowest validation loss", best.name)
         return best
 
-    def _monitor_ranks(self, claimed: RunFolder | None) -> RankMonitor:
+    def _monitor_ranks(self, claimed: RunFolder | None, folder: Path | None) -> RankMonitor:
         """Build the ``RankMonitor``, which calls ``clean_up`` before it terminates this process."""
         trainer = self.trainer
 
@@ -406,7 +422,11 @@ class FitCLI(LightningCLI):
 
         ranks = trainer.world_size if trains_in_this_process(trainer) else 1
         timeout = collective_timeout(trainer)
-        return RankMonitor(trainer.global_rank, ranks, trainer.num_nodes, timeout, STOP_SIGNALS, clean_up)
+        local_rank = trainer.local_rank
+        return RankMonitor(
+            trainer.global_rank, ranks, trainer.num_nodes, timeout, STOP_SIGNALS, clean_up, local_rank,
+            is_launched=local_rank > 0 and not is_launched_externally(trainer), folder=folder,
+        )  # fmt: skip
 
     def _load_initial_model(self) -> None:
         """Read the pretrained model once, for both model and data; a resumed run uses its checkpoint instead."""

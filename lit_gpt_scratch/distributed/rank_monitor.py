@@ -1,9 +1,11 @@
-"""Detect unresponsive ranks, and terminate a process that is still waiting for them after a termination signal.
+"""Detect unresponsive and failed ranks, and terminate a process that would wait for them.
 
 A collective operation blocks in C++ code until all ranks join it or its timeout expires, by default after half an hour.
-In the meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM.
+In the meantime, Python runs no signal handlers in the main thread, so the process ignores Ctrl-C and SIGTERM, and does
+not notice that another rank has failed.
 """
 
+import json
 import logging
 import os
 import re
@@ -12,17 +14,25 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import is_saving
-from lit_gpt_scratch.errors import UserError, exception_chain
+from lit_gpt_scratch.distributed.flight_record import (
+    enable_flight_record,
+    latest_by_group,
+    read_flight_record,
+    save_flight_record,
+)
+from lit_gpt_scratch.errors import UserError, describe_environment_error, exception_chain
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +44,8 @@ STORE_SECONDS: Final = 3.0
 """Timeout in seconds for accessing the store. An access may take longer than this if rank 0 is suspended."""
 GRACE_SECONDS: Final = 3.0
 """Seconds after a signal before the monitor terminates a process that is still waiting for other ranks."""
+ACKNOWLEDGE_SECONDS: Final = 10.0
+"""Time in seconds that a failed rank gives the rank that prints its error."""
 STUCK_SECONDS: Final = 60.0
 """Idle time in seconds after which a process that has received a signal is assumed to wait for a rank that hangs.
 
@@ -53,11 +65,29 @@ SAVING: Final = b"saving"
 """Prefix of the heartbeats of a rank that is writing a checkpoint."""
 
 
+class Failure(NamedTuple):
+    """Error that ended a rank.
+
+    Attributes:
+        rank: The rank.
+        code: Exit code of the run.
+        message: What to print.
+    """
+
+    rank: int
+    code: int
+    message: str
+
+
 class RankMonitor:
-    """Context manager whose threads report unresponsive ranks and can terminate this process after a signal.
+    """Context manager whose threads report unresponsive ranks and can terminate this process.
 
     One thread exchanges heartbeats through a store on rank 0. The other thread watches the heartbeats, because
     accessing the store may block.
+
+    If a rank fails, all ranks exit with the same code, and the first rank of each machine prints the error. If the
+    cause is a collective operation that another rank did not join, the error names that rank, and each rank saves its
+    flight record.
 
     After a signal, the monitor terminates the process if it is still waiting for other ranks to connect, if a rank is
     unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the run. The
@@ -70,6 +100,10 @@ class RankMonitor:
         timeout: Timeout for collective operations, and for connecting to the other ranks.
         signals: Signals that terminate the process.
         on_abort: Cleanup callback that is called before the process exits, e.g. to terminate its child processes.
+        local_rank: Rank of this process on its machine.
+        is_launched: Whether the first rank of this machine launched this process. Lightning kills that rank if a
+            process that it launched exits with a code other than 0.
+        folder: Run folder in which all ranks save their flight records; only required on rank 0.
     """
 
     def __init__(
@@ -80,9 +114,15 @@ class RankMonitor:
         timeout: timedelta,
         signals: Sequence[int],
         on_abort: Callable[[], None],
+        local_rank: int = 0,
+        is_launched: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self.rank, self.ranks, self.nodes, self.timeout = rank, ranks, nodes, timeout
         self._signals, self._on_abort = signals, on_abort
+        self._first = rank - local_rank
+        """First rank of this machine."""
+        self._is_launched, self._folder = is_launched, folder
         self._signum = 0
         self._signaled_at = self._busy_at = 0.0
         self._started = time.monotonic()
@@ -95,6 +135,15 @@ class RankMonitor:
         self._answered_at: float | None = None
         """Time of the last successful access to the store; before the first one, the time of the first attempt."""
         self._failing = False
+        self._own: Failure | None = None
+        """Failure of this rank, which the heartbeat thread stores."""
+        self._other: Failure | None = None
+        """Failure of another rank, read from the store."""
+        self._noticed_at = 0.0
+        self._latest: dict[int, dict[str, tuple[int, str]]] = {}
+        """Latest collective operations of each rank; see ``latest_by_group``."""
+        self._record: Path | None = None
+        """The saved flight record of this rank."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
         self._heart = threading.Thread(target=self._exchange_heartbeats, name="heartbeats", daemon=True)
@@ -102,6 +151,7 @@ class RankMonitor:
 
     def __enter__(self) -> "RankMonitor":
         if self.ranks > 1:
+            enable_flight_record()
             if threading.current_thread() is threading.main_thread():
                 self._wakeup = socket.socketpair()
                 self._wakeup[1].setblocking(False)
@@ -113,20 +163,56 @@ class RankMonitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.ranks == 1:
             return
-        chain = exception_chain(error) if isinstance(error, RuntimeError) else ()
-        lost = next((str(cause) for cause in chain if re.search(LOST_RANK, str(cause))), None)
-        if lost:
-            self._failing = True
-            time.sleep(4 * INTERVAL)  # a responsive rank stores several heartbeats in this time
+        is_printed = False
+        if isinstance(error, Exception):  # neither a signal nor a regular exit
+            self._own = self._explain(error)
+            is_printed = self._wait_until_printed()
         self._stopped.set()
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
         self._thread.join()
         self._heart.join(STORE_SECONDS)
+        if self._own and self.rank == 0 and self.nodes > 1:
+            time.sleep(
+                2 * INTERVAL
+            )  # for the other machines to read the error, because the store ends with this process
         for end in self._wakeup or ():
             end.close()
-        if lost:
-            raise UserError(self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL))) from error
+        if self._own is None:
+            return
+        if is_printed:
+            raise SystemExit(self._exit_code(self._own.code)) from error
+        if self._failing:
+            raise UserError(self._own.message) from error
+
+    def _explain(self, error: Exception) -> Failure:
+        """Describe an error of this rank; if another rank caused it, give all ranks the time to answer."""
+        chain = [*exception_chain(error)]
+        causes = (str(cause) for cause in chain if isinstance(cause, RuntimeError))
+        lost = next((cause for cause in causes if re.search(LOST_RANK, cause)), None)
+        if lost is not None:
+            self._failing = True
+            time.sleep(4 * INTERVAL)  # a responsive rank stores several heartbeats in this time
+            return Failure(self.rank, 2, self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL)))
+        mistake = next((str(cause) for cause in chain if isinstance(cause, UserError)), None)
+        message = mistake or describe_environment_error(error)
+        if message is None:
+            return Failure(self.rank, 1, "".join(traceback.format_exception(error)))
+        return Failure(self.rank, 2, message)
+
+    def _wait_until_printed(self) -> bool:
+        """Wait for the first rank of this machine to print the error of this rank; return whether it has done so."""
+        deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
+        while self.rank != self._first and dist.is_initialized() and time.monotonic() < deadline:
+            if self._seen.get(self._first, (b"", 0.0))[0] == DONE:
+                return True
+            if self._first in self.unresponsive_ranks(2 * INTERVAL):
+                return False
+            time.sleep(INTERVAL / 5)
+        return False
+
+    def _exit_code(self, code: int) -> int:
+        return 0 if self._is_launched else code
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
         """Return the other ranks that have not updated their heartbeat for more than ``seconds``."""
@@ -140,9 +226,21 @@ class RankMonitor:
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
             return f"{self._missing_processes()} did not connect within {self.timeout}"
-        which = f"{_name_ranks(ranks)} exited or stopped responding" if ranks else "another rank failed"
+        if ranks:
+            which = f"{_name_ranks(ranks)} exited or stopped responding"
+        else:
+            which = self._describe_absence() or "another rank failed"
         reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
-        return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last"
+        record = f" (flight record: {self._record})" if self._record else ""
+        return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last{record}"
+
+    def _describe_absence(self) -> str | None:
+        """Name the ranks that have not joined the latest collective operation of this rank, if there are any."""
+        if not (own := self._latest.get(self.rank)):
+            return None
+        group, (number, name) = [*own.items()][-1]
+        absent = [rank for rank, latest in self._latest.items() if latest.get(group, (number, ""))[0] < number]
+        return f"{_name_ranks(sorted(absent))} did not join {name}" if absent else None
 
     def _missing_processes(self) -> str:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -167,7 +265,8 @@ class RankMonitor:
                 self._beat()
         if self._store is not None:
             with suppress(RuntimeError):
-                self._store.set(f"lit_gpt_scratch/{self.rank}", DONE.decode())
+                self._exchange_failures(self._store)  # an error of rank 0 has not been stored yet
+                self._store.set(_key(self.rank), DONE.decode())
 
     def _receive(self, signums: bytes) -> None:
         stops = [signum for signum in signums if signum in self._signals]
@@ -192,18 +291,43 @@ class RankMonitor:
                     timeout=timedelta(seconds=STORE_SECONDS),
                 )
             self._beats += 1
-            self._store.set(f"lit_gpt_scratch/{self.rank}", f"{SAVING.decode() if is_saving() else ''}{self._beats}")
-            if self.rank == 0 or self._signum or self._failing:
+            self._store.set(_key(self.rank), f"{SAVING.decode() if is_saving() else ''}{self._beats}")
+            self._exchange_failures(self._store)
+            if self.rank == 0 or self._signum or self._failing or self._own:
                 self._read_heartbeats(self._store)
         except RuntimeError:  # rank 0, which holds the store, has exited or does not respond
             self._store = None
         else:
             self._answered_at = time.monotonic()
 
+    def _exchange_failures(self, store: TCPStore) -> None:
+        """Store or read the first failure; answer a rank that asks which collective operation each rank waits in."""
+        if self.rank == 0 and self._beats == 1 and self._folder:
+            store.set(_key("folder"), str(self._folder.absolute()))
+        if self._failing:
+            store.set(_key("asked"), "")
+        if self.rank not in self._latest and store.check([_key("asked")]):
+            record = read_flight_record()
+            self._latest[self.rank] = latest_by_group(record)
+            store.set(_key(f"latest/{self.rank}"), json.dumps(self._latest[self.rank]))
+            if store.check([_key("folder")]):
+                with suppress(OSError):
+                    self._record = save_flight_record(record, Path(store.get(_key("folder")).decode()), self.rank)
+        if self._failing:
+            for rank in set(range(self.ranks)) - self._latest.keys():
+                if store.check([_key(f"latest/{rank}")]):
+                    self._latest[rank] = json.loads(store.get(_key(f"latest/{rank}")))
+        if store.check([_key("failure")]):
+            if self._other is None and self._own is None:
+                self._noticed_at = time.monotonic()
+                self._other = Failure(*json.loads(store.get(_key("failure"))))
+        elif self._own is not None:
+            store.set(_key("failure"), json.dumps(self._own))
+
     def _read_heartbeats(self, store: TCPStore) -> None:
         now = time.monotonic()
         self._seen = dict.fromkeys(range(self.ranks), (b"", now)) | self._seen
-        keys = {rank: f"lit_gpt_scratch/{rank}" for rank in range(self.ranks)}
+        keys = {rank: _key(rank) for rank in range(self.ranks)}
         stored = [rank for rank, (value, _) in self._seen.items() if value or store.check([keys[rank]])]
         for rank, value in zip(stored, store.multi_get([keys[rank] for rank in stored]), strict=True):
             if self._seen[rank][0] != value:
@@ -224,6 +348,8 @@ class RankMonitor:
         if new and self.rank == 0:
             log.warning("no heartbeat from %s; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
         self._reported |= new
+        if self._other and now - self._noticed_at > GRACE_SECONDS and not is_saving(alone=True):
+            self._leave(self._other)
         if not self._signum:
             return
         saving = {
@@ -239,11 +365,33 @@ class RankMonitor:
         if now - self._busy_at > STUCK_SECONDS:
             self._abort(f"after it had been idle for {STUCK_SECONDS:.0f} s, probably because another rank hangs")
 
+    def _leave(self, failure: Failure) -> None:
+        """Exit because another rank has failed; the main thread may be waiting for that rank."""
+        if self.rank == self._first:
+            for line in _prefix(failure).splitlines():
+                log.error("%s", line)
+        self._stopped.set()
+        self._heart.join(STORE_SECONDS)
+        self._on_abort()
+        os._exit(self._exit_code(failure.code))
+
     def _abort(self, circumstances: str) -> None:
         name = signal.Signals(self._signum).name
         log.warning("rank %d stopped by %s %s; resume from the last checkpoint", self.rank, name, circumstances)
         self._on_abort()
-        os._exit(128 + self._signum)  # the main thread cannot exit
+        os._exit(self._exit_code(128 + self._signum))  # the main thread cannot exit
+
+
+def _key(name: int | str) -> str:
+    """Return a key of the store, which may still contain the keys of an earlier attempt that torchrun has restarted."""
+    return f"lit_gpt_scratch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
+def _prefix(failure: Failure) -> str:
+    """Return what another rank prints: the message after the rank that failed."""
+    prefix = f"rank {failure.rank}: "
+    message = failure.message if failure.message.startswith(prefix) else prefix + failure.message
+    return f"error: {message}" if failure.code == 2 else message
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

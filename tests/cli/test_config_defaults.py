@@ -71,6 +71,7 @@ NULLS = {
     "trust": "no code that files of others name",
     "tensor_parallel": "not given: decided by trainer.strategy",
     "hsdp_groups": "not given: decided by trainer.strategy",
+    "collective_timeout": "not given: decided by trainer.strategy",
     "devices_like": "no other machine",
     "checkpoint.every_minutes": "off",
     "inspect.prompts": "not given: prompts from the data",

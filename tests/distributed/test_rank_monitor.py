@@ -64,7 +64,7 @@ class Machine:
         end = self.now + seconds
         while self.now < end and not self.aborted:
             for rank, prefix in others(self.now).items():
-                self.values[f"lit_gpt_scratch/{rank}"] = f"{prefix}{self.now}".encode()
+                self.values[f"lit_gpt_scratch/0/{rank}"] = f"{prefix}{self.now}".encode()
             if not self.is_blocked:
                 monitor._beat()
             monitor._watch_ranks()

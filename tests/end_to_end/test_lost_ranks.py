@@ -1,6 +1,8 @@
 """A rank that is missing, stopped or hung is named, and a signal ends the processes that wait for it within seconds."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,10 +21,14 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
 @contextmanager
-def fit(folder: Path, *flags: str, **environment: str) -> "Iterator[subprocess.Popen[str]]":
-    """Start ``fit``; its processes are killed at the end."""
+def fit(folder: Path, *flags: str, torchrun: int = 0, **environment: str) -> "Iterator[subprocess.Popen[str]]":
+    """Start ``fit``, with torchrun if a number of processes is given; its processes are killed at the end."""
+    launcher = ["torch.distributed.run", f"--nproc-per-node={torchrun}", f"--master-port={free_port()}", "-m"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={folder}"],
+        [
+            *(sys.executable, "-m", *(launcher if torchrun else ())),
+            *("lit_gpt_scratch.fit", *flags, f"--runs={folder}"),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -117,19 +123,46 @@ def test_signal_ends_a_run_with_a_stopped_rank(small: list[str], tmp_path: Path,
         assert time.monotonic() - sent < 25
 
 
+MESSAGES = {
+    "mistake": (2, r"error: rank {rank}: the file is invalid; repair it"),
+    "full disk": (
+        2,
+        r"error: rank {rank}: No space left on device \(/data/file\); free disk space, or use another disk",
+    ),
+    "bug": (1, r"KeyError: 'no such thing'"),
+    "killed": (2, r"error: rank \d: rank {rank} exited or stopped responding \(.*\); resume the run with .*"),
+    "stopped": (2, r"error: rank \d: rank {rank} exited or stopped responding \(.*\); resume the run with .*"),
+    "hangs": (2, r"error: rank \d: rank {rank} did not join \w+ of .* \(.*timeout 0:00:15\); resume the run with .*"),
+}
+"""Exit code and message of a run in which one rank fails."""
+
+
 @pytest.mark.slow
-def test_stopped_rank_is_named_when_the_timeout_expires(small: list[str], tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "pretrain" / "version_0")
-    strategy = ["--trainer.devices=2", "--trainer.strategy=DDPStrategy", "--trainer.strategy.timeout=0:00:20"]
-    flags = [*small, *strategy, "--trainer.max_steps=1000000", "--checkpoint.every_n_steps=10"]
-    with fit(tmp_path, *flags) as process:
-        wait_for(run, process)
-        [other] = [pid for pid in list_group_processes(process.pid) if pid != process.pid]
-        os.kill(other, signal.SIGSTOP)
-        stopped = time.monotonic()
-        stderr = read_until(process, "error: ")
-        assert time.monotonic() - stopped < 60
-        assert process.wait(20) == 2
-    assert "no heartbeat from rank 1; waiting up to 0:00:20" in stderr
-    assert "rank 0: rank 1 exited or stopped responding (" in stderr
-    assert "Traceback" not in stderr
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_failure_of_one_rank_is_one_message_and_one_exit_code(
+    small: list[str], tmp_path: Path, kind: str, launcher: str, strategy: str, processes: int
+) -> None:
+    """Within the timeout of collective operations; a rank that is waited for is named, and there are flight records."""
+    rank = processes - 1
+    callback = ["--trainer.callbacks=tests.custom_callback.FailOnRank", f"--trainer.callbacks.rank={rank}"]
+    layout = [f"--trainer.devices={processes}", f"--trainer.strategy={strategy}", "--collective_timeout=0:00:15"]
+    layout += ["--hsdp_groups=2"] if strategy == "hsdp" else []
+    flags = [*small, *layout, *callback, f"--trainer.callbacks.kind={kind}"]
+    started = time.monotonic()
+    with fit(tmp_path, *flags, torchrun=processes if launcher == "torchrun" else 0) as process:
+        _, stderr = process.communicate(timeout=150)
+    assert time.monotonic() - started < 120
+    code, message = MESSAGES[kind]
+    errors = [line for line in stderr.splitlines() if re.match(r"(error: |\w*Error: )", line)]
+    assert len(errors) == 1, stderr
+    assert re.fullmatch(message.format(rank=rank), errors[0]), stderr
+    assert process.returncode == (1 if launcher == "torchrun" else code)  # torchrun exits with 1
+    assert ("Traceback" in stderr.partition("torch.distributed.elastic")[0]) == (kind == "bug")
+    if kind in ("stopped", "hangs", "killed"):
+        run = RunFolder(tmp_path / "pretrain" / "version_0").path
+        records = {path.stem: json.loads(path.read_text()) for path in run.glob("flight_record/*.json")}
+        waiting = {f"rank_{other}" for other in range(processes) if other != rank or kind == "hangs"}
+        assert records.keys() == waiting
+        assert all(record["entries"] for record in records.values())

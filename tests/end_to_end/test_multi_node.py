@@ -2,15 +2,24 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_curves, read_curves
+from lit_gpt_scratch.checkpoint.resume_stress_test import compare_checkpoint_files
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from tests.end_to_end.test_lost_ranks import wait_for
 from tests.end_to_end.test_multi_process import fit
 
 PORT = 29511
@@ -167,3 +176,101 @@ def test_missing_files_are_reported_by_the_machine_that_lacks_them(machines: lis
     assert "copy the run folder to every machine, or set --runs to a shared folder" in second(
         [*flags, "--ckpt_path=last"]
     )
+
+
+def elastic(machine: Machine, restarts: int, processes: int, flags: list[str]) -> subprocess.Popen[bytes]:
+    """PyTorch's launcher, which restarts the processes of both machines if one of them fails."""
+    rendezvous = [
+        "--nnodes=2", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=10.211.0.1:{PORT}", "--rdzv-id=run", f"--local-addr={machine.address}",
+    ]  # fmt: skip
+    return machine.start(
+        sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "lit_gpt_scratch.fit", *flags
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def started(machines: list[Machine], *arguments: Any) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The launchers of both machines; they and their processes are killed at the end."""
+    launchers = [elastic(machine, *arguments) for machine in machines]
+    try:
+        yield launchers
+    finally:
+        for launcher in launchers:
+            for pid in children(launcher.pid) if launcher.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+            launcher.kill()
+            launcher.wait()
+
+
+def number(value: str) -> float:
+    """The number in the representation of a logged value."""
+    return float(re.search(r"-?\d[\d.e+-]*", value)[0])  # type: ignore[index]
+
+
+RESTARTED = {
+    "ddp": (1, ["--trainer.strategy=ddp"]),
+    "fsdp2, sharded": (1, ["--trainer.strategy=fsdp2", "--checkpoint.format=sharded", "--checkpoint.background=true"]),
+    "hsdp, sharded": (2, ["--trainer.strategy=hsdp", "--checkpoint.format=sharded"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", RESTARTED)
+def test_run_is_restarted_after_a_process_was_killed(
+    machines: list[Machine], small: list[str], tmp_path: Path, layout: str
+) -> None:
+    """The same bits as without a kill, and about the same curve as on one machine."""
+    processes, layout_flags = RESTARTED[layout]
+    rows = ["--data.batch_size=1", "--data.tokens_per_step=128", "--trainer.max_steps=40", "--model.gpt.dropout=0.1"]
+    own = [*small, *rows, "--trainer.log_every_n_steps=1", "--checkpoint.every_n_steps=10"]
+    flags = [*own, *layout_flags, "--trainer.num_nodes=2", f"--trainer.devices={processes}", "--ckpt_path=auto"]
+    runs = []
+    for name in ("undisturbed", "restarted"):
+        run = RunFolder(tmp_path / name / "pretrain" / "version_0")
+        with started(machines, 3, processes, [*flags, f"--runs={tmp_path / name}"]) as launchers:
+            if name == "restarted":
+                wait_for(run, launchers[0])
+                os.kill(children(launchers[1].pid)[0], signal.SIGKILL)
+            for launcher, machine in zip(launchers, machines, strict=True):
+                assert launcher.wait(timeout=300) == 0, machine.errors.read_text()
+        runs.append(run)
+    assert not list(tmp_path.glob("restarted/pretrain/version_1"))
+    undisturbed, restarted = runs
+    assert len(json.loads((restarted.path / "provenance.json").read_text())) == 2  # sessions
+    assert compare_checkpoint_files(undisturbed, restarted) == {}
+    assert compare_curves(undisturbed.path, restarted.path) == {}
+    alone = fit(tmp_path / "alone", *own).parent.parent / "pretrain" / "version_0"
+    losses, expected = (dict(read_curves(path)["train/loss"]) for path in (restarted.path, alone))
+    assert len(losses) == 40
+    for step, value in losses.items():
+        assert number(value) == pytest.approx(number(expected[step]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", RESTARTED)
+def test_run_ends_if_a_process_of_one_machine_is_stopped(
+    machines: list[Machine], small: list[str], tmp_path: Path, layout: str
+) -> None:
+    """Within the timeout, with one message on each machine, which names the rank."""
+    processes, flags = RESTARTED[layout]
+    rows = ["--data.batch_size=1", "--data.tokens_per_step=128", "--trainer.max_steps=1000000"]
+    several = ["--trainer.num_nodes=2", f"--trainer.devices={processes}", "--collective_timeout=0:00:20"]
+    run = RunFolder(tmp_path / "runs" / "pretrain" / "version_0")
+    with started(machines, 0, processes, [*small, *rows, *flags, *several, f"--runs={tmp_path / 'runs'}"]) as launchers:
+        wait_for(run, launchers[0])
+        os.kill(children(launchers[1].pid)[-1], signal.SIGSTOP)
+        sent = time.monotonic()
+        assert all(launcher.wait(timeout=120) == 1 for launcher in launchers)  # of torchrun
+        assert time.monotonic() - sent < 90
+    rank = 2 * processes - 1
+    [error] = [line for line in machines[0].errors.read_text().splitlines() if line.startswith("error: ")]
+    assert re.match(rf"error: rank \d: rank {rank} exited or stopped responding", error)
+    assert "timeout 0:00:20" in error
+    assert (run.path / "flight_record" / "rank_0.json").is_file()
