@@ -41,7 +41,7 @@ class BatchRecorder(L.Callback):
         self.batches.append(int(args[2]["input_ids"].sum()))
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.8])
+@pytest.mark.parametrize("ema_decay", [pytest.param(None, marks=pytest.mark.slow), 0.8])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_checkpoints_of_all_hooks_resume_identically(
     trainer: Callable[..., L.Trainer],

@@ -140,7 +140,7 @@ def check_pretrained() -> None:
             assert p.requires_grad == whole[name].requires_grad == ("lora" in name)
 
 
-QUICK_RANKS: Final = (0, WORLD - 1)
+QUICK_RANKS: Final = (WORLD - 1,)  # whose shards are the most uneven
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_each_run_has_its_own_folder(command: Command, small: list[str]) -> None
     assert Path("elsewhere/other/version_0/summary.json").is_file()
 
 
-@pytest.mark.parametrize("how", ["last", "folder", "file"])
+@pytest.mark.parametrize("how", ["last", *(pytest.param(how, marks=pytest.mark.slow) for how in ("folder", "file"))])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     command: Command, small: list[str], trained: Trained, how: str
 ) -> None:
@@ -203,9 +203,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(command: 
 @pytest.mark.parametrize(
     ("stop", "limit"),
     [
-        *((stop, "1.0") for stop in ("max_steps=7", "max_steps=8", "max_steps=9", "max_epochs=1")),
-        *((stop, "0") for stop in ("max_steps=8", "max_epochs=1")),
-        *(pytest.param(stop, "0", marks=pytest.mark.slow) for stop in ("max_steps=7", "max_steps=9")),
+        *((stop, "1.0") for stop in ("max_steps=8", "max_epochs=1")),
+        ("max_steps=8", "0"),
+        *(pytest.param(stop, "1.0", marks=pytest.mark.slow) for stop in ("max_steps=7", "max_steps=9")),
+        *(pytest.param(stop, "0", marks=pytest.mark.slow) for stop in ("max_steps=7", "max_steps=9", "max_epochs=1")),
     ],
 )
 def test_resuming_near_the_end_of_an_epoch(
@@ -313,8 +314,13 @@ def test_help_lists_common_flags_and_how_to_list_all(command: Command) -> None:
     ("change", "expected"),
     [
         (["--model.gpt.n_layer=3"], "n_layer is 2 in the checkpoint, but 3 in this run"),
-        (["--data.block_size=16"], "block_size is 32 in the checkpoint, but 16 in this run"),
-        (["--data.vocab_size=290"], "vocab_size is 300 in the checkpoint, but 290 in this run"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--data.block_size=16"], "block_size is 32 in the checkpoint, but 16 in this run"),
+                (["--data.vocab_size=290"], "vocab_size is 300 in the checkpoint, but 290 in this run"),
+            )
+        ),
     ],
 )
 def test_resuming_another_architecture_is_rejected_by_field(

@@ -19,8 +19,8 @@ FILES = (*["config.yaml"] * 3, "provenance.json", "summary.json", "tokenizer.jso
 
 @pytest.mark.parametrize(
     "seeds",
-    [range(20), pytest.param(range(50, 550), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
-    ids=["20", "500"],
+    [range(10), pytest.param(range(50, 550), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    ids=["10", "500"],
 )
 def test_mutated_run_folders(
     trained: Trained, small: list[str], cache: Path, tmp_path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch

@@ -256,6 +256,7 @@ ACTIVATION = """
 """  # noqa: W293 - the empty lines of a diff begin with a space
 
 
+@pytest.mark.slow
 def test_adding_a_component_changes_one_file(user_folder: Path, small: list[str]) -> None:
     """The documented example and another one, applied to a copy of the package: train, then generate from the run."""
     own = {"--model.gpt.position=logarithmic": DIFF, "--model.gpt.feed_forward=reglu": ACTIVATION}

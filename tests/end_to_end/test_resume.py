@@ -19,7 +19,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end import forked
-from tests.end_to_end.conftest import COMBINED, STAGES, Command, Trained
+from tests.end_to_end.conftest import STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -50,10 +50,15 @@ def test_every_session_is_recorded(command: Command, small: list[str]) -> None:
     ("change", "expected"),
     [
         ("--seed_everything=7", "seed_everything changed from 0 to 7"),
-        ("--data.batch_size=2", "data.batch_size changed from 4 to 2"),
         ("--model.optimizer.lr=0.001", "model.optimizer.lr"),
-        ("--model.schedule.decay=constant", "model.schedule.decay changed from wsd to constant"),
-        ("--trainer.precision=bf16-mixed", "trainer.precision changed from 32-true to bf16-mixed"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("--data.batch_size=2", "data.batch_size changed from 4 to 2"),
+                ("--model.schedule.decay=constant", "model.schedule.decay changed from wsd to constant"),
+                ("--trainer.precision=bf16-mixed", "trainer.precision changed from 32-true to bf16-mixed"),
+            )
+        ),
     ],
 )
 def test_a_change_that_matters_is_rejected_unless_forced(
@@ -74,10 +79,9 @@ def test_a_change_that_matters_is_rejected_unless_forced(
     "stage",
     [
         "classes",
-        "on-policy",
         *(
             pytest.param(stage, marks=pytest.mark.slow)
-            for stage in ("instructions", "rewards", "preferences", "on-policy, groups, adapters")
+            for stage in ("on-policy", "instructions", "rewards", "preferences", "on-policy, groups, adapters")
         ),
     ],
 )
@@ -149,6 +153,7 @@ def test_auto_starts_a_run_and_then_resumes_it(command: Command, small: list[str
     assert json.loads((RUN / "summary.json").read_text())["step"] == 12
 
 
+@pytest.mark.slow
 def test_the_time_limit_counts_all_sessions(command: Command, small: list[str]) -> None:
     flags = [flag for flag in small if "max_steps" not in flag]
     assert command("fit", *flags, "--trainer.max_time=00:00:00:02").code == 0
@@ -306,7 +311,14 @@ ENDS = {
 """Flags that end a run after eight steps, by the kind of limit."""
 
 
-@pytest.mark.parametrize(("step", "end"), [("validation_step", "steps"), *(("test_step", end) for end in ENDS)])
+@pytest.mark.parametrize(
+    ("step", "end"),
+    [
+        ("validation_step", "steps"),
+        ("test_step", "a callback"),
+        *(pytest.param("test_step", end, marks=pytest.mark.slow) for end in ("steps", "epochs")),
+    ],
+)
 def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, step: str, end: str
 ) -> None:
@@ -398,8 +410,11 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
 
 
+QUICK_STAGES = "pretraining", "preferences", "on-policy, groups, adapters"
+
+
 @pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage in COMBINED)) for stage in STAGES]
+    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage not in QUICK_STAGES)) for stage in STAGES]
 )
 def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     flags = [*staged(stage), "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]

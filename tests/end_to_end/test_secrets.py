@@ -18,7 +18,10 @@ FILES = {
 }
 
 
-@pytest.fixture(params=FILES)
+QUICK = "accounts", "settings of another program"
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FILES])
 def secret_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "secret"
     path.write_bytes(FILES[request.param].encode(errors="surrogateescape"))

@@ -91,6 +91,7 @@ def test_fifty_signals(small: list[str], tmp_path: Path) -> None:
     print(f"seconds from the signal to the end: median {sorted(times)[25]:.2f}, greatest {max(times):.2f}")
 
 
+@pytest.mark.slow
 def test_signal_before_the_first_step_leaves_no_run_folder(small: list[str], tmp_path: Path) -> None:
     """Nothing was trained, so no folder is kept; there is no traceback."""
     # Under nohup, SIGHUP is ignored.

@@ -36,6 +36,7 @@ def without_source_flags(flags: list[str]) -> list[str]:
     return [flag for flag in flags if not flag.startswith(removed)]
 
 
+@pytest.mark.slow
 def test_mixture_block_size_and_packing_change_without_retokenizing(
     command: Command, small: list[str], stores: list[Path], cache: Path
 ) -> None:

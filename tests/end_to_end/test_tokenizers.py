@@ -12,7 +12,9 @@ from tests.end_to_end.conftest import Command, Trained
 RUN = Path("runs/pretrain/version_0")
 
 
-@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("bpe", "char"))) for kind in TOKENIZER_KINDS]
+)
 def test_any_kind_trains_generates_and_evaluates(command: Command, small: list[str], corpus: Path, kind: str) -> None:
     special = "--data.special_tokens=['<|user|>']"
     without_vocab_size = [flag for flag in small if "vocab_size" not in flag]
