@@ -15,8 +15,8 @@ PACKAGE = ROOT / "lit_gpt_scratch"
 READERS = {
     "EventAccumulator", "EventFileLoader", "JournalStorage", "ParquetFile", "RDBStorage", "TaskManager",
     "from_file", "fromfile", "load_dataset", "load_dataset_builder", "load_yaml", "memmap", "open",
-    "open_memmap", "parse_string", "parse_yaml", "read_bytes", "read_events", "read_json", "read_metadata",
-    "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "yaml_load", "np.load", "torch.load",
+    "open_memmap", "open_safetensors", "parse_string", "parse_yaml", "read_bytes", "read_events", "read_json",
+    "read_metadata", "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "yaml_load", "np.load", "torch.load",
     "HuggingFaceStorageReader", "json.load", "sqlite3.connect", "mmap.mmap",
 }  # fmt: skip
 """Calls that read a file: names of functions and methods, with their module if the name alone means other things."""

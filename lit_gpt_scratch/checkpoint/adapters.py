@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.init_from import HEAD_WEIGHT, copy_weights
-from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, LoadedModel, StoredModel, load_checkpoint
+from lit_gpt_scratch.checkpoint.init_from import copy_weights
+from lit_gpt_scratch.checkpoint.loading import HEAD_WEIGHT, STATE_PREFIX, LoadedModel, StoredModel, load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import compute_digest, export_safetensors, load_safetensors
 from lit_gpt_scratch.errors import UserError
@@ -91,7 +91,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
             f"{adapter} was trained on the weights of a different base model; "
             "pass the checkpoint of the base model on which the adapter was trained"
         )
-    weights, trained = loaded["state_dict"], base.net.state_dict()
+    weights, trained = dict(loaded["state_dict"]), base.net.state_dict()
     try:  # before memory is allocated, since the sizes in the metadata may be wrong
         expected = expected_weights(trained, gpt, base.net.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:

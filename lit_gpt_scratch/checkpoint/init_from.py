@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from lit_gpt_scratch.checkpoint.loading import StoredModel, build_model, load_lazily, open_model
+from lit_gpt_scratch.checkpoint.loading import HEAD_WEIGHT, StoredModel, load_lazily, merge_adapters, open_model
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
@@ -22,7 +22,6 @@ from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
-HEAD_WEIGHT: Final = "head.weight"
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ class InitialModel:
             return self.metadata.build_configs(self.path, trusted)[0]
 
     def open_weights(self, trusted: Trusted = None) -> StoredModel:
-        """Check that the config and the weights match, and return the model without building its network.
-
-        Only a model with adapters is built, to merge them.
+        """Check that the config and the weights match, and return the model, with merged adapters, without building it.
 
         Args:
             trusted: Import paths that the checkpoint may import, such as a custom attention class. Importing them runs
@@ -81,11 +78,7 @@ class InitialModel:
             UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
         """
         with explain_untrusted("model.init_from"):
-            stored = open_model(self.checkpoint, self.path, trusted)
-            if stored.lora is None:
-                return stored
-            merged = build_model(self.checkpoint, self.path, trusted).net.state_dict()
-            return stored._replace(weights=merged, lora=None)
+            return merge_adapters(open_model(self.checkpoint, self.path, trusted))
 
 
 @contextmanager

@@ -17,16 +17,18 @@ from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
-from lit_gpt_scratch.interop.tensor_stream import on_meta, strip_prefix
+from lit_gpt_scratch.interop.model_family import EMBEDDING
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors, add_prefix, on_meta, strip_prefix
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.expected_weights import expected_weights
-from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES, LoRA, adapter_names, merged_weight
 from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted
 
 STATE_PREFIX: Final = "net."
 """Prefix of the network's weights in a task's state dict."""
+HEAD_WEIGHT: Final = "head.weight"
 
 
 class LoadedModel(NamedTuple):
@@ -65,10 +67,11 @@ def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint.
     """
-    if (path / hf_checkpoint.CONFIG_FILE).is_file():
-        return load_hf_checkpoint(path)
-    if path.suffix == SAFETENSORS_SUFFIX:
-        return load_safetensors(path, STATE_PREFIX)
+    if (opened := _open_portable(path)) is not None:
+        weights = dict(opened["state_dict"])
+        if path.is_dir() and opened[METADATA_KEY]["gpt"]["tied_embeddings"]:
+            weights[STATE_PREFIX + HEAD_WEIGHT] = weights[STATE_PREFIX + EMBEDDING]  # save it once
+        return {**opened, "state_dict": weights}
     if is_sharded(path):
         checkpoint = ShardedCheckpoint.open(path)
         validate_checkpoint(checkpoint.read_training_state(), path, ("cpu", "meta"))
@@ -93,19 +96,27 @@ def load_training_state(path: Path) -> dict[str, Any]:
 
 
 def load_lazily(path: Path) -> dict[str, Any]:
-    """Load a checkpoint; if it is sharded or in one file, its weights are read only when they are accessed.
+    """Load a checkpoint, a ``.safetensors`` file or a Hugging Face folder, whose weights are read when accessed.
 
-    The optimizer states of a sharded checkpoint are omitted. The weights of ``.safetensors`` files and Hugging Face
-    folders are loaded at once.
+    The optimizer states of a sharded checkpoint are omitted.
 
     Raises:
         UserError: The file is missing, corrupted, or not a checkpoint; also raised when a weight is read.
     """
+    if (opened := _open_portable(path)) is not None:
+        return opened
     if is_sharded(path):
         checkpoint = ShardedCheckpoint.open(path)
         validate_checkpoint(checkpoint.read_training_state(), path, ("cpu", "meta"))
         return checkpoint.load_lazily()
     return load_checkpoint(path, mapped=True)
+
+
+def _open_portable(path: Path) -> dict[str, Any] | None:
+    """Open a Hugging Face folder or a ``.safetensors`` file; return None if the path is neither."""
+    if (path / hf_checkpoint.CONFIG_FILE).is_file():
+        return load_hf_checkpoint(path)
+    return load_safetensors(path, STATE_PREFIX) if path.suffix == SAFETENSORS_SUFFIX else None
 
 
 def validate_checkpoint(loaded: dict[str, Any], path: Path, devices: Collection[str]) -> None:
@@ -170,7 +181,9 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a Hugging Face folder as a checkpoint dict without optimizer state or loop counters.
+    """Load a Hugging Face folder as a checkpoint dict, whose weights are read when they are accessed.
+
+    It contains neither optimizer state nor loop counters.
 
     Raises:
         UserError: The folder is missing, or its model is not supported.
@@ -180,7 +193,7 @@ def load_hf_checkpoint(path: Path) -> dict[str, Any]:
     metadata = CheckpointMetadata(
         asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text, published=published
     )
-    return {METADATA_KEY: asdict(metadata), "state_dict": {STATE_PREFIX + name: weights[name] for name in weights}}
+    return {METADATA_KEY: asdict(metadata), "state_dict": add_prefix(weights, STATE_PREFIX)}
 
 
 class StoredModel(NamedTuple):
@@ -220,8 +233,32 @@ def open_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) 
     return StoredModel(gpt, lora, weights, metadata)
 
 
+def merge_adapters(stored: StoredModel) -> StoredModel:
+    """Merge the adapters of a stored model into its weights, each when it is accessed.
+
+    Raises:
+        UserError: The head has an adapter, but is tied to the embedding, which has none.
+    """
+    if stored.lora is None:
+        return stored
+    scaling = stored.lora.alpha / stored.lora.rank
+    weights, shapes = stored.weights, on_meta(stored.weights)
+    if stored.config.tied_embeddings and adapter_names(HEAD_WEIGHT)[0] in shapes:
+        raise UserError(
+            "the head has an adapter and is tied to the embedding, so its weights cannot be merged; exclude the head "
+            "from lora.pattern, or untie the weights"
+        )
+
+    def merge(name: str) -> Tensor:
+        a, b = adapter_names(name)
+        return merged_weight(weights[name], weights[a], weights[b], scaling) if a in shapes else weights[name]
+
+    plain = {name: tensor.to("meta") for name, tensor in shapes.items() if not name.endswith(ADAPTER_SUFFIXES)}
+    return stored._replace(lora=None, weights=LazyTensors(plain, merge))
+
+
 def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) -> LoadedModel:
-    """Build the model from a loaded checkpoint.
+    """Build the model from a loaded checkpoint, and merge its adapters.
 
     Args:
         checkpoint: Checkpoint dict returned by ``load_checkpoint``.
@@ -232,15 +269,10 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None)
     Raises:
         UserError: The checkpoint refers to code that is not trusted, or its config and weights are inconsistent.
     """
-    gpt, lora, weights, metadata = open_model(checkpoint, path, trusted)
+    gpt, _, weights, metadata = merge_adapters(open_model(checkpoint, path, trusted))
     tokenizer = metadata.load_tokenizer(path)
     net = GPT(gpt, metadata.vocab_size, metadata.block_size, metadata.head, initialise=False)
-    if lora is not None:
-        add_lora(net, lora)
     net.load_state_dict(dict(weights))
-    if lora is not None:
-        merge_lora(net)
-        remove_lora(net)
     step = checkpoint.get("global_step", 0)
     return LoadedModel(net.eval(), tokenizer, metadata, step if isinstance(step, int) else 0)
 

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.tensor_stream import on_meta, strip_prefix, to_bytes, write_safetensors
+from lit_gpt_scratch.interop.tensor_stream import (
+    add_prefix,
+    on_meta,
+    open_safetensors,
+    strip_prefix,
+    to_bytes,
+    write_safetensors,
+)
 from lit_gpt_scratch.schema import parse_json
 from lit_gpt_scratch.text.atomic_files import atomic_file
 
@@ -47,6 +54,8 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
 def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     """Load a file written by ``export_safetensors`` as a checkpoint dict without optimizer state or loop counters.
 
+    The weights are read once to verify the checksum, and then again when they are accessed.
+
     Args:
         path: Path to the file.
         prefix: Prefix to add to the names of the weights.
@@ -55,23 +64,22 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
         UserError: The file is missing or corrupted, or was not written by ``export_safetensors``.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        weights, header = open_safetensors(path)
         metadata = header[METADATA_KEY]
+        digest = compute_digest(metadata, weights)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}; check the path") from error
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
         ) from error
-    if header.get("sha256") != compute_digest(metadata, weights):
+    if header.get("sha256") != digest:
         raise UserError(f"{path} is corrupted: its checksum does not match; export the model again")
-    state = {prefix + name: weight for name, weight in weights.items()}
     try:
-        return {METADATA_KEY: parse_json(metadata, dict[str, Any], len(metadata)), "state_dict": state}
+        content = parse_json(metadata, dict[str, Any], len(metadata))
     except ValueError as error:
         raise UserError(f"the metadata of {path} is corrupted ({error}); export the model again") from error
+    return {METADATA_KEY: content, "state_dict": add_prefix(weights, prefix)}
 
 
 def compute_digest(metadata: str, weights: Mapping[str, Tensor]) -> str:

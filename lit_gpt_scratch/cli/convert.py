@@ -140,7 +140,7 @@ def _to_hf(given: Namespace) -> None:
 
 def _from_hf(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
-    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_hf_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint, load_hf_checkpoint
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, export_safetensors
 
     if given.checkpoint.exists():
@@ -149,11 +149,11 @@ def _from_hf(given: Namespace) -> None:
     if given.checkpoint.suffix == SAFETENSORS_SUFFIX:
         export_safetensors(checkpoint, STATE_PREFIX, given.checkpoint)
     else:
-        save_checkpoint(checkpoint, given.checkpoint)
+        save_checkpoint(load_checkpoint(given.folder), given.checkpoint)
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Read a model's weights in their stored dtype; a network is built only to merge LoRA adapters."""
+    """Open a model with merged adapters, whose weights keep their dtype and are read when they are accessed."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_lazily
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
@@ -178,15 +178,13 @@ def _open_model(path: Path) -> "PortableModel":
 
 def _merge_adapters(checkpoint: dict[str, Any], path: Path, trusted: "Trusted" = None) -> dict[str, Any]:
     """Return a checkpoint with its LoRA adapters merged into the weights, so that it does not require a base model."""
-    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, merge_adapters, open_model
     from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+    from lit_gpt_scratch.interop.tensor_stream import add_prefix
 
     contents = CheckpointMetadata.from_checkpoint(checkpoint)
     if contents.lora is None:
         return checkpoint
-    net = build_model(checkpoint, path, trusted).net
+    merged = merge_adapters(open_model(checkpoint, path, trusted))
     own = replace(contents, lora=None, base=None, new_head=False)
-    return {
-        METADATA_KEY: asdict(own),
-        "state_dict": {STATE_PREFIX + name: weight for name, weight in net.state_dict().items()},
-    }
+    return {METADATA_KEY: asdict(own), "state_dict": add_prefix(merged.weights, STATE_PREFIX)}

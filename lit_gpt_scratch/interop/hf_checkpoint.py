@@ -19,10 +19,10 @@ from lit_gpt_scratch.interop.hf_tokenizer import (
     read_published_settings,
     special_ids,
 )
-from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, read_tensors, validate_tensors
+from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, open_tensors, validate_tensors
 from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
-from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, write_safetensors
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, select, write_safetensors
 from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.model.weight_init import INIT_STD
@@ -45,7 +45,7 @@ class PortableModel(NamedTuple):
 
     Attributes:
         shape: Config, vocabulary size and context length.
-        weights: The network's state dict.
+        weights: The network's state dict; its tensors may be read only when they are accessed.
         tokenizer: The model's tokenizer.
     """
 
@@ -55,7 +55,7 @@ class PortableModel(NamedTuple):
 
 
 def read_hf_checkpoint(folder: Path) -> PortableModel:
-    """Read a Hugging Face model from a folder; the weights keep their dtype.
+    """Read a Hugging Face model from a folder; the weights keep their dtype, and are read when they are accessed.
 
     Raises:
         UserError: A file is missing, or the model is not supported.
@@ -78,16 +78,16 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     start = next(iter(tokenizer.post_processor_ids), config.values.get("bos_token_id"))
     if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
         tokenizer.start_of_text = start
-    found = read_tensors(folder)
+    found = open_tensors(folder)
     if not any(name.startswith(family.prefix) for name in found):  # the model was saved without its head
-        found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
+        found = select(found, {name if name.startswith("lm_head.") else family.prefix + name: name for name in found})
     if shape.gpt.tied_embeddings:
-        _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
+        found = _omit_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
     try:
-        expected = dict(family.to_hf_weights(shape.gpt, expected_weights(found, *shape)))
+        expected = dict(family.to_hf_weights(shape.gpt, expected_weights(found.on_meta, *shape)))
     except UserError as error:
         raise UserError(f"{config.path} does not match the tensors in {folder}: {error}; download it again") from error
-    validate_tensors(found, expected, str(folder))
+    validate_tensors(found.on_meta, expected, str(folder))
     return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
@@ -182,18 +182,19 @@ def _build_json_files(
     }
 
 
-def _pop_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
-    """Remove a tied output head, which some files contain in addition to the embedding.
+def _omit_tied_head(found: LazyTensors, embedding: str, folder: Path) -> LazyTensors:
+    """Omit a tied output head, which some files contain in addition to the embedding.
 
     Raises:
         UserError: The head differs from the embedding.
     """
-    head = found.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, found.get(embedding, head)):
+    head = "lm_head.weight"
+    if head in found and embedding in found and not torch.equal(found[head], found[embedding]):
         raise UserError(
             f"{folder / CONFIG_FILE}: tie_word_embeddings is true or absent, but lm_head.weight is not equal to "
             f"{embedding}; set tie_word_embeddings to false"
         )
+    return select(found, {name: name for name in found if name != head})
 
 
 def _read_config(folder: Path) -> HFConfigReader:

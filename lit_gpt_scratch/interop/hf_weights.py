@@ -1,15 +1,17 @@
 """Read the safetensors files in a Hugging Face folder, and check tensor names and shapes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_config import shorten
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors, open_safetensors, select
 from lit_gpt_scratch.schema import read_json, validate
 
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -20,16 +22,17 @@ DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.in
 MAX_LISTED: Final = 4
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors in a folder, keeping their dtypes.
+def open_tensors(folder: Path) -> LazyTensors:
+    """Open all tensors in a folder, which keep their dtypes and are read when they are accessed.
 
     Raises:
-        UserError: A file is missing or corrupted, or the weights are in a format that can run code when loaded.
+        UserError: A file is missing or corrupted (also raised when a tensor is read), or the weights are in a format
+            that can run code when loaded.
     """
     if (folder / WEIGHTS_FILE).is_file():
-        found = _read_file(folder / WEIGHTS_FILE)
+        found = _open_file(folder / WEIGHTS_FILE)
     elif (folder / INDEX_FILE).is_file():
-        found = _read_shards(folder)
+        found = _open_shards(folder)
     elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
         raise UserError(
             f"{folder} contains {pickles[0]}, which can run code when loaded, but no {WEIGHTS_FILE}; "
@@ -37,13 +40,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         )
     else:
         raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; use a folder written by save_pretrained")
-    found = {name: tensor for name, tensor in found.items() if not DERIVED_BUFFERS.search(name)}
-    if quantized := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
+    found = select(found, {name: name for name in found if not DERIVED_BUFFERS.search(name)})
+    shapes = found.on_meta
+    if quantized := [f"{name} is {tensor.dtype}" for name, tensor in shapes.items() if not _is_plain_float(tensor)]:
         raise UserError(f"{folder} contains quantized weights: {_list_some(quantized)}; use the unquantized model")
     return found
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _open_shards(folder: Path) -> LazyTensors:
     path = folder / INDEX_FILE
     try:
         content = read_json(path, dict[str, Any])
@@ -55,9 +59,13 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not a valid index file of a sharded checkpoint ({error}); download it again"
         ) from error
-    found: dict[str, Tensor] = {}
+    file_with: dict[str, LazyTensors] = {}
     for name in files:
-        found |= _read_file(folder / name)
+        opened = _open_file(folder / name)
+        file_with |= dict.fromkeys(opened, opened)
+    found = LazyTensors(
+        {name: opened.on_meta[name] for name, opened in file_with.items()}, lambda name: file_with[name][name]
+    )
     if missing := sorted(set(file_of) - set(found)):
         raise UserError(
             f"{path} lists tensors that are missing from all files: {_list_some(missing)}; download the folder again"
@@ -65,11 +73,21 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _open_file(path: Path) -> LazyTensors:
+    with _explain_errors(path):
+        opened, _ = open_safetensors(path)
+
+    def read(name: str) -> Tensor:
+        with _explain_errors(path):
+            return opened[name]
+
+    return LazyTensors(opened.on_meta, read)
+
+
+@contextmanager
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            # Copy the tensors: they could otherwise be memory maps of the file, which may change or be deleted.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path.parent / shorten(path.name)} is missing; download the folder again") from error
     except (SafetensorError, OSError, UnicodeDecodeError) as error:

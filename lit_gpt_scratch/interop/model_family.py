@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model import GPTConfig
 
 COMMON_FIELDS: Final = frozenset({
@@ -128,19 +129,23 @@ class ModelFamily(ABC):
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield mapping.hf_name, (tensor.T if mapping.transposed else tensor).contiguous()
 
-    def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_hf_weights(self, gpt: GPTConfig, weights: LazyTensors) -> LazyTensors:
         """Convert the family's tensors to a state dict of ``GPT``. This is the inverse of ``to_hf_weights``.
 
         The state dict includes the head even if it is tied to the embedding.
         """
-        converted = {}
-        for mapping in self.all_tensor_mappings(gpt):
-            tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
-            for name, part in zip(mapping.names, tensor.chunk(len(mapping.names)), strict=True):
-                converted[name] = part.contiguous()
+        mappings = self.all_tensor_mappings(gpt)
+        source = {name: (mapping, part) for mapping in mappings for part, name in enumerate(mapping.names)}
         if gpt.tied_embeddings:
-            converted[HEAD] = converted[EMBEDDING]
-        return converted
+            source[HEAD] = source[EMBEDDING]
+
+        def convert(name: str, weights: Mapping[str, Tensor]) -> Tensor:
+            mapping, part = source[name]
+            tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
+            return tensor.chunk(len(mapping.names))[part].contiguous()
+
+        shapes = {name: convert(name, weights.on_meta) for name in source}
+        return LazyTensors(shapes, lambda name: convert(name, weights))
 
 
 def map_layer_names(

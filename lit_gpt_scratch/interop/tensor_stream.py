@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import BinaryIO, Final
+from pathlib import Path
+from typing import BinaryIO, Final, overload
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
@@ -14,6 +16,12 @@ DTYPES: Final = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Names of data types in the safetensors format (https://huggingface.co/docs/safetensors)."""
+
+
+LOADABLE_DTYPES: Final = {name: dtype for dtype, name in DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64,
+}  # fmt: skip
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -45,6 +53,10 @@ def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return tensors.on_meta if isinstance(tensors, LazyTensors) else tensors
 
 
+@overload
+def select(tensors: LazyTensors, names: Mapping[str, str]) -> LazyTensors: ...
+@overload
+def select(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]: ...
 def select(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
     """Return some of the tensors under other names, without reading ``LazyTensors``.
 
@@ -60,6 +72,36 @@ def select(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[s
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
     """Return the tensors whose names have a prefix, under their names without it."""
     return select(tensors, {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)})
+
+
+def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """Return the tensors under their names after a prefix."""
+    return select(tensors, {prefix + name: name for name in tensors})
+
+
+def open_safetensors(path: Path) -> tuple[LazyTensors, dict[str, str]]:
+    """Open a safetensors file, whose tensors are read when they are accessed, and return its metadata, too.
+
+    Raises:
+        OSError: The file cannot be read; also raised when a tensor is read.
+        SafetensorError: The file is corrupted; also raised when a tensor is read.
+    """
+
+    def read(name: str) -> Tensor:
+        with safe_open(str(path), framework="pt") as file:
+            # A copy: the tensor could otherwise be a memory map of the file, which may change or be deleted.
+            tensor: Tensor = file.get_tensor(name).clone()
+        if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
+            raise SafetensorError(f"{path} has changed")
+        return tensor
+
+    with safe_open(str(path), framework="pt") as file:
+        shapes = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            stored = file.get_slice(name)
+            dtype = LOADABLE_DTYPES.get(stored.get_dtype(), torch.uint8)  # callers reject integers
+            shapes[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+        return LazyTensors(shapes, read), file.metadata() or {}
 
 
 def write_safetensors(

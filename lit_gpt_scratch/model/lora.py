@@ -134,10 +134,9 @@ class LoRALinear(nn.Linear):
         """
         if self.unmerged is not None:
             return
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.lora_b.to(exact) @ self.lora_a.to(exact) * self.scaling  # (out_features, in_features)
         self.unmerged = self.weight
-        self.weight = nn.Parameter((self.weight.to(exact) + delta).type_as(self.weight), requires_grad=False)
+        merged = merged_weight(self.weight, self.lora_a, self.lora_b, self.scaling)
+        self.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """Restore the original weight exactly, as the same parameter object."""
@@ -164,6 +163,20 @@ class LoRALinear(nn.Linear):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Return the weight of a layer with its adapter, computed in at least float32: (out_features, in_features)."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    delta = lora_b.to(exact) @ lora_a.to(exact) * scaling  # (out_features, in_features)
+    return (weight.to(exact) + delta).type_as(weight)
+
+
+def adapter_names(weight: str) -> tuple[str, str]:
+    """Return the names of the factors A and B of the adapter of a weight, whether or not it has one."""
+    layer = weight.removesuffix("weight")
+    return f"{layer}lora_a", f"{layer}lora_b"
 
 
 def match_layers(pattern: str, names: list[str]) -> set[str]:

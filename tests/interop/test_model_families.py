@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read_hf_checkpoint, write_hf_checkpoint
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
 from tests.interop.conftest import CASES, LENGTH, LLAMA3, YARN, Published, change, ids, library, network
@@ -86,10 +87,13 @@ def test_sharded_folder(published: Published, case: str) -> None:
 def test_weights_are_not_a_memory_map_of_the_file(published: Published) -> None:
     _, folder = published("llama")
     model, path = read_hf_checkpoint(folder), folder / "model.safetensors"
-    before = {name: tensor.clone() for name, tensor in model.weights.items()}
-    with path.open("r+b") as file:
-        file.write(b"\0" * path.stat().st_size)
-    assert all(torch.equal(before[name], model.weights[name]) for name in before)
+    weights = dict(model.weights)
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    content = path.read_bytes()
+    path.write_bytes(b"\0" * len(content))
+    assert all(torch.equal(before[name], weights[name]) for name in before)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file, or is corrupted"):
+        dict(model.weights)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama, biases, tied", "qwen3, tied"])
