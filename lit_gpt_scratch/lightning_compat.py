@@ -17,6 +17,7 @@ from typing import Any, Final
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -139,16 +140,57 @@ def set_collective_timeout(strategy: Strategy, timeout: timedelta) -> None:
     """Set the timeout of a strategy's process group, before it is created.
 
     Raises:
-        UserError: The strategy has a single process.
+        UserError: The timeout is not positive, or the strategy has a single process or its own timeout.
     """
+    if timeout <= timedelta():
+        raise UserError(f"--collective_timeout is {timeout}; it must be positive")
     if not hasattr(strategy, "_timeout"):
-        raise UserError("--collective_timeout is set, but there is a single process; omit it")
+        name = type(strategy).__name__
+        raise UserError(f"--collective_timeout is not supported with {name}, which has a single process; omit it")
+    if strategy._timeout not in (None, default_pg_timeout):
+        raise UserError("--collective_timeout and --trainer.strategy.timeout are both set; set only one of them")
     strategy._timeout = timeout
 
 
 def trains_in_this_process(trainer: Trainer) -> bool:
     """Return whether this process is itself a rank; with ``ddp_spawn``, for example, it only starts the ranks."""
     return not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def failed_child_processes(trainer: Trainer) -> dict[int, int]:
+    """Return the exit codes of the ranks that this process launched and that have failed, keyed by rank.
+
+    The exit code of a process that was killed by a signal is negative.
+    """
+    launcher = trainer.strategy.launcher
+    processes = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+    codes = {trainer.global_rank + number: process.poll() for number, process in enumerate(processes, start=1)}
+    return {rank: code for rank, code in codes.items() if code}
+
+
+class UnobservedLauncher(_SubprocessScriptLauncher):
+    """A launcher that leaves this process alive if a process that it launched fails.
+
+    Lightning would kill this process within five seconds, without a message and while it may be saving a checkpoint.
+    """
+
+    @override
+    def launch(self, function: Any, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        if not self.cluster_environment.creates_processes_externally:
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            self._call_children_scripts()
+            _set_num_threads_if_needed(num_processes=self.num_processes)
+            return function(*args, **kwargs)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+def replace_launcher(strategy: Strategy) -> None:
+    """Replace Lightning's launcher of processes, if the strategy has it, with an ``UnobservedLauncher``."""
+    launcher = strategy.launcher
+    if type(launcher) is _SubprocessScriptLauncher:
+        strategy._launcher = UnobservedLauncher(
+            launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+        )
 
 
 def kill_child_processes(trainer: Trainer) -> None:

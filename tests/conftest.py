@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before any library reads it at import: no test contacts a server
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ settings.register_profile("no deadline", deadline=None, suppress_health_check=[H
 settings.load_profile("no deadline")
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
+
+
+def pytest_collection_finish() -> None:
+    """Do not traverse the objects of libraries and of collected tests again in each garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -227,10 +227,32 @@ def test_only_some_strategies_train_in_this_process(trainer: Build, strategy: st
 
 
 def test_the_launcher_kills_all_processes_when_one_fails() -> None:
-    """So ranks that another process started exit with 0 when a signal stops a run."""
+    """So it is replaced; its replacement repeats the rest of ``launch``."""
     source = inspect.getsource(subprocess_script._ChildProcessObserver._run)
     assert "if proc.returncode:" in source
     assert "self._terminate_all()" in source
+    lines = [line.strip() for line in inspect.getsource(_SubprocessScriptLauncher.launch).splitlines()]
+    assert lines[lines.index("self._call_children_scripts()") :] == [
+        "self._call_children_scripts()",
+        "_launch_process_observer(self.procs)",
+        "",
+        "_set_num_threads_if_needed(num_processes=self.num_processes)",
+        "return function(*args, **kwargs)",
+    ]
+
+
+def test_failed_children_are_found(trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer(strategy="ddp", devices=4)
+    lightning_compat.replace_launcher(built.strategy)
+    launcher = built.strategy.launcher
+    assert isinstance(launcher, lightning_compat.UnobservedLauncher)
+    started = [SimpleNamespace(poll=lambda code=code: code) for code in (None, 0, -9)]
+    monkeypatch.setattr(launcher, "_call_children_scripts", lambda: setattr(launcher, "procs", started))
+    assert launcher.launch(lambda: "trained") == "trained"
+    assert lightning_compat.failed_child_processes(built) == {3: -9}
+    alone = trainer(devices=1)
+    lightning_compat.replace_launcher(alone.strategy)
+    assert lightning_compat.failed_child_processes(alone) == {}
 
 
 def test_fetching_a_batch_is_a_profiler_action(trainer: Build, task: Build, packed_text: Build) -> None:

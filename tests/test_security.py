@@ -16,8 +16,8 @@ READERS = {
     "EventAccumulator", "EventFileLoader", "JournalStorage", "ParquetFile", "RDBStorage", "TaskManager",
     "from_file", "fromfile", "load_dataset", "load_dataset_builder", "load_yaml", "memmap", "open",
     "open_memmap", "open_safetensors", "parse_string", "parse_yaml", "read_bytes", "read_events", "read_json",
-    "read_metadata", "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "yaml_load", "np.load", "torch.load",
-    "HuggingFaceStorageReader", "json.load", "sqlite3.connect", "mmap.mmap",
+    "read_metadata", "read_schema", "read_text", "safe_load", "safe_open", "simple_evaluate", "yaml_load", "np.load",
+    "torch.load", "HuggingFaceStorageReader", "json.load", "sqlite3.connect", "mmap.mmap",
 }  # fmt: skip
 """Calls that read a file: names of functions and methods, with their module if the name alone means other things."""
 WRITE_ONLY = {"w", "wb", "x", "xb", "x+b", "a", "ab"}  # "x" creates the file

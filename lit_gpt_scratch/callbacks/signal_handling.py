@@ -80,8 +80,8 @@ class SignalHandling(StopBetweenSteps):
             _exit(signum)
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit with code 128 + signal number, or with 0 if any other code would make Lightning kill rank 0."""
-        exit_rank(trainer, 128 + self.signum)
+        """Exit with code 128 + signal number."""
+        raise SystemExit(128 + self.signum)
 
     def stop(self, trainer: L.Trainer) -> NoReturn:
         """Print how to resume the run, and exit."""
@@ -92,15 +92,3 @@ class SignalHandling(StopBetweenSteps):
             name = signal.Signals(self.signum).name
             log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, resume or "nothing was saved")
         self.leave(trainer)
-
-
-def exit_rank(trainer: L.Trainer, code: int) -> NoReturn:
-    """Exit this process with the given code, or with 0 if any other code would make Lightning kill rank 0."""
-    if trainer.world_size > 1 and trainer.local_rank and not is_launched_externally(trainer):
-        raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
-    raise SystemExit(code)
-
-
-def is_launched_externally(trainer: L.Trainer) -> bool:
-    """Return whether a launcher such as torchrun started this process, and not another process of the run."""
-    return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of parallel strategies

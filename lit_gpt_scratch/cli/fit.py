@@ -8,12 +8,13 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, RunDirCallback
@@ -21,7 +22,7 @@ from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.event_logger import RunLogger, tolerate_logger_errors
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
-from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal, exit_rank, is_launched_externally
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
 from lit_gpt_scratch.callbacks.spike_guard import GAVE_UP_EXIT_CODE, GuardMode, guard_gave_up
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.callbacks.throughput import Throughput
@@ -72,7 +73,9 @@ from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory,
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     collective_timeout,
+    failed_child_processes,
     kill_child_processes,
+    replace_launcher,
     set_collective_timeout,
     trains_in_this_process,
 )
@@ -310,6 +313,7 @@ class FitCLI(LightningCLI):
         # Unknown strategy, missing library, or flags or cluster variables that contradict each other.
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise explain_trainer_error(error, given, self.parser.get_defaults().trainer) from error
+        replace_launcher(trainer.strategy)
         if self.config_init.collective_timeout is not None:
             set_collective_timeout(trainer.strategy, self.config_init.collective_timeout)
         if self.config_init.plan:
@@ -382,6 +386,7 @@ class FitCLI(LightningCLI):
                 self._set_run_folder(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 monitor = self._monitor_ranks(claimed, folder.path if folder else None)
+                self._connect_when_ready(monitor)
                 with monitor, user_errors(), explain_out_of_memory(self.datamodule):
                     self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                     if self.trainer.global_step == 0:
@@ -399,7 +404,7 @@ class FitCLI(LightningCLI):
         if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)
         if guard_gave_up(self.trainer):
-            exit_rank(self.trainer, GAVE_UP_EXIT_CODE)
+            raise SystemExit(GAVE_UP_EXIT_CODE)
 
     def _checkpoint_to_test(self) -> Path | None:
         """Return the checkpoint to test: the one with the lowest validation loss, or None to test the final weights."""
@@ -422,11 +427,19 @@ class FitCLI(LightningCLI):
 
         ranks = trainer.world_size if trains_in_this_process(trainer) else 1
         timeout = collective_timeout(trainer)
-        local_rank = trainer.local_rank
         return RankMonitor(
-            trainer.global_rank, ranks, trainer.num_nodes, timeout, STOP_SIGNALS, clean_up, local_rank,
-            is_launched=local_rank > 0 and not is_launched_externally(trainer), folder=folder,
+            trainer.global_rank, ranks, trainer.num_nodes, timeout, STOP_SIGNALS, clean_up, trainer.local_rank,
+            lambda: failed_child_processes(trainer), folder,
         )  # fmt: skip
+
+    def _connect_when_ready(self, monitor: RankMonitor) -> None:
+        """Connect the monitor once all ranks are running."""
+
+        def setup(trainer: Trainer, module: LightningModule, stage: str) -> None:
+            if stage == "fit":
+                monitor.connect(trainer.strategy.broadcast(uuid4().hex))
+
+        self.trainer.callbacks.insert(0, LambdaCallback(setup=setup))  # type: ignore[attr-defined]  # the trainer sets it late
 
     def _load_initial_model(self) -> None:
         """Read the pretrained model once, for both model and data; a resumed run uses its checkpoint instead."""

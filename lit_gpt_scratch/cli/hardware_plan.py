@@ -27,6 +27,7 @@ from lit_gpt_scratch.distributed.strategies import (
     resolve_strategy,
 )
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.activation_checkpointing import validate_checkpointing
 from lit_gpt_scratch.profiling.accelerators import Machine, parse_machine
 from lit_gpt_scratch.profiling.layout_sizes import (
     WEIGHT_DTYPES,
@@ -80,6 +81,7 @@ def plan_for_machine(
     vocab_size, origin = _vocabulary(config, data)
     setup = _training_setup(config_init, model, data, machine, vocab_size)
     validate_tensor_parallel(setup.config, setup.tensor_parallel, setup.precision)
+    validate_checkpointing(setup.checkpointing, setup.config)
     sizes = measure_layout(setup)
     yield from _lines(setup, sizes, origin, _planned_steps(config.trainer))
 

@@ -20,15 +20,17 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import is_saving
 from lit_gpt_scratch.distributed.flight_record import (
+    Collective,
     enable_flight_record,
-    latest_by_group,
+    find_absent_ranks,
+    latest_collectives,
     read_flight_record,
     save_flight_record,
 )
@@ -56,9 +58,7 @@ IDLE_SHARE: Final = 0.02
 """Maximum CPU use of a process that counts as idle, as a fraction of one core."""
 CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds to wait for other ranks before logging a warning, keyed by whether there are several machines."""
-LOST_RANK: Final = (
-    r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out|clients joined|NCCL.*(abort|timeout|remote)"
-)
+LOST_RANK: Final = r"gloo/|clients joined|NCCL.*(abort|timeout|remote)"
 """Pattern that matches error messages caused by a rank that has exited or does not respond."""
 DONE: Final = b"done"
 SAVING: Final = b"saving"
@@ -66,17 +66,23 @@ SAVING: Final = b"saving"
 
 
 class Failure(NamedTuple):
-    """Error that ended a rank.
+    """Error that ends a run.
 
     Attributes:
-        rank: The rank.
-        code: Exit code of the run.
+        rank: The rank that failed.
+        exit_code: Exit code of all ranks.
         message: What to print.
     """
 
     rank: int
-    code: int
+    exit_code: int
     message: str
+
+    def __str__(self) -> str:
+        """The message after the rank, as another rank prints it."""
+        prefix = f"rank {self.rank}: "
+        message = self.message if self.message.startswith(prefix) else prefix + self.message
+        return f"error: {message}" if self.exit_code == 2 else message
 
 
 class RankMonitor:
@@ -85,9 +91,9 @@ class RankMonitor:
     One thread exchanges heartbeats through a store on rank 0. The other thread watches the heartbeats, because
     accessing the store may block.
 
-    If a rank fails, all ranks exit with the same code, and the first rank of each machine prints the error. If the
-    cause is a collective operation that another rank did not join, the error names that rank, and each rank saves its
-    flight record.
+    If a rank fails, all ranks exit with the code of the first failure, and the first rank of each machine prints it. If
+    the cause is a collective operation that another rank did not enter, the error names that rank, and each rank saves
+    its flight record.
 
     After a signal, the monitor terminates the process if it is still waiting for other ranks to connect, if a rank is
     unresponsive, or if the process has been idle for ``STUCK_SECONDS``. Otherwise, the callbacks end the run. The
@@ -101,8 +107,8 @@ class RankMonitor:
         signals: Signals that terminate the process.
         on_abort: Cleanup callback that is called before the process exits, e.g. to terminate its child processes.
         local_rank: Rank of this process on its machine.
-        is_launched: Whether the first rank of this machine launched this process. Lightning kills that rank if a
-            process that it launched exits with a code other than 0.
+        failed_children: Function that returns the exit codes of the ranks that this process launched and that have
+            exited with a code other than 0, keyed by rank.
         folder: Run folder in which all ranks save their flight records; only required on rank 0.
     """
 
@@ -115,14 +121,16 @@ class RankMonitor:
         signals: Sequence[int],
         on_abort: Callable[[], None],
         local_rank: int = 0,
-        is_launched: bool = False,
+        failed_children: Callable[[], dict[int, int]] = dict,
         folder: Path | None = None,
     ) -> None:
         self.rank, self.ranks, self.nodes, self.timeout = rank, ranks, nodes, timeout
         self._signals, self._on_abort = signals, on_abort
-        self._first = rank - local_rank
-        """First rank of this machine."""
-        self._is_launched, self._folder = is_launched, folder
+        self._local_leader = rank - local_rank
+        """First rank of this machine, which prints the errors of the others."""
+        self._failed_children, self._folder = failed_children, folder
+        self._run_id: str | None = None
+        """Part of the keys in the store, which may contain the keys of an earlier attempt; None before ``connect``."""
         self._signum = 0
         self._signaled_at = self._busy_at = 0.0
         self._started = time.monotonic()
@@ -134,20 +142,28 @@ class RankMonitor:
         self._beats = 0
         self._answered_at: float | None = None
         """Time of the last successful access to the store; before the first one, the time of the first attempt."""
-        self._failing = False
-        self._own: Failure | None = None
+        self._lost_peer = False
+        """Whether a collective operation of this rank has failed because of another rank."""
+        self._local_failure: Failure | None = None
         """Failure of this rank, which the heartbeat thread stores."""
-        self._other: Failure | None = None
-        """Failure of another rank, read from the store."""
+        self._first_failure: Failure | None = None
+        """First failure of any rank, as stored."""
         self._noticed_at = 0.0
-        self._latest: dict[int, dict[str, tuple[int, str]]] = {}
-        """Latest collective operations of each rank; see ``latest_by_group``."""
-        self._record: Path | None = None
-        """The saved flight record of this rank."""
+        self._latest: dict[int, dict[str, Collective]] = {}
+        """Latest collective operations of each rank."""
+        self._record_file: Path | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
-        self._heart = threading.Thread(target=self._exchange_heartbeats, name="heartbeats", daemon=True)
+        self._watch_thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
+        self._heartbeat_thread = threading.Thread(target=self._exchange_heartbeats, name="heartbeats", daemon=True)
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
+
+    def connect(self, run_id: str) -> None:
+        """Begin to exchange heartbeats; called once the process group exists.
+
+        Args:
+            run_id: Identifier of this attempt to run, the same on all ranks and different from those of other attempts.
+        """
+        self._run_id = run_id
 
     def __enter__(self) -> "RankMonitor":
         if self.ranks > 1:
@@ -156,44 +172,60 @@ class RankMonitor:
                 self._wakeup = socket.socketpair()
                 self._wakeup[1].setblocking(False)
                 self._fd_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
-            self._thread.start()
-            self._heart.start()
+            self._watch_thread.start()
+            self._heartbeat_thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.ranks == 1:
             return
+        failed = isinstance(error, Exception)  # neither a signal nor a regular exit
+        is_main_thread = self._wakeup is not None
+        before = (
+            {number: signal.signal(number, signal.SIG_IGN) for number in self._signals}
+            if is_main_thread and failed
+            else {}
+        )
         is_printed = False
-        if isinstance(error, Exception):  # neither a signal nor a regular exit
-            self._own = self._explain(error)
-            is_printed = self._wait_until_printed()
+        try:
+            if isinstance(error, Exception):
+                self._local_failure = self._explain(error)
+                is_printed = self._wait_until_printed()
+        finally:
+            self._stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._local_failure is None:
+            return
+        first = self._first_failure or self._local_failure
+        if first.rank != self.rank and self.rank == self._local_leader:
+            _print(first)
+            is_printed = True
+        if is_printed:
+            raise SystemExit(first.exit_code) from error
+        if self._lost_peer:
+            raise UserError(self._local_failure.message) from error
+
+    def _stop(self) -> None:
+        """End both threads; the last heartbeat says that this rank is done."""
         self._stopped.set()
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
-        self._thread.join()
-        self._heart.join(STORE_SECONDS)
-        if self._own and self.rank == 0 and self.nodes > 1:
-            time.sleep(
-                2 * INTERVAL
-            )  # for the other machines to read the error, because the store ends with this process
+        self._watch_thread.join()
+        self._heartbeat_thread.join(STORE_SECONDS)
+        if self._local_failure and self.rank == 0:
+            time.sleep(2 * INTERVAL)  # for the others to read the error, because the store may end with this process
         for end in self._wakeup or ():
             end.close()
-        if self._own is None:
-            return
-        if is_printed:
-            raise SystemExit(self._exit_code(self._own.code)) from error
-        if self._failing:
-            raise UserError(self._own.message) from error
 
     def _explain(self, error: Exception) -> Failure:
         """Describe an error of this rank; if another rank caused it, give all ranks the time to answer."""
         chain = [*exception_chain(error)]
-        causes = (str(cause) for cause in chain if isinstance(cause, RuntimeError))
-        lost = next((cause for cause in causes if re.search(LOST_RANK, cause)), None)
+        lost = next((cause for cause in chain if _is_lost_rank(cause)), None)
         if lost is not None:
-            self._failing = True
+            self._lost_peer = True
             time.sleep(4 * INTERVAL)  # a responsive rank stores several heartbeats in this time
-            return Failure(self.rank, 2, self._describe_loss(lost, self.unresponsive_ranks(2 * INTERVAL)))
+            return Failure(self.rank, 2, self._describe_loss(str(lost), self.unresponsive_ranks(2 * INTERVAL)))
         mistake = next((str(cause) for cause in chain if isinstance(cause, UserError)), None)
         message = mistake or describe_environment_error(error)
         if message is None:
@@ -203,16 +235,15 @@ class RankMonitor:
     def _wait_until_printed(self) -> bool:
         """Wait for the first rank of this machine to print the error of this rank; return whether it has done so."""
         deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
-        while self.rank != self._first and dist.is_initialized() and time.monotonic() < deadline:
-            if self._seen.get(self._first, (b"", 0.0))[0] == DONE:
+        while self.rank != self._local_leader and self._run_id is not None:
+            beat, _ = self._seen.get(self._local_leader, (b"", 0.0))
+            if beat == DONE:
                 return True
-            if self._first in self.unresponsive_ranks(2 * INTERVAL):
+            late = time.monotonic() > deadline and not beat.startswith(SAVING)
+            if late or self._local_leader in self.unresponsive_ranks():
                 return False
             time.sleep(INTERVAL / 5)
         return False
-
-    def _exit_code(self, code: int) -> int:
-        return 0 if self._is_launched else code
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
         """Return the other ranks that have not updated their heartbeat for more than ``seconds``."""
@@ -229,18 +260,11 @@ class RankMonitor:
         if ranks:
             which = f"{_name_ranks(ranks)} exited or stopped responding"
         else:
-            which = self._describe_absence() or "another rank failed"
+            absent = find_absent_ranks(dict(self._latest))
+            which = f"{_name_ranks(absent[0])} did not enter {absent[1]}" if absent else "another rank failed"
         reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
-        record = f" (flight record: {self._record})" if self._record else ""
+        record = f" (flight record: {self._record_file})" if self._record_file else ""
         return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last{record}"
-
-    def _describe_absence(self) -> str | None:
-        """Name the ranks that have not joined the latest collective operation of this rank, if there are any."""
-        if not (own := self._latest.get(self.rank)):
-            return None
-        group, (number, name) = [*own.items()][-1]
-        absent = [rank for rank, latest in self._latest.items() if latest.get(group, (number, ""))[0] < number]
-        return f"{_name_ranks(sorted(absent))} did not join {name}" if absent else None
 
     def _missing_processes(self) -> str:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -261,12 +285,12 @@ class RankMonitor:
 
     def _exchange_heartbeats(self) -> None:
         while not self._stopped.wait(INTERVAL):
-            if dist.is_initialized():
+            if self._run_id is not None:
                 self._beat()
         if self._store is not None:
             with suppress(RuntimeError):
-                self._exchange_failures(self._store)  # an error of rank 0 has not been stored yet
-                self._store.set(_key(self.rank), DONE.decode())
+                self._exchange_failures(self._store)  # a failure of the first rank of a machine is not stored yet
+                self._store.set(self._key(self.rank), DONE.decode())
 
     def _receive(self, signums: bytes) -> None:
         stops = [signum for signum in signums if signum in self._signals]
@@ -291,43 +315,55 @@ class RankMonitor:
                     timeout=timedelta(seconds=STORE_SECONDS),
                 )
             self._beats += 1
-            self._store.set(_key(self.rank), f"{SAVING.decode() if is_saving() else ''}{self._beats}")
+            self._store.set(self._key(self.rank), f"{SAVING.decode() if is_saving() else ''}{self._beats}")
             self._exchange_failures(self._store)
-            if self.rank == 0 or self._signum or self._failing or self._own:
+            if self.rank == 0 or self._signum or self._local_failure or self._first_failure or self._lost_peer:
                 self._read_heartbeats(self._store)
         except RuntimeError:  # rank 0, which holds the store, has exited or does not respond
             self._store = None
         else:
             self._answered_at = time.monotonic()
 
+    def _key(self, name: int | str) -> str:
+        return f"lit_gpt_scratch/{self._run_id}/{name}"
+
     def _exchange_failures(self, store: TCPStore) -> None:
-        """Store or read the first failure; answer a rank that asks which collective operation each rank waits in."""
+        """Store or read the first failure, and answer a rank that asks where the others are."""
         if self.rank == 0 and self._beats == 1 and self._folder:
-            store.set(_key("folder"), str(self._folder.absolute()))
-        if self._failing:
-            store.set(_key("asked"), "")
-        if self.rank not in self._latest and store.check([_key("asked")]):
+            store.set(self._key("folder"), str(self._folder.absolute()))
+        if self._lost_peer:
+            store.set(self._key("asked"), "")
+        if self.rank not in self._latest and store.check([self._key("asked")]):
             record = read_flight_record()
-            self._latest[self.rank] = latest_by_group(record)
-            store.set(_key(f"latest/{self.rank}"), json.dumps(self._latest[self.rank]))
-            if store.check([_key("folder")]):
-                with suppress(OSError):
-                    self._record = save_flight_record(record, Path(store.get(_key("folder")).decode()), self.rank)
-        if self._failing:
+            latest = latest_collectives(record)
+            store.set(self._key(f"latest/{self.rank}"), json.dumps(latest))
+            self._latest[self.rank] = latest
+            if store.check([self._key("folder")]):
+                folder = Path(store.get(self._key("folder")).decode())
+                self._record_file = folder / "flight_record" / f"rank_{self.rank}.json"
+                # In a thread of its own, because a slow disk must not delay heartbeats.
+                threading.Thread(target=_try_to_save, args=(record, self._record_file)).start()
+        if self._lost_peer:
             for rank in set(range(self.ranks)) - self._latest.keys():
-                if store.check([_key(f"latest/{rank}")]):
-                    self._latest[rank] = json.loads(store.get(_key(f"latest/{rank}")))
-        if store.check([_key("failure")]):
-            if self._other is None and self._own is None:
-                self._noticed_at = time.monotonic()
-                self._other = Failure(*json.loads(store.get(_key("failure"))))
-        elif self._own is not None:
-            store.set(_key("failure"), json.dumps(self._own))
+                if store.check([self._key(f"latest/{rank}")]):
+                    found = json.loads(store.get(self._key(f"latest/{rank}")))
+                    self._latest[rank] = {group: Collective(*values) for group, values in found.items()}
+        if self._first_failure is not None:
+            return
+        key = self._key("failure")
+        if self._local_failure is not None:
+            stored = store.compare_set(key, "", json.dumps(self._local_failure))
+        elif store.check([key]):
+            stored = store.get(key)
+        else:
+            return
+        self._noticed_at = time.monotonic()
+        self._first_failure = Failure(*json.loads(stored))
 
     def _read_heartbeats(self, store: TCPStore) -> None:
         now = time.monotonic()
         self._seen = dict.fromkeys(range(self.ranks), (b"", now)) | self._seen
-        keys = {rank: _key(rank) for rank in range(self.ranks)}
+        keys = {rank: self._key(rank) for rank in range(self.ranks)}
         stored = [rank for rank, (value, _) in self._seen.items() if value or store.check([keys[rank]])]
         for rank, value in zip(stored, store.multi_get([keys[rank] for rank in stored]), strict=True):
             if self._seen[rank][0] != value:
@@ -348,8 +384,11 @@ class RankMonitor:
         if new and self.rank == 0:
             log.warning("no heartbeat from %s; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
         self._reported |= new
-        if self._other and now - self._noticed_at > GRACE_SECONDS and not is_saving(alone=True):
-            self._leave(self._other)
+        if self._first_failure is None and (failure := self._find_failed_child()):
+            self._first_failure, self._noticed_at = failure, now
+        noticed = self._first_failure is not None and self._local_failure is None
+        if noticed and now - self._noticed_at > GRACE_SECONDS and not is_saving(alone=True):
+            self._leave()
         if not self._signum:
             return
         saving = {
@@ -365,33 +404,50 @@ class RankMonitor:
         if now - self._busy_at > STUCK_SECONDS:
             self._abort(f"after it had been idle for {STUCK_SECONDS:.0f} s, probably because another rank hangs")
 
-    def _leave(self, failure: Failure) -> None:
+    def _find_failed_child(self) -> Failure | None:
+        """Return the failure of a rank that this process launched and that has exited without storing its failure."""
+        for rank, code in self._failed_children().items():
+            if self._seen.get(rank, (b"", 0.0))[0] != DONE:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+                return Failure(self.rank, 2, f"rank {rank} {how}; resume the run with --ckpt_path last")
+        return None
+
+    def _leave(self) -> None:
         """Exit because another rank has failed; the main thread may be waiting for that rank."""
-        if self.rank == self._first:
-            for line in _prefix(failure).splitlines():
-                log.error("%s", line)
+        assert self._first_failure is not None
+        if self.rank == self._local_leader:
+            _print(self._first_failure)
+        else:
+            self._wait_until_printed()  # a launcher terminates the other ranks of a machine as soon as one has exited
         self._stopped.set()
-        self._heart.join(STORE_SECONDS)
+        self._heartbeat_thread.join(STORE_SECONDS)
+        if self.rank == 0:
+            time.sleep(2 * INTERVAL)  # the store may end with this process
         self._on_abort()
-        os._exit(self._exit_code(failure.code))
+        os._exit(self._first_failure.exit_code)
 
     def _abort(self, circumstances: str) -> None:
         name = signal.Signals(self._signum).name
         log.warning("rank %d stopped by %s %s; resume from the last checkpoint", self.rank, name, circumstances)
         self._on_abort()
-        os._exit(self._exit_code(128 + self._signum))  # the main thread cannot exit
+        os._exit(128 + self._signum)  # the main thread cannot exit
 
 
-def _key(name: int | str) -> str:
-    """Return a key of the store, which may still contain the keys of an earlier attempt that torchrun has restarted."""
-    return f"lit_gpt_scratch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+def _is_lost_rank(error: BaseException) -> bool:
+    """Return whether an exception was caused by a rank that has exited or does not respond."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)) is not None
+    )
 
 
-def _prefix(failure: Failure) -> str:
-    """Return what another rank prints: the message after the rank that failed."""
-    prefix = f"rank {failure.rank}: "
-    message = failure.message if failure.message.startswith(prefix) else prefix + failure.message
-    return f"error: {message}" if failure.code == 2 else message
+def _print(failure: Failure) -> None:
+    for line in str(failure).splitlines():
+        log.error("%s", line)
+
+
+def _try_to_save(record: list[dict[str, Any]], file: Path) -> None:
+    with suppress(OSError):
+        save_flight_record(record, file)
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention  # noqa: F401 - it defines an operator
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels import cpu_attention, onednn_linear  # noqa: F401 - they define operators
+from lit_gpt_scratch.model.config import GPTConfig
 
 ActivationCheckpointing: TypeAlias = bool | Literal["keep_attention", "keep_matmuls"]
 """What a block stores for the backward pass: all activations (False), only its input (True), or also the outputs of
@@ -35,6 +37,25 @@ MATMULS: Final = (
 )
 KEPT_OPERATORS: Final = {"keep_attention": ATTENTION, "keep_matmuls": ATTENTION + MATMULS}
 """Operators whose outputs selective activation checkpointing stores: fused attention, or all matmuls."""
+
+
+def validate_checkpointing(checkpointing: ActivationCheckpointing, config: GPTConfig) -> None:
+    """Check that selective activation checkpointing is possible and useful.
+
+    Raises:
+        UserError: The model has dropout or no fused attention.
+    """
+    if isinstance(checkpointing, str) and config.dropout:
+        # The random state is restored at the start of a block, and operators that are not recomputed do not advance it.
+        raise UserError(
+            f"model.activation_checkpointing is {checkpointing}, but model.gpt.dropout is {config.dropout}, and "
+            "recomputed dropout would drop other elements; set dropout to 0, or activation_checkpointing to true"
+        )
+    if checkpointing == "keep_attention" and config.attention_backend == "manual":
+        raise UserError(
+            "model.activation_checkpointing is keep_attention, but model.gpt.attention_backend is manual, which has no "
+            "fused attention to keep; use keep_matmuls or true"
+        )
 
 
 def call_with_checkpointing(

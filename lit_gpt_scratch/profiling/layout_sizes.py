@@ -367,7 +367,8 @@ def _recompute(setup: TrainingSetup) -> Change | None:
     """Recompute as little as fits; otherwise everything."""
     if setup.checkpointing:
         return None
-    for checkpointing in ("keep_matmuls", "keep_attention", True):
+    selective = () if setup.config.dropout else ("keep_matmuls", "keep_attention")
+    for checkpointing in (*selective, True):
         smaller = replace(setup, checkpointing=checkpointing)
         if fits(smaller):
             break

@@ -36,7 +36,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, validate_checkpointing
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
@@ -102,7 +102,8 @@ class GPTModule(L.LightningModule):
         activation_checkpointing: What each block stores for the backward pass: by default, all activations. ``true``
             stores only the input of the block and recomputes its activations, which saves the most memory, but
             requires about a third more compute. ``keep_attention`` also stores the output of fused attention, and
-            ``keep_matmuls`` the outputs of all matmuls, so that fewer operations are recomputed.
+            ``keep_matmuls`` the outputs of all matmuls, so that fewer operations are recomputed; neither supports
+            dropout.
 
     Raises:
         UserError: The architecture has a custom attention class that cannot be imported, or arguments contradict each
@@ -310,6 +311,7 @@ class GPTModule(L.LightningModule):
             require_same_tokenizer(trained, data.tokenizer_json)
             vocab_size, block_size = trained.vocab_size, resolve_context(trained, self.gpt, block_size)
         validate_attention_backend(self.gpt, device)
+        validate_checkpointing(self.activation_checkpointing, self.gpt)
         require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         seed = self.trainer.strategy.broadcast(draw_seed())  # each process initializes its own shards
         is_sharded = self.device_mesh is not None  # it is never allocated as a whole

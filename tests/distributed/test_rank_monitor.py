@@ -13,8 +13,10 @@ from lit_gpt_scratch.distributed.rank_monitor import (
     INTERVAL,
     STUCK_SECONDS,
     UNRESPONSIVE_SECONDS,
+    Failure,
     RankMonitor,
 )
+from lit_gpt_scratch.errors import UserError
 
 SIGTERM = 15
 
@@ -26,7 +28,7 @@ class Machine:
         self.now = 100.0
         self.values: dict[str, bytes] = {}
         self.is_down = self.is_blocked = self.saves = self.needs_others = self.is_busy = False
-        self.aborted: list[str] = []
+        self.aborted: list[Any] = []
         self.connected = 0
         monkeypatch.setattr(module, "TCPStore", self.connect)
         monkeypatch.setattr(module, "is_saving", lambda alone=False: self.saves and not (alone and self.needs_others))
@@ -38,6 +40,8 @@ class Machine:
     def monitor(self, rank: int, ranks: int = 3) -> Any:
         monitor: Any = RankMonitor(rank, ranks, 1, timedelta(minutes=30), [SIGTERM], lambda: None)
         monitor._abort = self.aborted.append
+        monitor._leave = lambda: self.aborted.append(monitor._first_failure)
+        monitor.connect("0")
         return monitor
 
     def connect(self, *_: object, **__: object) -> "Machine":
@@ -51,6 +55,13 @@ class Machine:
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        assert expected == ""
+        return self.values.setdefault(key, value.encode())
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self.values[key] for key in keys]
@@ -183,3 +194,75 @@ def test_idle_process_waits_for_a_rank_that_hangs(machine: Machine) -> None:
     assert machine.aborted == []
     machine.run(monitor, 10, healthy)
     assert [words.startswith("after it had been idle for 60 s") for words in machine.aborted] == [True]
+
+
+def test_all_ranks_leave_with_the_first_failure(machine: Machine) -> None:
+    first, second = Failure(1, 1, "KeyError: 'x'"), Failure(2, 2, "the disk is full")
+    for failure in (first, second):
+        failed = machine.monitor(failure.rank)
+        failed._local_failure = failure
+        failed._beat()
+        assert failed._first_failure == first
+        failed._watch_ranks()  # its main thread ends it
+        assert machine.aborted == []
+    other = machine.monitor(0)
+    machine.run(other, GRACE_SECONDS, healthy)
+    assert machine.aborted == []
+    machine.run(other, 2 * INTERVAL, healthy)
+    assert machine.aborted == [first]
+    assert str(first) == "rank 1: KeyError: 'x'"
+    assert str(second) == "error: rank 2: the disk is full"
+
+
+def test_failure_of_an_earlier_attempt_is_ignored(machine: Machine) -> None:
+    machine.values["lit_gpt_scratch/earlier/failure"] = b'[1, 2, "x"]'
+    machine.run(machine.monitor(0), 60, healthy)
+    assert machine.aborted == []
+
+
+def test_rank_that_saves_a_checkpoint_does_not_leave(machine: Machine) -> None:
+    machine.values["lit_gpt_scratch/0/failure"] = b'[1, 2, "x"]'
+    machine.saves = True
+    monitor = machine.monitor(0)
+    machine.run(monitor, 60, healthy)
+    assert machine.aborted == []
+    machine.saves = False
+    machine.run(monitor, 2 * INTERVAL, healthy)
+    assert machine.aborted == [Failure(1, 2, "x")]
+
+
+def test_killed_child_ends_the_run(machine: Machine) -> None:
+    monitor = machine.monitor(0)
+    codes: dict[int, int] = {}
+    monitor._failed_children = lambda: codes
+    machine.run(monitor, 5, healthy)
+    codes[2] = -9
+    machine.run(monitor, 5, healthy)
+    [failure] = machine.aborted
+    assert str(failure) == "error: rank 0: rank 2 was killed by SIGKILL; resume the run with --ckpt_path last"
+
+
+def test_child_that_ended_regularly_is_no_failure(machine: Machine) -> None:
+    """With an exit code, such as that of a signal, after the end of its training."""
+    monitor = machine.monitor(0)
+    monitor._failed_children = lambda: {2: 143}
+    machine.run(monitor, 2, lambda _: {1: ""})
+    machine.values["lit_gpt_scratch/0/2"] = b"done"
+    monitor._first_failure = None
+    machine.run(monitor, 60, lambda _: {1: ""})
+    assert machine.aborted == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("no such file; create it"), 2, "no such file; create it"),
+        (OSError(28, "No space left on device", "/x"), 2, "No space left on device (/x); free disk space"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (RuntimeError("DataLoader timed out after 30 seconds"), 1, "RuntimeError: DataLoader timed out"),
+    ],
+)
+def test_own_failure_is_described(machine: Machine, error: Exception, code: int, message: str) -> None:
+    failure = machine.monitor(1)._explain(error)
+    assert failure.exit_code == code
+    assert message in failure.message

@@ -132,7 +132,7 @@ MESSAGES = {
     "bug": (1, r"KeyError: 'no such thing'"),
     "killed": (2, r"error: rank \d: rank {rank} exited or stopped responding \(.*\); resume the run with .*"),
     "stopped": (2, r"error: rank \d: rank {rank} exited or stopped responding \(.*\); resume the run with .*"),
-    "hangs": (2, r"error: rank \d: rank {rank} did not join \w+ of .* \(.*timeout 0:00:15\); resume the run with .*"),
+    "hangs": (2, r"error: rank \d: rank {rank} did not enter \w+ of .* \(.*timeout 0:00:40\); resume the run with .*"),
 }
 """Exit code and message of a run in which one rank fails."""
 
@@ -147,22 +147,28 @@ def test_failure_of_one_rank_is_one_message_and_one_exit_code(
     """Within the timeout of collective operations; a rank that is waited for is named, and there are flight records."""
     rank = processes - 1
     callback = ["--trainer.callbacks=tests.custom_callback.FailOnRank", f"--trainer.callbacks.rank={rank}"]
-    layout = [f"--trainer.devices={processes}", f"--trainer.strategy={strategy}", "--collective_timeout=0:00:15"]
+    layout = [f"--trainer.devices={processes}", f"--trainer.strategy={strategy}", "--collective_timeout=0:00:40"]
     layout += ["--hsdp_groups=2"] if strategy == "hsdp" else []
     flags = [*small, *layout, *callback, f"--trainer.callbacks.kind={kind}"]
     started = time.monotonic()
     with fit(tmp_path, *flags, torchrun=processes if launcher == "torchrun" else 0) as process:
-        _, stderr = process.communicate(timeout=150)
-    assert time.monotonic() - started < 120
+        _, stderr = process.communicate(timeout=250)
+    assert time.monotonic() - started < 200
     code, message = MESSAGES[kind]
     errors = [line for line in stderr.splitlines() if re.match(r"(error: |\w*Error: )", line)]
     assert len(errors) == 1, stderr
     assert re.fullmatch(message.format(rank=rank), errors[0]), stderr
-    assert process.returncode == (1 if launcher == "torchrun" else code)  # torchrun exits with 1
-    assert ("Traceback" in stderr.partition("torch.distributed.elastic")[0]) == (kind == "bug")
-    if kind in ("stopped", "hangs", "killed"):
+    own, *of_torchrun = re.split(r"^E\d{4} ", stderr, maxsplit=1, flags=re.MULTILINE)
+    assert ("Traceback" in own) == (kind == "bug")
+    if launcher == "torchrun":  # which itself exits with 1
+        found = re.search(r"failed \(exitcode: (-?\d+)\)", of_torchrun[0])
+        assert found is not None
+        assert int(found[1]) == (-signal.SIGKILL if kind == "killed" else code)
+    else:
+        assert process.returncode == code
+    if kind in ("stopped", "hangs"):
         run = RunFolder(tmp_path / "pretrain" / "version_0").path
         records = {path.stem: json.loads(path.read_text()) for path in run.glob("flight_record/*.json")}
         waiting = {f"rank_{other}" for other in range(processes) if other != rank or kind == "hangs"}
         assert records.keys() == waiting
-        assert all(record["entries"] for record in records.values())
+        assert all(records.values())

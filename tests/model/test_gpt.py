@@ -132,9 +132,11 @@ def test_default_architecture_matches_qwen3(n_kv_head: int) -> None:
 KINDS: list[ActivationCheckpointing] = [True, "keep_attention", "keep_matmuls"]
 
 
+WITH_DROPOUT: list[tuple[ActivationCheckpointing, float]] = [(True, 0.3), *((kind, 0.0) for kind in KINDS)]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("checkpointing", KINDS)
+@pytest.mark.parametrize(("checkpointing", "dropout"), WITH_DROPOUT)
 def test_activation_checkpointing_preserves_gradients(
     checkpointing: ActivationCheckpointing, dropout: float, autocast: bool
 ) -> None:
@@ -184,8 +186,7 @@ def test_operators_that_are_kept_are_not_recomputed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("checkpointing", KINDS)
+@pytest.mark.parametrize(("checkpointing", "dropout"), WITH_DROPOUT)
 def test_activation_checkpointing_is_compiled_with_the_block(
     checkpointing: ActivationCheckpointing, dropout: float
 ) -> None:
