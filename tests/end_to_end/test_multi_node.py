@@ -237,7 +237,7 @@ def test_run_is_restarted_after_a_process_was_killed(
 ) -> None:
     """The same bits as without a kill, and about the same curve as on one machine."""
     processes, layout_flags = RESTARTED[layout]
-    rows = ["--data.batch_size=1", "--data.tokens_per_step=128", "--trainer.max_steps=40"]
+    rows = ["--data.batch_size=1", "--data.tokens_per_step=128", "--trainer.max_steps=40", "--model.optimizer=AdamW"]
     own = [*small, *rows, "--trainer.log_every_n_steps=1", "--checkpoint.every_n_steps=10"]
     flags = [*own, *layout_flags, "--trainer.num_nodes=2", f"--trainer.devices={processes}", "--ckpt_path=auto"]
     runs = []

@@ -58,8 +58,9 @@ def test_killed_run_of_two_processes_equals_an_uninterrupted_one(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_two_hundred_kills(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    kill_and_compare(small, tmp_path, CONFIGURATIONS[name], 40, monkeypatch)
+def test_many_kills(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kills = 100 if "shards" in name else 40
+    kill_and_compare(small, tmp_path, CONFIGURATIONS[name], kills, monkeypatch)
 
 
 @pytest.mark.slow
