@@ -33,6 +33,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 import lit_gpt_scratch
 from lit_gpt_scratch import lightning_compat
+from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -239,6 +240,13 @@ def test_the_launcher_kills_all_processes_when_one_fails() -> None:
         "_set_num_threads_if_needed(num_processes=self.num_processes)",
         "return function(*args, **kwargs)",
     ]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "fsdp2"])
+def test_launcher_of_fit_is_replaced(strategy: str) -> None:
+    """After ``ddp_spawn`` has been replaced, which configures another launcher."""
+    cli = FitCLI([f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.accelerator=cpu"])
+    assert isinstance(cli.trainer.strategy.launcher, lightning_compat.UnobservedLauncher)
 
 
 def test_failed_children_are_found(trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:

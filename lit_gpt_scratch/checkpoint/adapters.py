@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.init_from import copy_weights
-from lit_gpt_scratch.checkpoint.loading import HEAD_WEIGHT, STATE_PREFIX, LoadedModel, StoredModel, load_checkpoint
+from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, LoadedModel, StoredModel, load_checkpoint
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import compute_digest, export_safetensors, load_safetensors
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
+from lit_gpt_scratch.interop.model_family import HEAD
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.expected_weights import expected_weights
@@ -29,7 +30,7 @@ def hash_base_weights(weights: Mapping[str, Tensor], new_head: bool) -> str:
         weights: State dict of the base model.
         new_head: Whether the head was trained together with the adapters. If True, the base model's head is not hashed.
     """
-    hashed = {name: tensor for name, tensor in on_meta(weights).items() if not (new_head and name == HEAD_WEIGHT)}
+    hashed = {name: tensor for name, tensor in on_meta(weights).items() if not (new_head and name == HEAD)}
     return compute_digest("", LazyTensors(hashed, lambda name: weights[name].to(torch.float32)))
 
 
@@ -57,7 +58,7 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
     trained = {
         name: weight
         for name, weight in loaded["state_dict"].items()
-        if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == STATE_PREFIX + HEAD_WEIGHT)
+        if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == STATE_PREFIX + HEAD)
     }
     adapter = {METADATA_KEY: asdict(replace(metadata, tokenizer="")), "state_dict": trained}
     export_safetensors(adapter, STATE_PREFIX, path)
@@ -96,9 +97,7 @@ def apply_adapter(base: LoadedModel, adapter: Path, trusted: Trusted = None) -> 
         expected = expected_weights(trained, gpt, base.net.vocab_size, metadata.block_size, metadata.head, lora)
     except UserError as error:
         raise UserError(f"{adapter} does not match its base model: {error}; export the adapter again") from error
-    adapted = {
-        name for name in expected if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == HEAD_WEIGHT)
-    }
+    adapted = {name for name in expected if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == HEAD)}
     if wrong := weights.keys() ^ adapted:
         raise UserError(f"{adapter} has missing or unexpected weights: {min(wrong)}; export the adapter again")
     validate_tensors({**trained, **weights}, expected, str(adapter))

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 import torch
 
-from lit_gpt_scratch.checkpoint.loading import HEAD_WEIGHT, StoredModel, load_lazily, merge_adapters, open_model
+from lit_gpt_scratch.checkpoint.loading import StoredModel, load_lazily, merge_adapters, open_model
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.model_family import HEAD
 from lit_gpt_scratch.interop.tensor_stream import on_meta
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
@@ -121,7 +122,7 @@ def has_same_head(trained: StoredModel, net: GPT) -> bool:
         UserError: The two models differ in settings that are not in ``MAY_DIFFER``.
     """
     own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
-    same_shape = on_meta(trained.weights)[HEAD_WEIGHT].shape == net.head.weight.shape
+    same_shape = on_meta(trained.weights)[HEAD].shape == net.head.weight.shape
     same = net.output_head == trained.metadata.head and same_shape
     may_differ = MAY_DIFFER if same else (*MAY_DIFFER, "tied_embeddings")
     require_same_model(replace(trained.metadata, lora=None), own, may_differ)
@@ -141,7 +142,7 @@ def copy_weights(trained: StoredModel, net: GPT) -> None:
     weights = net.state_dict()
     kept = {name for name in weights if name.endswith(ADAPTER_SUFFIXES)}
     if not has_same_head(trained, net):
-        kept.add(HEAD_WEIGHT)
+        kept.add(HEAD)
     assert weights.keys() - kept == trained.weights.keys() - kept
     for name in weights.keys() - kept:
         to_local(weights[name]).copy_(trained.weights[name][tuple(shard_slices(weights[name]))])

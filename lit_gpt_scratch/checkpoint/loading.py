@@ -17,7 +17,7 @@ from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.hf_weights import validate_tensors
-from lit_gpt_scratch.interop.model_family import EMBEDDING
+from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, add_prefix, on_meta, strip_prefix
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.expected_weights import expected_weights
@@ -28,7 +28,6 @@ from lit_gpt_scratch.trust import Trusted
 
 STATE_PREFIX: Final = "net."
 """Prefix of the network's weights in a task's state dict."""
-HEAD_WEIGHT: Final = "head.weight"
 
 
 class LoadedModel(NamedTuple):
@@ -69,8 +68,8 @@ def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """
     if (opened := _open_portable(path)) is not None:
         weights = dict(opened["state_dict"])
-        if path.is_dir() and opened[METADATA_KEY]["gpt"]["tied_embeddings"]:
-            weights[STATE_PREFIX + HEAD_WEIGHT] = weights[STATE_PREFIX + EMBEDDING]  # save it once
+        if (path / hf_checkpoint.CONFIG_FILE).is_file() and opened[METADATA_KEY]["gpt"]["tied_embeddings"]:
+            weights[STATE_PREFIX + HEAD] = weights[STATE_PREFIX + EMBEDDING]  # save it once
         return {**opened, "state_dict": weights}
     if is_sharded(path):
         checkpoint = ShardedCheckpoint.open(path)
@@ -236,6 +235,8 @@ def open_model(checkpoint: dict[str, Any], path: Path, trusted: Trusted = None) 
 def merge_adapters(stored: StoredModel) -> StoredModel:
     """Merge the adapters of a stored model into its weights, each when it is accessed.
 
+    Weights with adapters are in at least float32, because bfloat16 cannot represent small updates.
+
     Raises:
         UserError: The head has an adapter, but is tied to the embedding, which has none.
     """
@@ -243,7 +244,7 @@ def merge_adapters(stored: StoredModel) -> StoredModel:
         return stored
     scaling = stored.lora.alpha / stored.lora.rank
     weights, shapes = stored.weights, on_meta(stored.weights)
-    if stored.config.tied_embeddings and adapter_names(HEAD_WEIGHT)[0] in shapes:
+    if stored.config.tied_embeddings and adapter_names(HEAD)[0] in shapes:
         raise UserError(
             "the head has an adapter and is tied to the embedding, so its weights cannot be merged; exclude the head "
             "from lora.pattern, or untie the weights"
@@ -254,6 +255,9 @@ def merge_adapters(stored: StoredModel) -> StoredModel:
         return merged_weight(weights[name], weights[a], weights[b], scaling) if a in shapes else weights[name]
 
     plain = {name: tensor.to("meta") for name, tensor in shapes.items() if not name.endswith(ADAPTER_SUFFIXES)}
+    for name, tensor in plain.items():
+        if adapter_names(name)[0] in shapes:
+            plain[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return stored._replace(lora=None, weights=LazyTensors(plain, merge))
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.tensor_stream import (
+    LazyTensors,
     add_prefix,
     on_meta,
     open_safetensors,
@@ -63,16 +65,16 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or corrupted, or was not written by ``export_safetensors``.
     """
-    try:
-        weights, header = open_safetensors(path)
+    with _explain_errors(path):
+        opened, header = open_safetensors(path)
         metadata = header[METADATA_KEY]
-        digest = compute_digest(metadata, weights)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}; check the path") from error
-    except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
-        ) from error
+        digest = compute_digest(metadata, opened)
+
+    def read(name: str) -> Tensor:
+        with _explain_errors(path):
+            return opened[name]
+
+    weights = LazyTensors(opened.on_meta, read)
     if header.get("sha256") != digest:
         raise UserError(f"{path} is corrupted: its checksum does not match; export the model again")
     try:
@@ -80,6 +82,18 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"the metadata of {path} is corrupted ({error}); export the model again") from error
     return {METADATA_KEY: content, "state_dict": add_prefix(weights, prefix)}
+
+
+@contextmanager
+def _explain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}; check the path") from error
+    except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
+        ) from error
 
 
 def compute_digest(metadata: str, weights: Mapping[str, Tensor]) -> str:

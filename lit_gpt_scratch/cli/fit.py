@@ -313,7 +313,6 @@ class FitCLI(LightningCLI):
         # Unknown strategy, missing library, or flags or cluster variables that contradict each other.
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise explain_trainer_error(error, given, self.parser.get_defaults().trainer) from error
-        replace_launcher(trainer.strategy)
         if self.config_init.collective_timeout is not None:
             set_collective_timeout(trainer.strategy, self.config_init.collective_timeout)
         if self.config_init.plan:
@@ -323,6 +322,7 @@ class FitCLI(LightningCLI):
                 "start method %s is not supported; each process runs this script, as with --trainer.strategy ddp",
                 method,
             )
+        replace_launcher(trainer.strategy)
         if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None

@@ -90,5 +90,5 @@ def save_flight_record(record: list[dict[str, Any]], file: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(record, indent=1))

@@ -60,6 +60,8 @@ CONNECT_SECONDS: Final = {True: 5.0, False: 30.0}
 """Time in seconds to wait for other ranks before logging a warning, keyed by whether there are several machines."""
 LOST_RANK: Final = r"gloo/|clients joined|NCCL.*(abort|timeout|remote)"
 """Pattern that matches error messages caused by a rank that has exited or does not respond."""
+LOST_CONNECTION: Final = r"[Tt]imed? ?out|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
+"""Pattern that matches such messages of ``DistError``, which also reports local errors, such as a port in use."""
 DONE: Final = b"done"
 SAVING: Final = b"saving"
 """Prefix of the heartbeats of a rank that is writing a checkpoint."""
@@ -146,12 +148,21 @@ class RankMonitor:
         """Whether a collective operation of this rank has failed because of another rank."""
         self._local_failure: Failure | None = None
         """Failure of this rank, which the heartbeat thread stores."""
+        self._child_failure: Failure | None = None
+        """Failure of a rank that this process launched and that could not store it."""
         self._first_failure: Failure | None = None
         """First failure of any rank, as stored."""
         self._noticed_at = 0.0
         self._latest: dict[int, dict[str, Collective]] = {}
         """Latest collective operations of each rank."""
+        self._failed_children_since: dict[int, float] = {}
+        self._is_printed = False
+        """Whether this rank, as the first of its machine, prints the first failure."""
+        self._leader_has_printed = False
+        self._folder_is_stored = False
         self._record_file: Path | None = None
+        """The flight record of this rank, once it is saved."""
+        self._record_thread: threading.Thread | None = None
         self._stopped = threading.Event()
         self._watch_thread = threading.Thread(target=self._run, name="rank monitor", daemon=True)
         self._heartbeat_thread = threading.Thread(target=self._exchange_heartbeats, name="heartbeats", daemon=True)
@@ -190,6 +201,7 @@ class RankMonitor:
         try:
             if isinstance(error, Exception):
                 self._local_failure = self._explain(error)
+                self._is_printed = self.rank == self._local_leader
                 is_printed = self._wait_until_printed()
         finally:
             self._stop()
@@ -209,6 +221,8 @@ class RankMonitor:
     def _stop(self) -> None:
         """End both threads; the last heartbeat says that this rank is done."""
         self._stopped.set()
+        if self._record_thread is not None:
+            self._record_thread.join(STORE_SECONDS)
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._fd_before)
         self._watch_thread.join()
@@ -234,16 +248,14 @@ class RankMonitor:
 
     def _wait_until_printed(self) -> bool:
         """Wait for the first rank of this machine to print the error of this rank; return whether it has done so."""
-        deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
-        while self.rank != self._local_leader and self._run_id is not None:
+        began = time.monotonic()
+        while self.rank != self._local_leader and self._run_id is not None and not self._leader_has_printed:
             beat, _ = self._seen.get(self._local_leader, (b"", 0.0))
-            if beat == DONE:
-                return True
-            late = time.monotonic() > deadline and not beat.startswith(SAVING)
-            if late or self._local_leader in self.unresponsive_ranks():
-                return False
+            limit = STUCK_SECONDS if beat.startswith(SAVING) else ACKNOWLEDGE_SECONDS
+            if time.monotonic() - began > limit or beat == DONE or self._local_leader in self.unresponsive_ranks():
+                break
             time.sleep(INTERVAL / 5)
-        return False
+        return self._leader_has_printed
 
     def unresponsive_ranks(self, seconds: float = UNRESPONSIVE_SECONDS) -> list[int]:
         """Return the other ranks that have not updated their heartbeat for more than ``seconds``."""
@@ -256,13 +268,15 @@ class RankMonitor:
 
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
         if not dist.is_initialized():
-            return f"{self._missing_processes()} did not connect within {self.timeout}"
+            return (
+                f"{self._missing_processes()} did not connect within {self.timeout} ({message.splitlines()[0][:200]})"
+            )
         if ranks:
             which = f"{_name_ranks(ranks)} exited or stopped responding"
         else:
             absent = find_absent_ranks(dict(self._latest))
             which = f"{_name_ranks(absent[0])} did not enter {absent[1]}" if absent else "another rank failed"
-        reason = f"{message.splitlines()[0][:200]}; timeout {self.timeout}"
+        reason = f"{message}; timeout {self.timeout}"
         record = f" (flight record: {self._record_file})" if self._record_file else ""
         return f"rank {self.rank}: {which} ({reason}); resume the run with --ckpt_path last{record}"
 
@@ -317,32 +331,48 @@ class RankMonitor:
             self._beats += 1
             self._store.set(self._key(self.rank), f"{SAVING.decode() if is_saving() else ''}{self._beats}")
             self._exchange_failures(self._store)
-            if self.rank == 0 or self._signum or self._local_failure or self._first_failure or self._lost_peer:
+            failed = self._local_failure or self._first_failure or self._lost_peer
+            if self.rank == self._local_leader or self._signum or failed:
                 self._read_heartbeats(self._store)
         except RuntimeError:  # rank 0, which holds the store, has exited or does not respond
             self._store = None
         else:
             self._answered_at = time.monotonic()
 
+    def _save_record(self, record: list[dict[str, Any]], folder: Path) -> None:
+        if folder.is_dir():  # not on a machine that does not share the disk
+            file = folder / "flight_record" / f"rank_{self.rank}.json"
+            with suppress(OSError):
+                save_flight_record(record, file)
+                self._record_file = file
+
     def _key(self, name: int | str) -> str:
         return f"lit_gpt_scratch/{self._run_id}/{name}"
 
     def _exchange_failures(self, store: TCPStore) -> None:
         """Store or read the first failure, and answer a rank that asks where the others are."""
-        if self.rank == 0 and self._beats == 1 and self._folder:
+        if self.rank == 0 and self._folder and not self._folder_is_stored:
             store.set(self._key("folder"), str(self._folder.absolute()))
+            self._folder_is_stored = True
+        if self._is_printed:
+            store.set(self._key(f"printed/{self.rank}"), "")
+        elif self._local_failure or self._first_failure:
+            self._leader_has_printed = store.check([self._key(f"printed/{self._local_leader}")])
         if self._lost_peer:
             store.set(self._key("asked"), "")
         if self.rank not in self._latest and store.check([self._key("asked")]):
-            record = read_flight_record()
-            latest = latest_collectives(record)
+            try:
+                record = read_flight_record()
+                latest = latest_collectives(record)
+            except (KeyError, IndexError, TypeError, ValueError):  # its format may differ between versions of torch
+                record, latest = [], {}
             store.set(self._key(f"latest/{self.rank}"), json.dumps(latest))
             self._latest[self.rank] = latest
             if store.check([self._key("folder")]):
                 folder = Path(store.get(self._key("folder")).decode())
-                self._record_file = folder / "flight_record" / f"rank_{self.rank}.json"
                 # In a thread of its own, because a slow disk must not delay heartbeats.
-                threading.Thread(target=_try_to_save, args=(record, self._record_file)).start()
+                self._record_thread = threading.Thread(target=self._save_record, args=(record, folder), daemon=True)
+                self._record_thread.start()
         if self._lost_peer:
             for rank in set(range(self.ranks)) - self._latest.keys():
                 if store.check([self._key(f"latest/{rank}")]):
@@ -351,8 +381,8 @@ class RankMonitor:
         if self._first_failure is not None:
             return
         key = self._key("failure")
-        if self._local_failure is not None:
-            stored = store.compare_set(key, "", json.dumps(self._local_failure))
+        if (own := self._local_failure or self._child_failure) is not None:
+            stored = store.compare_set(key, "", json.dumps(own))
         elif store.check([key]):
             stored = store.get(key)
         else:
@@ -371,6 +401,9 @@ class RankMonitor:
 
     def _watch_connecting(self) -> None:
         now = time.monotonic()
+        if (failure := self._find_failed_child()) is not None:
+            self._first_failure = failure
+            self._leave()
         if self._signum and now - self._signaled_at > GRACE_SECONDS:
             self._abort(f"while it waited for {self._missing_processes()}")
         if not self._connecting_reported and now - self._started > CONNECT_SECONDS[self.nodes > 1]:
@@ -384,8 +417,8 @@ class RankMonitor:
         if new and self.rank == 0:
             log.warning("no heartbeat from %s; waiting up to %s", _name_ranks(sorted(new)), self.timeout)
         self._reported |= new
-        if self._first_failure is None and (failure := self._find_failed_child()):
-            self._first_failure, self._noticed_at = failure, now
+        if self._child_failure is None:
+            self._child_failure = self._find_failed_child()  # the heartbeat thread stores it
         noticed = self._first_failure is not None and self._local_failure is None
         if noticed and now - self._noticed_at > GRACE_SECONDS and not is_saving(alone=True):
             self._leave()
@@ -406,9 +439,12 @@ class RankMonitor:
 
     def _find_failed_child(self) -> Failure | None:
         """Return the failure of a rank that this process launched and that has exited without storing its failure."""
+        now = time.monotonic()
         for rank, code in self._failed_children().items():
-            if self._seen.get(rank, (b"", 0.0))[0] != DONE:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            since = self._failed_children_since.setdefault(rank, now)
+            # Its last heartbeat may not have been read yet; after a regular end, such as by a signal, it is DONE.
+            if now - since > 4 * INTERVAL and self._seen.get(rank, (b"", 0.0))[0] != DONE:
+                how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
                 return Failure(self.rank, 2, f"rank {rank} {how}; resume the run with --ckpt_path last")
         return None
 
@@ -417,10 +453,13 @@ class RankMonitor:
         assert self._first_failure is not None
         if self.rank == self._local_leader:
             _print(self._first_failure)
+            self._is_printed = True
         else:
             self._wait_until_printed()  # a launcher terminates the other ranks of a machine as soon as one has exited
         self._stopped.set()
         self._heartbeat_thread.join(STORE_SECONDS)
+        if self._record_thread is not None:
+            self._record_thread.join(STORE_SECONDS)
         if self.rank == 0:
             time.sleep(2 * INTERVAL)  # the store may end with this process
         self._on_abort()
@@ -435,19 +474,13 @@ class RankMonitor:
 
 def _is_lost_rank(error: BaseException) -> bool:
     """Return whether an exception was caused by a rank that has exited or does not respond."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)) is not None
-    )
+    pattern = f"{LOST_RANK}|{LOST_CONNECTION}" if isinstance(error, dist.DistError) else LOST_RANK
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
 
 
 def _print(failure: Failure) -> None:
     for line in str(failure).splitlines():
         log.error("%s", line)
-
-
-def _try_to_save(record: list[dict[str, Any]], file: Path) -> None:
-    with suppress(OSError):
-        save_flight_record(record, file)
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

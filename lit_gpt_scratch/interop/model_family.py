@@ -142,7 +142,7 @@ class ModelFamily(ABC):
         def convert(name: str, weights: Mapping[str, Tensor]) -> Tensor:
             mapping, part = source[name]
             tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
-            return tensor.chunk(len(mapping.names))[part].contiguous()
+            return tensor.chunk(len(mapping.names))[part].clone(memory_format=torch.contiguous_format)
 
         shapes = {name: convert(name, weights.on_meta) for name in source}
         return LazyTensors(shapes, lambda name: convert(name, weights))

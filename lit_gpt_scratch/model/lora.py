@@ -136,7 +136,7 @@ class LoRALinear(nn.Linear):
             return
         self.unmerged = self.weight
         merged = merged_weight(self.weight, self.lora_a, self.lora_b, self.scaling)
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.weight = nn.Parameter(merged.type_as(self.unmerged), requires_grad=False)
 
     def unmerge(self) -> None:
         """Restore the original weight exactly, as the same parameter object."""
@@ -167,10 +167,10 @@ class LoRALinear(nn.Linear):
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """Return the weight of a layer with its adapter, computed in at least float32: (out_features, in_features)."""
+    """Return the weight of a layer with its adapter, in at least float32: (out_features, in_features)."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     delta = lora_b.to(exact) @ lora_a.to(exact) * scaling  # (out_features, in_features)
-    return (weight.to(exact) + delta).type_as(weight)
+    return weight.to(exact) + delta
 
 
 def adapter_names(weight: str) -> tuple[str, str]:

@@ -32,7 +32,7 @@ def test_latest_operation_of_each_group_is_described(tmp_path: Path) -> None:
     assert name == "broadcast of 5"
     assert other_name == "all_reduce of 1"
     assert number > other_number
-    file = tmp_path / "run" / "flight_record" / "rank_0.json"
+    file = tmp_path / "flight_record" / "rank_0.json"
     save_flight_record(record, file)
     assert json.loads(file.read_text()) == record
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lit_gpt_scratch.distributed import rank_monitor as module
 from lit_gpt_scratch.distributed.rank_monitor import (
@@ -32,7 +33,11 @@ class Machine:
         self.connected = 0
         monkeypatch.setattr(module, "TCPStore", self.connect)
         monkeypatch.setattr(module, "is_saving", lambda alone=False: self.saves and not (alone and self.needs_others))
-        clock = SimpleNamespace(monotonic=lambda: self.now, process_time=lambda: self.now if self.is_busy else 0.0)
+        clock = SimpleNamespace(
+            sleep=lambda _: None,
+            monotonic=lambda: self.now,
+            process_time=lambda: self.now if self.is_busy else 0.0,
+        )
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", "1")
@@ -237,18 +242,17 @@ def test_killed_child_ends_the_run(machine: Machine) -> None:
     monitor._failed_children = lambda: codes
     machine.run(monitor, 5, healthy)
     codes[2] = -9
-    machine.run(monitor, 5, healthy)
+    machine.run(monitor, 10, healthy)
     [failure] = machine.aborted
-    assert str(failure) == "error: rank 0: rank 2 was killed by SIGKILL; resume the run with --ckpt_path last"
+    assert str(failure) == "error: rank 0: rank 2 was killed by signal 9; resume the run with --ckpt_path last"
 
 
 def test_child_that_ended_regularly_is_no_failure(machine: Machine) -> None:
     """With an exit code, such as that of a signal, after the end of its training."""
     monitor = machine.monitor(0)
     monitor._failed_children = lambda: {2: 143}
-    machine.run(monitor, 2, lambda _: {1: ""})
+    machine.run(monitor, 1, lambda _: {1: ""})
     machine.values["lit_gpt_scratch/0/2"] = b"done"
-    monitor._first_failure = None
     machine.run(monitor, 60, lambda _: {1: ""})
     assert machine.aborted == []
 
@@ -260,9 +264,32 @@ def test_child_that_ended_regularly_is_no_failure(machine: Machine) -> None:
         (OSError(28, "No space left on device", "/x"), 2, "No space left on device (/x); free disk space"),
         (KeyError("x"), 1, "KeyError: 'x'"),
         (RuntimeError("DataLoader timed out after 30 seconds"), 1, "RuntimeError: DataLoader timed out"),
+        (dist.DistNetworkError("address already in use"), 1, "address already in use"),
+        (dist.DistNetworkError("Connection reset by peer"), 2, "some of the 3 processes"),
     ],
 )
 def test_own_failure_is_described(machine: Machine, error: Exception, code: int, message: str) -> None:
     failure = machine.monitor(1)._explain(error)
     assert failure.exit_code == code
     assert message in failure.message
+
+
+def test_error_is_printed_by_the_first_rank_of_the_machine_only(machine: Machine) -> None:
+    """The other one waits for it, unless the first rank has ended before."""
+    machine.values["lit_gpt_scratch/0/failure"] = b'[1, 2, "x"]'
+    other, leader = machine.monitor(1), machine.monitor(0)
+    other._local_leader, other._local_failure = 0, Failure(1, 2, "x")
+    leader._beat()
+    other._beat()
+    assert not other._leader_has_printed
+    leader._is_printed = True
+    leader._beat()
+    other._beat()
+    assert other._wait_until_printed()
+
+    late = machine.monitor(1)
+    late.connect("another run")
+    late._local_leader, late._local_failure = 0, Failure(1, 2, "x")
+    machine.values["lit_gpt_scratch/another run/0"] = b"done"
+    late._beat()
+    assert not late._wait_until_printed()

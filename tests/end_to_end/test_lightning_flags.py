@@ -15,10 +15,10 @@ import lightning.pytorch.callbacks
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.cli.config_files import FitParser
 from lit_gpt_scratch.distributed.strategies import TENSOR_PARALLEL_SIZES
+from lit_gpt_scratch.lightning_compat import UnobservedLauncher
 from lit_gpt_scratch.text.atomic_files import is_unfinished
 from tests.end_to_end.conftest import Command
 
@@ -222,7 +222,7 @@ def outcome_of(command: Command, flags: list[str], refusal: str) -> str:
 def test_every_trainer_flag_works_or_is_refused_in_one_line(
     command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch, group: str
 ) -> None:
-    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", launch)
+    monkeypatch.setattr(UnobservedLauncher, "launch", launch)
     counts: Counter[str] = Counter()
     wrong = []
     shorter = ["--trainer.max_steps=6", "--trainer.val_check_interval=4", "--inspect.every_n_steps=0"]

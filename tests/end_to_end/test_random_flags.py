@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from lit_gpt_scratch.lightning_compat import UnobservedLauncher
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks import gpt_module
 from tests.end_to_end.conftest import Command
@@ -58,7 +58,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BuiltError
 
     monkeypatch.setattr(gpt_module, "GPT", build)
-    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", accept)
+    monkeypatch.setattr(UnobservedLauncher, "launch", accept)
 
 
 def accept(self: object, function: Any, *args: Any, trainer: object = None, **kwargs: Any) -> Any:
@@ -97,9 +97,9 @@ def random_flags(command: Command, small: list[str], n: int, seed: int) -> Count
 
 @pytest.mark.usefixtures("built")
 def test_random_flags(command: Command, small: list[str]) -> None:
-    found = random_flags(command, small, 25, seed=0)
+    found = random_flags(command, small, 15, seed=0)
     assert found["accepted"] > 1
-    assert found["rejected"] > 7
+    assert found["rejected"] > 4
 
 
 @pytest.mark.slow

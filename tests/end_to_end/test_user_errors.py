@@ -209,10 +209,11 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
         ("doctor", ["--acceptance", "--text", "no/such"], "--text: no/such is not a file"),
         ("doctor", ["--acceptance", "--out", "/dev/null/x"], "--out: cannot write to /dev/null/x"),
         ("doctor", ["--resume", "--runs=x"], "--runs=x is not supported by doctor"),
-        (
+        pytest.param(
             "doctor",
             ["--resume", "--data.source", "no/such"],
             "it was not killed: error: no such file or folder",
+            marks=pytest.mark.slow,
         ),
         ("convert", ["to-safetensors", "x.ckpt", "x.bin"], "x.bin does not end with .safetensors"),
         ("convert", ["to-hf", "x.ckpt", "x.safetensors"], "to-hf"),

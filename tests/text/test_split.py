@@ -175,6 +175,7 @@ def test_truncated_comparisons_are_counted(folder: Path, monkeypatch: pytest.Mon
         assert (0 < clusters.n_truncated <= 100) if truncated else clusters.n_truncated == 0
 
 
+@pytest.mark.slow
 def test_no_near_duplicates_across_the_split_of_the_default_corpus(folder: Path) -> None:
     """Brute force over all pairs with any overlap, with exact sets instead of MinHash."""
     found = list({document.text: document for document in read_documents("stdlib")}.values())
