@@ -267,10 +267,9 @@ class RankMonitor:
         return sorted(late - {self.rank})
 
     def _describe_loss(self, message: str, ranks: list[int]) -> str:
+        message = message.splitlines()[0][:200]
         if not dist.is_initialized():
-            return (
-                f"{self._missing_processes()} did not connect within {self.timeout} ({message.splitlines()[0][:200]})"
-            )
+            return f"{self._missing_processes()} did not connect within {self.timeout} ({message})"
         if ranks:
             which = f"{_name_ranks(ranks)} exited or stopped responding"
         else:

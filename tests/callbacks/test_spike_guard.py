@@ -164,6 +164,7 @@ def test_a_run_that_stays_non_finite_is_rewound_then_stopped_and_reported(
     assert not run("act", {}, max_steps=100, ckpt_path=last)[2].gave_up
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(run: Build, tmp_path: Path) -> None:
     faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0) | {12: math.nan, 47: 30.0}
     uninterrupted = run("act", faults, folder="uninterrupted", max_steps=50, ema_decay=0.9)[3]

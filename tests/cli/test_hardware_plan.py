@@ -44,6 +44,7 @@ def test_plan_of_llama3_8b_on_eight_h200(caplog: pytest.LogCaptureFixture) -> No
     assert "for 900 steps of 59 M tokens" in lines["time"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_reported_with_the_flags_that_help(caplog: pytest.LogCaptureFixture) -> None:
     lines = plan(caplog, "--plan", "--preset=llama3_8b", "--devices_like=8xh200", "--data.batch_size=1")
     assert lines["layout"].startswith("ddp: 8 ranks, each with all 8.03 G parameters")

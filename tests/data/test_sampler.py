@@ -61,7 +61,7 @@ def test_permutation_of_a_huge_range_is_uniform_and_injective(n: int) -> None:
     assert distance < 1.95 / math.sqrt(len(values))  # exceeded by chance once in a thousand times
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_orders_of_few_values_are_equally_probable(n: int) -> None:
     draws = 60 * math.factorial(n)
     counts = Counter(tuple(everything(n, seed, 0).tolist()) for seed in range(draws))

@@ -58,6 +58,7 @@ def _shard_for_real(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shards_are_those_of_two_real_processes(tmp_path: Path) -> None:
     """With a vocabulary that two ranks cannot divide evenly."""
     mp.spawn(_shard_for_real, (str(tmp_path),), nprocs=2)

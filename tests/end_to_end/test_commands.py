@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(command: 
     ("stop", "limit"),
     [
         *((stop, "1.0") for stop in ("max_steps=8", "max_epochs=1")),
-        ("max_steps=8", "0"),
+        pytest.param("max_steps=8", "0", marks=pytest.mark.slow),
         *(pytest.param(stop, "1.0", marks=pytest.mark.slow) for stop in ("max_steps=7", "max_steps=9")),
         *(pytest.param(stop, "0", marks=pytest.mark.slow) for stop in ("max_steps=7", "max_steps=9", "max_epochs=1")),
     ],
@@ -240,6 +240,7 @@ def test_resuming_a_finished_run_explains_how_to_extend_it(
     assert "--trainer.max_steps 24" in outcome.err
 
 
+@pytest.mark.slow
 def test_resuming_a_run_with_finished_epochs_keeps_its_summary(command: Command, small: list[str]) -> None:
     flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
     ended = command("fit", *flags)

@@ -92,6 +92,7 @@ def at_step_6(command: str) -> list[str]:
     return [f"{name}=tests.custom_callback.CommandAtStep", f"{name}.step=6", f"{name}.command={command}"]
 
 
+@pytest.mark.slow
 def test_full_disk_ends_a_run_in_one_line_and_keeps_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
     """The limit is half of the size of a checkpoint."""
     runs = tmp_path / "runs"

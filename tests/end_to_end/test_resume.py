@@ -169,6 +169,7 @@ def test_the_time_limit_counts_all_sessions(command: Command, small: list[str]) 
     assert json.loads((RUN / "summary.json").read_text())["step"] == step + 2
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_rejected(command: Command, small: list[str], trained: Trained) -> None:
     """A step would have half as many samples."""
     trained(*small)
@@ -240,6 +241,7 @@ def test_a_time_limit_reached_within_a_step_ends_the_run_after_it(command: Comma
     assert batches["current"]["completed"] % 7 == 0 or batches["is_last_batch"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_finished(command: Command, small: list[str]) -> None:
     """The third validation does not improve on the first by 100."""
     stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
@@ -315,8 +317,7 @@ ENDS = {
     ("step", "end"),
     [
         ("validation_step", "steps"),
-        ("test_step", "a callback"),
-        *(pytest.param("test_step", end, marks=pytest.mark.slow) for end in ("steps", "epochs")),
+        *(pytest.param("test_step", end, marks=pytest.mark.slow) for end in ENDS),
     ],
 )
 def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
@@ -410,7 +411,7 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
 
 
-QUICK_STAGES = "pretraining", "preferences", "on-policy, groups, adapters"
+QUICK_STAGES = "pretraining", "preferences"
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,7 @@ def test_replies_are_checked_by_the_reward(trainer: Build, data: Callable[..., P
     assert going_on.reply_check is no_digit
 
 
+@pytest.mark.slow
 def test_critic_learns_a_constant_return(trainer: Build, data: Callable[..., Prompts]) -> None:
     """All replies have the same reward, which the critic learns to predict."""
     L.seed_everything(0)
