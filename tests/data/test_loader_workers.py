@@ -30,6 +30,7 @@ SIGNALS = [signum.value for signum in STOP_SIGNALS] if os.name == "posix" else [
 @pytest.mark.parametrize(
     ("end", "code"), [("sys.exit(7)", 7), pytest.param("raise KeyError", 1, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_workers_ignore_stop_signals_and_end_with_the_program(end: str, code: int) -> None:
     """Even if their loader is still referenced and was not closed."""
     kill = f"[os.kill(worker.pid, n) for worker in batches._workers for n in {SIGNALS}]"

@@ -104,6 +104,7 @@ for _ in range(2):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 @pytest.mark.parametrize(("prepare", "times"), [("", 1), ("configure_process()", 2)])
+@pytest.mark.slow
 def test_onednn_cache_capacity(prepare: str, times: int) -> None:
     """oneDNN reads the variables at its first matmul, after torch is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}

@@ -60,7 +60,8 @@ def test_two_processes_train_as_one(
     assert ("test/loss" in alone) == (stage != "pretraining")
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--trainer.limit_val_batches=0"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [[], ["--trainer.limit_val_batches=0"]])
+@pytest.mark.slow
 def test_two_processes_stop_together_at_max_time(small: list[str], tmp_path: Path, more: list[str]) -> None:
     """Each has its own clock."""
     flags = [flag for flag in small if "max_steps" not in flag]

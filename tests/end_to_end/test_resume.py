@@ -85,6 +85,7 @@ def test_a_change_that_matters_is_rejected_unless_forced(
         ),
     ],
 )
+@pytest.mark.slow
 def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     """It builds the model before the task is set up; kills of such a run are tested in test_resume_stress.py."""
     average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
@@ -95,6 +96,7 @@ def test_lightnings_weight_averaging(command: Command, staged: Callable[[str], l
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 def test_weight_averaging_keeps_the_size_of_tokens(command: Command, small: list[str]) -> None:
     """The averaged model is validated: another loss, but the same bits per byte for each nat per token."""
     average = ["--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
@@ -411,7 +413,7 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
 
 
-QUICK_STAGES = "pretraining", "preferences"
+QUICK_STAGES = ("pretraining",)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ FILES = {
 }
 
 
-QUICK = "accounts", "settings of another program"
+QUICK = ("accounts",)
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FILES])

@@ -93,6 +93,7 @@ def test_verify_names_the_altered_shard(command: Command, stores: list[Path]) ->
         one_line(command("prepare", *flags, "--verify"), "shard train-00000 of", "does not match its SHA-256")
 
 
+@pytest.mark.slow
 def test_bad_stores_are_rejected_in_one_line(
     command: Command, small: list[str], stores: list[Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_smaller_micro_batches_keep_the_step() -> None:
     assert flags == {"--data.batch_size": "3", "--data.tokens_per_step": f"{12 * 32 * 8 * 2}"}
 
 
+@pytest.mark.slow
 def test_flags_that_are_not_needed_are_removed() -> None:
     """bf16-true suffices together with checkpointing, so tensor parallelism is not suggested."""
     setup = make_setup(config=replace(CONFIG, n_layer=400), batch_size=1)
