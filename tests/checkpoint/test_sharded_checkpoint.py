@@ -161,6 +161,7 @@ def check_resharding(folder: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), WORLD - 1])
+@pytest.mark.slow
 def test_each_layout_reads_the_shards_of_each_other(saved_by_four: Path, rank: int) -> None:
     start = f"import torch.distributed as dist\nfrom {__name__} import begin, check_resharding\nbegin({rank})\n"
     done = forked.python(f"{start}check_resharding({str(saved_by_four)!r})")

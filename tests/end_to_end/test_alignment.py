@@ -13,6 +13,7 @@ from tests.end_to_end.conftest import Command, Trained
 ALIGN = Path(__file__).parents[2] / "experiments/align"
 
 
+@pytest.mark.slow
 def test_dropout_of_the_initial_model_is_disabled(
     command: Command, trained: Trained, staged: Callable[[str], list[str]]
 ) -> None:

@@ -172,6 +172,7 @@ def test_requested_output_is_printed(command: Command, small: list[str], flag: s
     assert "Tip" not in outcome.err
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
     before = sorted(path.stat().st_mtime_ns for path in RUN.rglob("*") if path.name != ".lock")

@@ -88,6 +88,7 @@ def test_the_last_preset_is_used() -> None:
     assert EarlyFlags.scan(["--preset=nano", "--preset", "mini"]).get("preset") == "mini"
 
 
+@pytest.mark.slow
 def test_configs_and_flags_override_a_preset(command: Command, small: list[str]) -> None:
     shape = ["--preset=gpt2_124m", "--model.gpt.n_head=4", "--model.gpt.ffn_dim=64"]
     assert command("fit", *shape, *small).code == 0

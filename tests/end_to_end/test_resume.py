@@ -322,6 +322,7 @@ ENDS = {
         *(pytest.param("test_step", end, marks=pytest.mark.slow) for end in ENDS),
     ],
 )
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, step: str, end: str
 ) -> None:

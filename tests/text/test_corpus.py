@@ -213,6 +213,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """In a separate program: spawned worker processes import the main module again."""
     rng = random.Random(3)

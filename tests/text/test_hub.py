@@ -135,6 +135,7 @@ def test_missing_dataset_split_or_column_is_one_line(hub: str, tmp_path: Path) -
     assert "no such file or folder: owner/nothing; the Hub has no dataset with this name" in nothing
 
 
+@pytest.mark.slow
 def test_offline_uses_what_was_downloaded(hub: str, tmp_path: Path) -> None:
     [fetched] = read_sources([{}], tmp_path, HF_ENDPOINT=hub)
     unreachable = "http://127.0.0.1:9"  # a port on which nothing listens
