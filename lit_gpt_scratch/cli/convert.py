@@ -153,7 +153,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Open a model with merged adapters, whose weights keep their dtype and are read when they are accessed."""
+    """Open a model whose weights are read when they are accessed; weights without adapters keep their dtype."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_lazily
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
