@@ -204,7 +204,8 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
         rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
-        yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
+        state = ", state in bfloat16" if group.get("bf16_state") else ""
+        yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}{state}"
     if task.ema.decay is not None:
         yield f"moving average {task.ema.decay:g}"
 

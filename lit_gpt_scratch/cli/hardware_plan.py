@@ -215,7 +215,8 @@ def _lines(setup: TrainingSetup, sizes: LayoutSizes, origin: str, steps: int | N
         for (rule, name, kind), n in sizes.groups.most_common()
         if kind == "parameters"
     )
-    yield "optimizer", "; ".join([*described, *(["moving average"] if setup.averaged else [])])
+    remarks = {"state in bfloat16": setup.bf16_state, "moving average": setup.averaged}
+    yield "optimizer", "; ".join([*described, *(remark for remark, applies in remarks.items() if applies)])
     yield "layout", _describe_layout(setup, sizes)
     yield (
         "batch",
@@ -290,8 +291,8 @@ def _warnings(setup: TrainingSetup, needed: float, time: StepTime) -> Iterator[t
         if found is None:
             yield (
                 "warning",
-                f"{problem}, nor with fsdp2, activation checkpointing, one row, tensor parallelism and bf16-true "
-                "together; use more devices, a smaller --data.block_size or a smaller model",
+                f"{problem}, nor with fsdp2, activation checkpointing, one row, tensor parallelism and everything in "
+                "bfloat16 together; use more devices, a smaller --data.block_size or a smaller model",
             )
         else:
             flags = " ".join(f"{flag} {value}" for flag, value in found[0].items())

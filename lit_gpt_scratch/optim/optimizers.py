@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,21 @@ from typing_extensions import override
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of
+from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 
 # Keller Jordan's quintic polynomial: five iterations map singular values to about [0.7, 1.2], which trains as well as
 # singular values of exactly 1 and requires no singular value decomposition.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+ADAMW_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+MOMENTS: Final = frozenset({"momentum", *ADAMW_MOMENTS})
+"""Names of the state tensors that ``bf16_state`` stores in bfloat16."""
+MAX_BF16_DECAY: Final = 0.99
+"""Largest decay rate of a running mean in bfloat16.
+
+A larger one changes the mean by less than 1% per step, which is close to the relative rounding error of 0.4%.
+"""
 
 
 @cache
@@ -82,10 +91,13 @@ class MuonAdamW(Optimizer):
     row, each process gathers and orthogonalizes all matrices. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's
     fused kernel.
 
+    Moments and momenta are stored in the dtype of their parameter, or in bfloat16 if a group sets ``bf16_state``. They
+    are then converted for each update, one parameter or one batch of matrices at a time.
+
     Args:
-        groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``. Groups with the rule
-            ``muon`` also require ``momentum``, and use NorMuon if ``row_beta`` is set. Groups with the rule ``adamw``
-            also require ``betas``, ``eps`` and ``fused``.
+        groups: Parameter groups as dicts with ``params``, ``rule``, ``lr``, ``weight_decay`` and, optionally,
+            ``bf16_state``. Groups with the rule ``muon`` also require ``momentum``, and use NorMuon if ``row_beta`` is
+            set. Groups with the rule ``adamw`` also require ``betas``, ``eps`` and ``fused``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -114,9 +126,12 @@ class MuonAdamW(Optimizer):
         for (shape, _), batch in batches.items():
             weights = [to_local(p) for p in batch]
             gradients = [to_local(p.grad) for p in batch if p.grad is not None]
-            momenta = [to_local(self._state(p, "momentum")["momentum"]) for p in batch]
+            stored = [to_local(self._state(p, group, "momentum")["momentum"]) for p in batch]
+            momenta = [momentum.to(weights[0].dtype) for momentum in stored]  # copies only if stored in bfloat16
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            if group.get("bf16_state"):
+                torch._foreach_copy_(stored, momenta)
             row_beta = group.get("row_beta")
             matrices = ShardedMatrices(batch[0], len(batch), replicate=row_beta is not None)
             stacked = torch.stack(nesterov).to(newton_schulz_dtype(nesterov[0].device))  # before communication
@@ -143,33 +158,82 @@ class MuonAdamW(Optimizer):
         updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
+        states = [self._state(p, group, *ADAMW_MOMENTS) for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        adamw(
-            [to_local(p) for p in parameters],
-            [to_local(p.grad) for p in parameters if p.grad is not None],
-            [to_local(state["exp_avg"]) for state in states],
-            [to_local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        means, squares = ([to_local(state[name]) for state in states] for name in ADAMW_MOMENTS)
+        weights = [to_local(p) for p in parameters]
+        gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
+        steps = [state["step"] for state in states]
+        if not group.get("bf16_state"):
+            _adamw_update(weights, gradients, means, squares, steps, group)
+            return
+        for p, gradient, mean, square, step in zip(weights, gradients, means, squares, steps, strict=True):
+            converted = [mean.to(p.dtype)], [square.to(p.dtype)]  # the fused kernel requires the dtype of the weights
+            _adamw_update([p], [gradient], *converted, [step], group)
+            mean.copy_(converted[0][0])
+            square.copy_(converted[1][0])
 
-    def _state(self, parameter: Tensor, *names: str) -> dict[str, Tensor]:
+    def _state(self, parameter: Tensor, group: dict[str, Any], *names: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         for name in names:
             if name not in state:
-                state[name] = torch.zeros_like(parameter)
+                state[name] = torch.zeros_like(parameter, dtype=_moment_dtype(parameter, group))
         return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, and convert moments to the dtype in which this optimizer stores them.
+
+        The base class would convert all of them to the dtype of the parameters first, which can exceed the memory.
+        """
+        validate_optimizer_state(self, state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [(p, _moment_dtype(p, group)) for group in self.param_groups for p in group["params"]]
+        others = {
+            key: {name: value for name, value in values.items() if name not in MOMENTS}
+            for key, values in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": others})
+        for key, (p, dtype) in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name in MOMENTS:
+                    self.state[p][name] = value.to(p.device, dtype)
+
+
+def _moment_dtype(parameter: Tensor, group: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if group.get("bf16_state") else parameter.dtype
+
+
+def _adamw_update(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    adamw(
+        weights,
+        gradients,
+        means,
+        squares,
+        [],
+        steps,
+        fused=group["fused"],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+DECAY_RATES: Final = ("beta1", "beta2", "momentum", "row_beta")
+"""Names of hyperparameters that are decay rates of running means; ``row_beta`` always applies to float32 values."""
 
 
 class OptimizerRecipe(ABC):
@@ -198,8 +262,13 @@ class OptimizerRecipe(ABC):
                 raise UserError(f"model.optimizer.{name} is {value}; it must be positive")
             if name == "weight_decay" and value < 0:
                 raise UserError(f"model.optimizer.{name} is {value}; it must be 0 or more")
-            if name in ("beta1", "beta2", "momentum", "row_beta") and value is not None and not 0 <= value < 1:
+            if name in DECAY_RATES and value is not None and not 0 <= value < 1:
                 raise UserError(f"model.optimizer.{name} is {value}; it must be at least 0 and below 1")
+            if name in DECAY_RATES[:3] and vars(self).get("bf16_state") and value > MAX_BF16_DECAY:
+                raise UserError(
+                    f"model.optimizer.{name} is {value}, whose small changes would be lost when they are rounded to "
+                    f"bfloat16; set it to {MAX_BF16_DECAY} or less, or set --model.optimizer.bf16_state false"
+                )
 
 
 class AdamW(OptimizerRecipe):
@@ -210,16 +279,24 @@ class AdamW(OptimizerRecipe):
         weight_decay: Decoupled weight decay for matrices and embeddings, but not for gains and biases; 0.1 by default.
         beta1: Decay rate of the running mean of gradients.
         beta2: Decay rate of the running mean of squared gradients.
+        bf16_state: Whether to store the optimizer's running means of gradients in bfloat16, as DeepSeek-V3
+            (https://arxiv.org/abs/2412.19437) does, which halves their memory if the weights are in float32.
     """
 
     def __init__(
-        self, lr: float | None = None, weight_decay: float | None = None, beta1: float = 0.9, beta2: float = 0.95
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        bf16_state: bool = False,
     ) -> None:
         defaults = self.default_arguments({})
         self.lr = defaults["lr"] if lr is None else lr
         self.weight_decay = defaults["weight_decay"] if weight_decay is None else weight_decay
         self.beta1 = beta1
         self.beta2 = beta2
+        self.bf16_state = bf16_state
         self.validate()
 
     @classmethod
@@ -231,7 +308,7 @@ class AdamW(OptimizerRecipe):
     def build(self, model: nn.Module) -> Optimizer:
         # Not torch.optim.AdamW(fused=True), because Lightning does not clip its gradients in mixed precision.
         groups = parameter_groups(model)
-        settings = _adamw_settings(self.lr, self.beta1, self.beta2)
+        settings = _adamw_settings(self.lr, self.beta1, self.beta2, self.bf16_state)
         return _build_optimizer(
             {
                 "name": "matrices and tables",
@@ -255,6 +332,8 @@ class Muon(OptimizerRecipe):
         adamw_lr: Peak learning rate of AdamW; 8e-3 by default.
         beta1: Decay rate of AdamW's running mean of gradients.
         beta2: Decay rate of AdamW's running mean of squared gradients.
+        bf16_state: Whether to store the optimizer's running means of gradients in bfloat16, as DeepSeek-V3
+            (https://arxiv.org/abs/2412.19437) does, which halves their memory if the weights are in float32.
     """
 
     def __init__(
@@ -266,6 +345,7 @@ class Muon(OptimizerRecipe):
         adamw_lr: float | None = None,
         beta1: float = 0.9,
         beta2: float = 0.95,
+        bf16_state: bool = False,
     ) -> None:
         defaults = self.default_arguments({})
         self.lr = defaults["lr"] if lr is None else lr
@@ -275,6 +355,7 @@ class Muon(OptimizerRecipe):
         self.adamw_lr = defaults["adamw_lr"] if adamw_lr is None else adamw_lr
         self.beta1 = beta1
         self.beta2 = beta2
+        self.bf16_state = bf16_state
         self.validate()
 
     @classmethod
@@ -285,7 +366,7 @@ class Muon(OptimizerRecipe):
     @override
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
-        adamw = _adamw_settings(self.adamw_lr, self.beta1, self.beta2)
+        adamw = _adamw_settings(self.adamw_lr, self.beta1, self.beta2, self.bf16_state)
         return _build_optimizer(
             {
                 "name": "matrices",
@@ -295,6 +376,7 @@ class Muon(OptimizerRecipe):
                 "momentum": self.momentum,
                 "row_beta": self.row_beta,
                 "weight_decay": self.weight_decay,
+                "bf16_state": self.bf16_state,
             },
             {"name": "tables", "params": groups.tables, **adamw},
             {"name": "vectors", "params": groups.vectors, **adamw},
@@ -306,6 +388,7 @@ def _build_optimizer(*groups: dict[str, Any]) -> MuonAdamW:
     return MuonAdamW([group for group in groups if group["params"]])
 
 
-def _adamw_settings(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
+def _adamw_settings(lr: float, beta1: float, beta2: float, bf16_state: bool) -> dict[str, Any]:
     # `fused` also tells torch to load the step counters onto the parameters' device.
-    return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+    settings = {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+    return {**settings, "bf16_state": bf16_state}

@@ -150,9 +150,11 @@ def state_bytes_by_part(optimizer: Optimizer, averaged: bool = False) -> Counter
     """
     parts: Counter[str] = Counter()
     for group in optimizer.param_groups:
-        held = sum(to_local(p).numel() * p.element_size() for p in group["params"] if p.requires_grad)
+        trained = [(to_local(p).numel(), p.element_size()) for p in group["params"] if p.requires_grad]
+        held = sum(size * bytes_each for size, bytes_each in trained)
+        moment = sum(2 * size for size, _ in trained) if group.get("bf16_state") else held
         moments = OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2)
-        parts.update(weights=held, gradients=held, optimizer=moments * held, average=averaged * held)
+        parts.update(weights=held, gradients=held, optimizer=moments * moment, average=averaged * held)
     return parts
 
 

@@ -7,6 +7,7 @@ number of blocks, and a network of any depth takes the same time.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
@@ -17,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
 from lit_gpt_scratch.distributed.parallelize import fsdp_mesh, parallelize
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.local_shard import to_local
@@ -105,6 +107,11 @@ class TrainingSetup:
     def weight_bytes(self) -> int:
         """Bytes per stored weight, and per weight in gradients, optimizer state and averages."""
         return WEIGHT_DTYPES[self.precision].itemsize
+
+    @property
+    def bf16_state(self) -> bool:
+        """Whether the optimizer stores its state in bfloat16."""
+        return getattr(self.optimizer, "bf16_state", False)
 
     @property
     def compute_bytes(self) -> int:
@@ -323,19 +330,19 @@ def suggest_flags(setup: TrainingSetup) -> tuple[dict[str, str], float] | None:
     """Find flags with which a run fits the machine, without changing the number of tokens per optimizer step.
 
     In this order, which prefers flags that change neither results nor speed much: FSDP2, activation checkpointing,
-    smaller micro-batches, tensor parallelism within a node, ``bf16-true``. A flag that suffices alone is preferred to a
-    combination. Otherwise flags are added in this order until the run fits; then those that were not needed, starting
-    with tensor parallelism, which costs most, are removed again.
+    smaller micro-batches, tensor parallelism within a node, ``bf16_state``, ``bf16-true``. A flag that suffices alone
+    is preferred to a combination. Otherwise flags are added in this order until the run fits; then those that were not
+    needed, starting with those that change results or cost most, are removed again.
 
     Returns:
         The values of the flags and the memory per rank in bytes, or None if no combination fits.
     """
-    order = (_shard, _recompute, _shrink, _split, _halve)
+    order = (_shard, _recompute, _shrink, _split, _round_state, _halve)
     attempts = [[change] for change in order] + [list(order[: n + 1]) for n in range(1, len(order))]
     changes = next((attempt for attempt in attempts if (found := _apply(setup, attempt)) and fits(found[1])), None)
     if changes is None:
         return None
-    for change in (_split, _shrink, _recompute, _shard):
+    for change in (_round_state, _split, _shrink, _recompute, _shard):
         fewer = [each for each in changes if each is not change]
         if change in changes and fits(_apply(setup, fewer)[1]):
             changes = fewer
@@ -406,6 +413,27 @@ def _split(setup: TrainingSetup) -> Change | None:
         return None
     flags = {"--trainer.strategy": "fsdp2_tp", "--tensor_parallel": f"{split.tensor_parallel}"}
     return flags | {"--data.tokens_per_step": f"{split.tokens_per_step}"}, split
+
+
+def _round_state(setup: TrainingSetup) -> Change | None:
+    if setup.weight_bytes == 2 or setup.bf16_state or not hasattr(setup.optimizer, "bf16_state"):
+        return None
+    optimizer = _with_bf16_state(setup.optimizer)
+    if optimizer is None:
+        return None
+    return {"--model.optimizer.bf16_state": "true"}, replace(setup, optimizer=optimizer)
+
+
+@cache  # the same object for the same optimizer, because setups are compared by it
+def _with_bf16_state(optimizer: OptimizerRecipe) -> OptimizerRecipe | None:
+    """Return the same optimizer with its state in bfloat16, or None if its decay rates are too large for that."""
+    changed = copy(optimizer)
+    changed.bf16_state = True  # type: ignore[attr-defined]
+    try:
+        changed.validate()
+    except UserError:
+        return None
+    return changed
 
 
 def _halve(setup: TrainingSetup) -> Change | None:

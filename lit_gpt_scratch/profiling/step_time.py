@@ -47,6 +47,8 @@ OPTIMIZER_PASSES: Final = {"adamw": 7, "muon": 12}
 AdamW reads weight, gradient and two moments, and writes all but the gradient. Muon's momentum, Nesterov step, decay and
 update are separate operations. Other rules are assumed to have those of AdamW.
 """
+BF16_STATE_PASSES: Final = {"adamw": 6, "muon": 3}
+"""The same for a state in bfloat16: each moment is converted to float32 before and back after the update."""
 CLIP_PASSES, AVERAGE_PASSES = 3, 3
 """The same for clipping by norm (norm; read and write), and for a moving average (read twice, write once)."""
 NEWTON_SCHULZ_STEPS: Final = 5
@@ -192,7 +194,10 @@ def _tensor_parallel(setup: TrainingSetup) -> tuple[float, float]:
 def _optimizer(setup: TrainingSetup, sizes: LayoutSizes) -> tuple[float, float]:
     """Return the seconds of the optimizer per step, and the bytes that each rank sends."""
     passes = setup.clips * CLIP_PASSES + setup.averaged * AVERAGE_PASSES
-    traffic = sum((passes + OPTIMIZER_PASSES.get(rule, 7)) * held for rule, held in sizes.by_rule.items())
+    traffic = 0
+    for rule, held in sizes.by_rule.items():
+        converted = BF16_STATE_PASSES.get(rule, 0) if setup.bf16_state and setup.weight_bytes > 2 else 0
+        traffic += (passes + OPTIMIZER_PASSES.get(rule, 7) + converted) * held
     seconds = traffic / _memory_bandwidth(setup)
     if not sizes.matrices:
         return seconds, 0.0

@@ -41,10 +41,12 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
         (["--model.optimizer=AdamW"], 1e-9, ["file"]),
         (["--model.optimizer=AdamW"], 1e-9, ["sharded"]),
         (["--model.optimizer=AdamW"], 1e-9, ["sharded", "file"]),
+        # A moment that is rounded to the other neighbour in bfloat16 changes by 0.4%.
+        (["--model.optimizer=AdamW", "--model.optimizer.bf16_state=true"], 1e-2, ["sharded", "file"]),
         # Muon orthogonalises in bfloat16.
         (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, ["sharded"]),
     ],
-    ids=["adamw", "adamw, sharded", "adamw, alternating formats", "normuon, sharded"],
+    ids=["adamw", "adamw, sharded", "adamw, alternating formats", "adamw, bfloat16 state", "normuon, sharded"],
 )
 @pytest.mark.slow
 def test_run_resumes_with_another_strategy(

@@ -12,8 +12,9 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.optim import AdamW, Muon, optimizers
-from lit_gpt_scratch.optim.optimizers import MuonAdamW, newton_schulz_dtype, orthogonalise
+from lit_gpt_scratch.optim.optimizers import MOMENTS, MuonAdamW, newton_schulz_dtype, orthogonalise
 from lit_gpt_scratch.optim.param_groups import parameter_groups
+from lit_gpt_scratch.profiling.flops_and_memory import state_bytes_by_part
 from tests.conftest import TINY
 
 
@@ -120,7 +121,88 @@ def test_other_parameters_match_torch_adamw() -> None:
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("recipe", [Muon(), AdamW()])
+def test_adamw_with_moments_in_bfloat16_matches_its_definition() -> None:
+    """Algorithm 2 of https://arxiv.org/abs/1711.05101, with moments that are rounded after each step."""
+    weights = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+    settings = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "fused": True, "bf16_state": True}
+    optimizer = MuonAdamW([{"params": weights, "rule": "adamw", **settings}])
+    expected = [p.detach().double() for p in weights]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in expected]
+    for step in range(1, 21):
+        for n, p in enumerate(weights):
+            p.grad = torch.randn_like(p)
+            gradient, (first, second) = p.grad.double(), moments[n]
+            first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient.square()
+            expected[n] = expected[n] * (1 - 0.01 * 0.1) - 0.01 * (first / (1 - 0.8**step)) / (
+                (second / (1 - 0.9**step)).sqrt() + 1e-8
+            )
+            moments[n] = first.bfloat16().double(), second.bfloat16().double()
+        optimizer.step()
+    for p, reference, (first, second) in zip(weights, expected, moments, strict=True):
+        # Values near the middle of two bfloat16 numbers may be rounded differently than in float64.
+        torch.testing.assert_close(p.detach().double(), reference, rtol=0, atol=2e-4)
+        state = optimizer.state[p]
+        assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16, torch.bfloat16)
+        torch.testing.assert_close(state["exp_avg"].double(), first, rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(state["exp_avg_sq"].double(), second, rtol=0.01, atol=1e-3)
+
+
+def test_muon_with_momentum_in_bfloat16_rounds_it_after_each_step() -> None:
+    """Against Muon in float32 whose momentum the test rounds."""
+    rounded, plain = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(12, 4))
+    with torch.no_grad():
+        plain.copy_(rounded)
+    settings = {"rule": "muon", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+    ours = MuonAdamW([{"params": [rounded], **settings, "bf16_state": True}])
+    reference = MuonAdamW([{"params": [plain], **settings}])
+    for _ in range(5):
+        rounded.grad = torch.randn(12, 4)
+        plain.grad = rounded.grad.clone()
+        ours.step()
+        reference.step()
+        momentum = reference.state[plain]["momentum"]
+        momentum.copy_(momentum.bfloat16())
+        assert ours.state[rounded]["momentum"].dtype == torch.bfloat16
+        assert torch.equal(ours.state[rounded]["momentum"].float(), momentum)
+        assert torch.equal(rounded, plain)
+
+
+@pytest.mark.parametrize("recipe", [Muon, AdamW])
+@pytest.mark.parametrize(("saved", "loaded"), [(True, True), (False, True), (True, False)])
+def test_loaded_moments_have_the_configured_dtype(recipe: type[Muon] | type[AdamW], saved: bool, loaded: bool) -> None:
+    """Also if the run is resumed with another dtype; the values are those of the checkpoint, rounded if necessary."""
+    model = GPT(TINY, 50, 8)
+    optimizers = [recipe(bf16_state=bf16).build(model) for bf16 in (saved, loaded)]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for p in model.parameters():
+        before, after = (optimizer.state[p] for optimizer in optimizers)
+        assert before.keys() == after.keys()
+        assert before.get("step") == after.get("step")
+        for name in MOMENTS & before.keys():
+            assert before[name].dtype == (torch.bfloat16 if saved else torch.float32)
+            assert after[name].dtype == (torch.bfloat16 if loaded else torch.float32)
+            assert torch.equal(before[name].bfloat16(), after[name].bfloat16())
+
+
+@pytest.mark.parametrize("recipe", [Muon(), AdamW(), Muon(bf16_state=True, row_beta=0.9), AdamW(bf16_state=True)])
+def test_planned_bytes_are_those_of_the_optimizer_state(recipe: Muon | AdamW) -> None:
+    model = GPT(TINY, 50, 8)
+    optimizer = recipe.build(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = sum(
+        state[name].numel() * state[name].element_size()
+        for state in optimizer.state.values()
+        for name in MOMENTS & state.keys()
+    )
+    assert state_bytes_by_part(optimizer)["optimizer"] == held
+
+
+@pytest.mark.parametrize("recipe", [Muon(), AdamW(), Muon(bf16_state=True), AdamW(bf16_state=True)])
 def test_optimizer_state_can_be_saved_and_loaded(recipe: Muon | AdamW) -> None:
     def run(interrupt: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -195,6 +277,8 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
         (lambda: AdamW(lr=float("nan")), "model.optimizer.lr is nan"),
         (lambda: AdamW(weight_decay=-0.1), "model.optimizer.weight_decay is -0.1"),
         (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
+        (lambda: AdamW(beta2=0.999, bf16_state=True), "model.optimizer.beta2 is 0.999, whose small changes would be"),
+        (lambda: Muon(momentum=0.995, bf16_state=True), "model.optimizer.momentum is 0.995, whose small changes"),
     ],
 )
 def test_invalid_optimizer_settings_are_an_error(build: object, message: str) -> None:

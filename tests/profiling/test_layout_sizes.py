@@ -127,6 +127,19 @@ def test_smaller_micro_batches_keep_the_step() -> None:
     assert flags == {"--data.batch_size": "3", "--data.tokens_per_step": f"{12 * 32 * 8 * 2}"}
 
 
+def test_state_in_bfloat16_is_suggested_before_weights_in_bfloat16() -> None:
+    setup = make_setup(config=replace(CONFIG, n_layer=400, dropout=0.1), batch_size=1, checkpointing=True)
+    rounded = replace(setup, optimizer=AdamW(bf16_state=True))
+    assert measure_layout(rounded).local["optimizer"] == measure_layout(setup).local["optimizer"] / 2
+    assert suggest_flags(with_memory(setup, needed(rounded))) == (
+        {"--model.optimizer.bf16_state": "true"},
+        needed(rounded),
+    )
+    large_decay = replace(setup, optimizer=AdamW(beta2=0.999))
+    flags, _ = suggest_flags(with_memory(large_decay, needed(rounded))) or ({}, 0)
+    assert flags == {"--trainer.precision": "bf16-true"}
+
+
 @pytest.mark.slow
 def test_flags_that_are_not_needed_are_removed() -> None:
     """bf16-true suffices together with checkpointing, so tensor parallelism is not suggested."""
