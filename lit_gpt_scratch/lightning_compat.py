@@ -17,6 +17,7 @@ from typing import Any, Final
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -25,6 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch.distributed import default_pg_timeout, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
@@ -236,7 +238,31 @@ def restrict_imports(allowed: Collection[str]) -> Iterator[None]:
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` whose device mesh is chosen once the number of processes is known."""
+    """A ``ModelParallelStrategy`` whose device mesh is chosen once the number of processes is known.
+
+    Args:
+        cpu_offload: Whether sharded weights stay on the CPU. Collective operations then support its tensors as well.
+    """
+
+    def __init__(self, cpu_offload: bool = False) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+        self.cpu_offload = cpu_offload
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and backend == "nccl" else backend
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        self.model._apply(  # type: ignore[no-untyped-call]  # torch's
+            lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device)
+        )
+        _update_properties(self.model, device=self.root_device)
 
     def choose_tensor_parallel_size(self) -> int:
         """Return the size of a tensor-parallel group, which must divide the number of processes."""

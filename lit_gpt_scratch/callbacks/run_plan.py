@@ -139,10 +139,11 @@ class RunPlan(RunDirCallback):
             )
             gathered = f"up to {format_bytes(largest)} for weights that FSDP2 gathers, "
         per = " per process" if trainer.world_size > 1 else ""
+        offloaded = " in the memory of the CPU" if getattr(trainer.strategy, "cpu_offload", False) else ""
         yield (
             "cost",
             f"{format_count(training_flops_per_token(task.net))} FLOPs per token; "
-            f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, {gathered}"
+            f"memory{per} {format_bytes(held)} for weights, gradients and optimizer{offloaded}, {gathered}"
             f"up to {format_bytes(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late

@@ -168,6 +168,13 @@ class FitCLI(LightningCLI):
             "--trainer.strategy hsdp (default: one group per machine).",
         )
         parser.add_argument(
+            "--cpu_offload",
+            type=bool,
+            default=False,
+            help="Keep the sharded weights, gradients and optimizer state in the memory of the CPU, and update them "
+            "there, for --trainer.strategy fsdp2 and hsdp on GPUs.",
+        )
+        parser.add_argument(
             "--collective_timeout",
             type=timedelta | None,
             default=None,
@@ -290,9 +297,9 @@ class FitCLI(LightningCLI):
             sys.exit(0)
         config = {**self.config_init.trainer, **kwargs}
         config["strategy"] = build_named_strategy(config["strategy"])
-        validate_hardware(config)
-        sizes = self.config_init.tensor_parallel, self.config_init.hsdp_groups
-        config["strategy"] = resolve_strategy(config["strategy"], *sizes)
+        validate_hardware(config, self.config_init.cpu_offload)
+        settings = self.config_init.tensor_parallel, self.config_init.hsdp_groups, self.config_init.cpu_offload
+        config["strategy"] = resolve_strategy(config["strategy"], *settings)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
         validate_callbacks(config["callbacks"] or [])

@@ -124,7 +124,9 @@ def _training_setup(
             f"--trainer.precision is {precision}, which --devices_like does not support; use one of "
             f"{', '.join(WEIGHT_DTYPES)}"
         )
-    strategy, size, groups = _resolve_layout(trainer.strategy, config.tensor_parallel, config.hsdp_groups, machine)
+    strategy, size, groups = _resolve_layout(
+        trainer.strategy, config.tensor_parallel, config.hsdp_groups, config.cpu_offload, machine
+    )
     data_parallel = machine.devices // size
     accumulate = int(trainer.accumulate_grad_batches)
     if data.tokens_per_step is not None:
@@ -144,18 +146,19 @@ def _training_setup(
         clips=bool(trainer.gradient_clip_val),
         machine=machine,
         groups=groups,
+        cpu_offload=config.cpu_offload,
     )
 
 
 def _resolve_layout(
-    strategy: object, tensor_parallel: int | None, groups: int | None, machine: Machine
+    strategy: object, tensor_parallel: int | None, groups: int | None, cpu_offload: bool, machine: Machine
 ) -> tuple[StrategyName, int, int]:
     """Return the name of the strategy, the size of a tensor-parallel group, and the number of groups of ``hsdp``.
 
     Raises:
         UserError: The strategy is not supported, or the number of devices is not divisible by the sizes.
     """
-    resolve_strategy(strategy, tensor_parallel, groups)  # checks that they agree
+    resolve_strategy(strategy, tensor_parallel, groups, cpu_offload)  # checks that they agree
     built = build_named_strategy(strategy)
     if isinstance(built, ModelParallel):
         size = divide_processes(machine.devices, built.tensor_parallel_size)
@@ -228,16 +231,25 @@ def _lines(setup: TrainingSetup, sizes: LayoutSizes, origin: str, steps: int | N
     names = MEMORY_NAMES | ({"gathered": BUCKETS} if setup.strategy == "ddp" else {})
     held = ", ".join(f"{names.get(part, part)} {format_bytes(n)}" for part, n in memory.items())
     yield "memory", f"up to {format_bytes(memory.total())} of {format_bytes(accelerator.memory)} per device: {held}"
+    if setup.cpu_offload:
+        per_node = sizes.local.total() * min(setup.machine.devices, setup.machine.per_node)
+        parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in sizes.local.items() if n)
+        yield "host", f"{format_bytes(per_node)} of memory per node; for each device {parts}"
     saved = sizes.whole.total() - sizes.whole["gradients"]
     yield (
         "checkpoint",
         f"{format_bytes(saved)} in one file, {format_duration(saved / WRITE_BANDWIDTH)} at "
         f"{format_bytes(WRITE_BANDWIDTH)}/s; rank 0 collects it in the memory of its host",
     )
+    if setup.cpu_offload:
+        yield "time", "not predicted, because the update on the CPU and the copies from and to it are not modelled"
+        yield from _memory_warnings(setup, memory.total())
+        return
     time = predict_step(setup, sizes)
     yield "step", _describe_step(time)
     yield "time", _describe_speed(setup, sizes, time, steps)
-    yield from _warnings(setup, memory.total(), time)
+    yield from _memory_warnings(setup, memory.total())
+    yield from _time_warnings(setup, time)
 
 
 def _describe_layout(setup: TrainingSetup, sizes: LayoutSizes) -> str:
@@ -282,8 +294,8 @@ def _describe_speed(setup: TrainingSetup, sizes: LayoutSizes, time: StepTime, st
     )
 
 
-def _warnings(setup: TrainingSetup, needed: float, time: StepTime) -> Iterator[tuple[str, str]]:
-    """Yield a warning for each reason why the run may not work, or why the prediction may be wrong."""
+def _memory_warnings(setup: TrainingSetup, needed: float) -> Iterator[tuple[str, str]]:
+    """Yield a warning if the run does not fit, with flags that help."""
     memory = setup.machine.accelerator.memory
     if needed > memory:
         problem = f"up to {format_bytes(needed)} do not fit in the {format_bytes(memory)} of a device"
@@ -292,11 +304,16 @@ def _warnings(setup: TrainingSetup, needed: float, time: StepTime) -> Iterator[t
             yield (
                 "warning",
                 f"{problem}, nor with fsdp2, activation checkpointing, one row, tensor parallelism and everything in "
-                "bfloat16 together; use more devices, a smaller --data.block_size or a smaller model",
+                "bfloat16 together, nor with CPU offload; use more devices, a smaller --data.block_size or a smaller "
+                "model",
             )
         else:
             flags = " ".join(f"{flag} {value}" for flag, value in found[0].items())
             yield "warning", f"{problem}; {format_bytes(found[1])} fit with {flags}"
+
+
+def _time_warnings(setup: TrainingSetup, time: StepTime) -> Iterator[tuple[str, str]]:
+    """Yield a warning for each reason why the run is slow, or why the prediction may be wrong."""
     if setup.tensor_parallel > setup.machine.per_node:
         yield (
             "warning",

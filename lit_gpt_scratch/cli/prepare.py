@@ -50,7 +50,7 @@ class PrepareCLI(FitCLI):
         "on held-out text.\nModel and trainer flags are accepted but ignored, so that configs for fit can be used.",
         first=HELP,
         without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "hsdp_groups",
-                 "collective_timeout", "guard", "force", "plan", "devices_like", "checkpoint", "inspect",
+                 "cpu_offload", "collective_timeout", "guard", "force", "plan", "devices_like", "checkpoint", "inspect",
                  "seed_everything"),
     )  # fmt: skip
 

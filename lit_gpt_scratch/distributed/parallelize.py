@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -118,7 +124,7 @@ def _is_hybrid(mesh: DeviceMesh) -> bool:
     return REPLICATE in (mesh.mesh_dim_names or ())
 
 
-def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
+def parallelize(net: GPT, mesh: DeviceMesh, precision: str, cpu_offload: bool = False) -> None:
     """Shard a network in place; it is on the meta device, or its weights are the same on all processes.
 
     With ``bf16-mixed``, FSDP2 gathers the weights of the blocks in bfloat16, which halves the communication volume but
@@ -129,6 +135,8 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
         net: The network.
         mesh: Device mesh; see ``build_mesh``.
         precision: The Trainer's precision.
+        cpu_offload: Whether shards of weights and gradients stay in the memory of the CPU; FSDP2 copies the weights of
+            a block to the accelerator when it gathers them. The shards must then be allocated on the CPU.
 
     Raises:
         UserError: The network cannot be split across the tensor-parallel processes.
@@ -141,9 +149,10 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
         for block in net.blocks:
-            fully_shard(block, mesh=data_mesh, mp_policy=policy)
-        fully_shard(net, mesh=data_mesh)
+            fully_shard(block, mesh=data_mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(net, mesh=data_mesh, offload_policy=offload)
         for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
             register_fsdp_forward_method(net, method)
 

@@ -64,10 +64,12 @@ class ModelParallel(SizedModelParallelStrategy):
             which reads different data.
         groups: Number of groups of processes, such as machines, each of which holds all weights (HSDP): FSDP2 shards
             the weights only within a group. None uses one group per machine, and 1 disables HSDP.
+        cpu_offload: Whether FSDP2 keeps the shards of weights, gradients and optimizer state in the memory of the CPU,
+            where the optimizer updates them.
     """
 
-    def __init__(self, tensor_parallel_size: int | None = 1, groups: int | None = 1) -> None:
-        super().__init__(save_distributed_checkpoint=False)
+    def __init__(self, tensor_parallel_size: int | None = 1, groups: int | None = 1, cpu_offload: bool = False) -> None:
+        super().__init__(cpu_offload)
         self.tensor_parallel_size = tensor_parallel_size
         self.groups = groups
         self._shards: ShardedCheckpoint | None = None
@@ -291,16 +293,19 @@ def build_named_strategy(strategy: object) -> object:
     return strategy
 
 
-def resolve_strategy(strategy: object, tensor_parallel: int | None, hsdp_groups: int | None) -> object:
-    """Return the Trainer's ``strategy`` with the sizes set by ``--tensor_parallel`` and ``--hsdp_groups``.
+def resolve_strategy(
+    strategy: object, tensor_parallel: int | None, hsdp_groups: int | None, cpu_offload: bool
+) -> object:
+    """Return the Trainer's ``strategy`` with the settings of the flags that are named like the other arguments.
 
     Args:
         strategy: Value of ``--trainer.strategy``.
         tensor_parallel: Size of a tensor-parallel group; None for the strategy's default.
         hsdp_groups: Number of groups of processes that each hold all weights; None for the strategy's default.
+        cpu_offload: See ``ModelParallel``.
 
     Raises:
-        UserError: A size is not positive, or the strategy does not support it.
+        UserError: A size is not positive, or the strategy does not support a setting.
     """
     for name, size, supported in (
         ("tensor_parallel", tensor_parallel, TENSOR_PARALLEL_STRATEGIES),
@@ -316,12 +321,18 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None, hsdp_groups:
             )
     if hsdp_groups == 1:
         raise UserError("hsdp_groups is 1, which shards the model across all processes; use --trainer.strategy fsdp2")
-    if tensor_parallel is None and hsdp_groups is None:
+    if cpu_offload and (strategy not in ("fsdp2", "hsdp") or tensor_parallel not in (None, 1)):
+        raise UserError(
+            "cpu_offload is true, which requires --trainer.strategy fsdp2 or hsdp without tensor parallelism; choose "
+            "one of them, or set --cpu_offload false"
+        )
+    if tensor_parallel is None and hsdp_groups is None and not cpu_offload:
         return strategy
     size = TENSOR_PARALLEL_SIZES[str(strategy)] if tensor_parallel is None else tensor_parallel
     groups = hsdp_groups if strategy == "hsdp" else 1
-    sized = f"{strategy}_{size or 'all'}_{groups or 'machines'}"
-    StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=size, groups=groups, override=True)
+    sized = f"{strategy}_{size or 'all'}_{groups or 'machines'}{'_cpu_offload' if cpu_offload else ''}"
+    settings: dict[str, Any] = {"tensor_parallel_size": size, "groups": groups, "cpu_offload": cpu_offload}
+    StrategyRegistry.register(sized, ModelParallel, override=True, **settings)
     return sized  # return a name, because Lightning rejects float64 with a strategy object
 
 

@@ -21,7 +21,7 @@ MAX_CPU_PROCESSES: Final = 1024
 CHECKPOINTING_FLAG: Final = "--model.activation_checkpointing true"
 
 
-def validate_hardware(trainer: Mapping[str, Any]) -> None:
+def validate_hardware(trainer: Mapping[str, Any], cpu_offload: bool = False) -> None:
     """Check that this machine has the requested accelerator, devices, strategy and precision.
 
     Without this check, Lightning could silently use another precision, train until the loss is NaN, or raise an error
@@ -29,6 +29,7 @@ def validate_hardware(trainer: Mapping[str, Any]) -> None:
 
     Args:
         trainer: The Trainer's flags.
+        cpu_offload: Whether weights are requested to stay in the memory of the CPU.
 
     Raises:
         UserError: A requested setting is not available on this machine; the message suggests an available one.
@@ -37,6 +38,16 @@ def validate_hardware(trainer: Mapping[str, Any]) -> None:
     _validate_device_count(accelerator, str(trainer.get("devices")))
     _validate_strategy(trainer.get("strategy"))
     _validate_precision(accelerator, str(trainer.get("precision")))
+    if cpu_offload and accelerator != "cuda":
+        raise UserError(
+            f"cpu_offload is true, but --trainer.accelerator is {accelerator}, which has no memory of its own; set "
+            "--cpu_offload false, or use an NVIDIA or AMD GPU"
+        )
+    if cpu_offload and trainer.get("precision") == "16-mixed":
+        raise UserError(
+            "cpu_offload is true, which --trainer.precision 16-mixed does not support, because gradients are scaled on "
+            "the GPU; use bf16-mixed or 32-true"
+        )
 
 
 def _validate_strategy(strategy: object) -> None:

@@ -139,7 +139,8 @@ class MuonAdamW(Optimizer):
             if row_beta is not None:
                 updates = updates.to(weights[0].dtype)
                 self._normalise_rows(updates, batch, row_beta)
-            updates = matrices.shard(updates).to(weights[0].dtype)  # (N, local rows, local columns)
+            # (N, local rows, local columns); with CPU offload, matrices are gathered on the accelerator
+            updates = matrices.shard(updates).to(weights[0].device, weights[0].dtype)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
@@ -151,8 +152,9 @@ class MuonAdamW(Optimizer):
         """
         squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
         for p, square in zip(parameters, squares, strict=True):
+            square = square.to(p.device)
             self.state[p].setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
-        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters])  # (N, rows, 1)
+        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters]).to(updates.device)  # (N, rows, 1)
         norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, 1, 1)
         updates.mul_(torch.rsqrt(mean_squares + 1e-10))
         updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))

@@ -61,6 +61,7 @@ class TrainingSetup:
         clips: Whether gradients are clipped by their norm.
         machine: The machine.
         groups: Number of groups that each hold all weights, for ``hsdp``.
+        cpu_offload: Whether weights, gradients and optimizer state are in the memory of the host.
     """
 
     config: GPTConfig
@@ -77,6 +78,7 @@ class TrainingSetup:
     clips: bool
     machine: Machine
     groups: int = 1
+    cpu_offload: bool = False
 
     @property
     def data_parallel(self) -> int:
@@ -299,7 +301,8 @@ def local_network(setup: TrainingSetup) -> GPT:
 def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
     """Return an upper bound on the memory of a rank in bytes, keyed by what it holds.
 
-    - ``weights``, ``gradients``, ``optimizer``, ``average``: the shards of rank 0 in the real layout.
+    - ``weights``, ``gradients``, ``optimizer``, ``average``: the shards of rank 0 in the real layout, unless they are
+      in the memory of the host.
     - ``gathered``: with FSDP2, ``gathered_bytes``; with DDP, the buckets of the gradients.
     - ``activations``: what an uncompiled network stores. With activation checkpointing, this includes all activations
       of one block, which the backward pass recomputes. Without FSDP2, autocast also keeps a 16-bit copy of all
@@ -309,7 +312,7 @@ def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
     Tensor parallelism splits activations inside attention and feed-forward networks. The residual stream is replicated,
     and so are the logits, which ``colwise_gather`` gathers.
     """
-    memory = Counter(sizes.local)
+    memory = Counter(dict.fromkeys(sizes.local, 0)) if setup.cpu_offload else Counter(sizes.local)
     if setup.is_fully_sharded:
         memory["gathered"] = gathered_bytes(sizes.block, sizes.root, setup.weight_bytes, setup.precision)
     elif setup.strategy == "ddp":
@@ -332,13 +335,15 @@ def suggest_flags(setup: TrainingSetup) -> tuple[dict[str, str], float] | None:
     In this order, which prefers flags that change neither results nor speed much: FSDP2, activation checkpointing,
     smaller micro-batches, tensor parallelism within a node, ``bf16_state``, ``bf16-true``. A flag that suffices alone
     is preferred to a combination. Otherwise flags are added in this order until the run fits; then those that were not
-    needed, starting with those that change results or cost most, are removed again.
+    needed, starting with those that change results or cost most, are removed again. CPU offload, which is slow, is
+    suggested only if nothing else helps.
 
     Returns:
         The values of the flags and the memory per rank in bytes, or None if no combination fits.
     """
     order = (_shard, _recompute, _shrink, _split, _round_state, _halve)
     attempts = [[change] for change in order] + [list(order[: n + 1]) for n in range(1, len(order))]
+    attempts.append([_shard, _recompute, _shrink, _offload])
     changes = next((attempt for attempt in attempts if (found := _apply(setup, attempt)) and fits(found[1])), None)
     if changes is None:
         return None
@@ -434,6 +439,12 @@ def _with_bf16_state(optimizer: OptimizerRecipe) -> OptimizerRecipe | None:
     except UserError:
         return None
     return changed
+
+
+def _offload(setup: TrainingSetup) -> Change | None:
+    if setup.cpu_offload or not setup.is_fully_sharded or setup.tensor_parallel > 1:
+        return None
+    return {"--cpu_offload": "true"}, replace(setup, cpu_offload=True)
 
 
 def _halve(setup: TrainingSetup) -> Change | None:

@@ -312,7 +312,9 @@ class GPTModule(L.LightningModule):
             vocab_size, block_size = trained.vocab_size, resolve_context(trained, self.gpt, block_size)
         validate_attention_backend(self.gpt, device)
         validate_checkpointing(self.activation_checkpointing, self.gpt)
-        require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
+        cpu_offload = getattr(self.trainer.strategy, "cpu_offload", False)
+        weights_device = torch.device("cpu") if cpu_offload else device
+        require_model_fits_memory(self.gpt, vocab_size, block_size, weights_device, self.trainer.world_size)
         seed = self.trainer.strategy.broadcast(draw_seed())  # each process initializes its own shards
         is_sharded = self.device_mesh is not None  # it is never allocated as a whole
         with torch.device("meta") if is_sharded else nullcontext():
@@ -331,8 +333,8 @@ class GPTModule(L.LightningModule):
         self.net.activation_checkpointing = self.activation_checkpointing
         if self.device_mesh is not None:
             for net in (self.net, *auxiliary):  # a copy of the network gets the same weights
-                parallelize(net, self.device_mesh, str(self.trainer.precision))
-                net.materialize(device, seed)
+                parallelize(net, self.device_mesh, str(self.trainer.precision), cpu_offload)
+                net.materialize(weights_device, seed)
                 if pretrained is not None:
                     copy_weights(pretrained, net)
         self.initial_model = None  # free its memory

@@ -53,6 +53,15 @@ def test_what_does_not_fit_is_reported_with_the_flags_that_help(caplog: pytest.L
     assert "use more devices, a smaller --data.block_size or a smaller model" in hopeless["warning"]
 
 
+def test_cpu_offload_is_counted_in_the_memory_of_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--trainer.strategy=fsdp2", "--model.optimizer=AdamW", "--cpu_offload=true"]
+    lines = plan(caplog, "--plan", "--preset=llama3_8b", "--devices_like=2x8xh200", *flags)
+    assert "optimizer" not in lines["memory"]
+    assert lines["host"].startswith("64.2 GB of memory per node; for each device weights 2.01 GB")  # 16 B per weight
+    assert lines["time"].startswith("not predicted")
+    assert "step" not in lines
+
+
 def test_small_networks_are_bound_by_launches(caplog: pytest.LogCaptureFixture) -> None:
     lines = plan(caplog, *SMALL, "--devices_like=1xh100", "--model.ema_decay=0.9", "--data.vocab_size=300")
     assert "leaves out kernel launches" in lines["warning"]

@@ -83,6 +83,24 @@ def test_available_hardware(machine: Callable[..., None], here: dict[str, Any], 
     validate_hardware(asked(**flags))
 
 
+@pytest.mark.parametrize(
+    ("here", "flags", "message"),
+    [
+        ({}, {}, "--trainer.accelerator is cpu, which has no memory of its own"),
+        ({"mps": True}, {}, "--trainer.accelerator is mps, which has no memory of its own"),
+        ({"gpus": 1}, {"precision": "16-mixed"}, "--trainer.precision 16-mixed does not support"),
+    ],
+)
+def test_cpu_offload_requires_a_gpu_and_gradients_that_are_not_scaled(
+    machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any], message: str
+) -> None:
+    machine(**here)
+    with pytest.raises(UserError, match=message):
+        validate_hardware(asked(**flags), cpu_offload=True)
+    machine(gpus=2)
+    validate_hardware(asked(precision="bf16-mixed"), cpu_offload=True)
+
+
 class Data:
     """The part of a data module that is read."""
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lit_gpt_scratch.checkpoint.compare_checkpoints import iterate_leaves, read_curves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_curves, iterate_leaves, read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.resume_stress_test import compare_checkpoint_files
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS, LayoutParity
-from lit_gpt_scratch.distributed.strategies import replace_multiprocessing_launcher
+from lit_gpt_scratch.distributed.strategies import ModelParallel, replace_multiprocessing_launcher
 from lit_gpt_scratch.errors import UserError
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
@@ -105,6 +107,24 @@ def test_run_resumes_with_another_strategy(
         points = [{step: float(value.strip("[]")) for step, value in run[name]} for run in (there, here)]
         assert points[0].keys() <= points[1].keys()  # each of the others validated at its end
         assert {step: points[1][step] for step in points[0]} == pytest.approx(points[0], rel=max(off, 1e-5), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [["--model.optimizer=AdamW"], ["--model.optimizer.row_beta=0.9"]])
+def test_offloaded_run_equals_one_whose_weights_stay_on_the_device(
+    small: list[str], tmp_path: Path, optimizer: list[str]
+) -> None:
+    """Bit for bit, also after resuming; the flag --cpu_offload itself requires a GPU."""
+    names = {"usual": False, "offloaded": True}
+    strategy = f"{ModelParallel.__module__}.ModelParallel"
+    flags = [*small, *optimizer, "--trainer.devices=2", f"--trainer.strategy={strategy}", "--model.ema_decay=0.9"]
+    for name, offload in names.items():
+        own = [f"--trainer.strategy.cpu_offload={offload}"]
+        last(tmp_path / name, *flags, *own, "--trainer.max_steps=6")
+        last(tmp_path / name, *own, "--ckpt_path=last", "--trainer.max_steps=12")
+    runs = [RunFolder(tmp_path / name / "pretrain" / "version_0") for name in names]
+    assert compare_checkpoint_files(*runs) == {}
+    assert compare_curves(*(run.path for run in runs)).keys() <= {"curve run/plan/text_summary"}
 
 
 @pytest.mark.slow

@@ -151,6 +151,15 @@ def test_flags_that_are_not_needed_are_removed() -> None:
     assert suggest_flags(with_memory(setup, 1000)) is None
 
 
+def test_cpu_offload_is_suggested_if_nothing_else_helps() -> None:
+    setup = make_setup(config=replace(CONFIG, n_layer=400), batch_size=1, checkpointing=True)
+    offloaded = replace(setup, cpu_offload=True)
+    memory = rank_memory(offloaded, measure_layout(offloaded))
+    assert not {"weights", "gradients", "optimizer"} & memory.keys()
+    assert memory["gathered"] == rank_memory(setup, measure_layout(setup))["gathered"]
+    assert suggest_flags(with_memory(setup, needed(offloaded))) == ({"--cpu_offload": "true"}, needed(offloaded))
+
+
 def test_heads_must_be_divisible() -> None:
     with pytest.raises(UserError, match=r"model.gpt.n_kv_head is 2, which is not divisible by 4"):
         measure_layout(make_setup(strategy="fsdp2_tp", tensor_parallel=4))
