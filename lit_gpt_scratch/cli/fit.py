@@ -63,6 +63,7 @@ from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.rank_monitor import RankMonitor
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.distributed.strategies import (
+    ModelParallel,
     build_named_strategy,
     replace_multiprocessing_launcher,
     resolve_groups,
@@ -334,11 +335,15 @@ class FitCLI(LightningCLI):
             self.model.trusted |= self.trusted
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
-            resolve_groups(trainer.strategy)  # checks the number of processes
+            groups = resolve_groups(trainer.strategy)  # checks the number of processes
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
             device = trainer.strategy.root_device
             if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared
-                require_model_fits_memory(self.model.gpt, 1, 1, device, trainer.world_size)
+                n_shards = trainer.world_size // groups if isinstance(trainer.strategy, ModelParallel) else 1
+                with trainer.precision_plugin.module_init_context():
+                    require_model_fits_memory(
+                        self.model.gpt, 1, 1, device, n_shards, trainer.num_devices, self.model.is_mostly_frozen
+                    )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # keep a user's plugin
             saving = self.config_init.checkpoint
             checkpoint_io = ShardedCheckpointIO() if saving.format == "sharded" else AtomicCheckpointIO()

@@ -120,6 +120,13 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[SHARD] if _is_hybrid(mesh) else mesh[DATA_PARALLEL]
 
 
+def count_shards(mesh: DeviceMesh | None) -> int:
+    """Return the number of processes across which ``parallelize`` shards a network; 1 without a device mesh."""
+    if mesh is None:
+        return 1
+    return mesh.size() // mesh[REPLICATE].size() if _is_hybrid(mesh) else mesh.size()
+
+
 def _is_hybrid(mesh: DeviceMesh) -> bool:
     return REPLICATE in (mesh.mesh_dim_names or ())
 

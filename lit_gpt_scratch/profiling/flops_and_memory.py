@@ -46,33 +46,47 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
 
 
 def require_model_fits_memory(
-    config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
+    config: GPTConfig,
+    vocab_size: int,
+    block_size: int,
+    device: torch.device,
+    n_shards: int,
+    local_processes: int,
+    is_frozen: bool = False,
 ) -> None:
-    """Check that a model fits into the memory of the machine, its container or the accelerator, without building it.
+    """Check that each process has the memory for its part of a model, without building it.
+
+    On a CPU, the processes of a machine share its memory, or that of their container. The weights are stored in torch's
+    default dtype.
 
     Args:
         config: The model config.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
-        device: The device to train on.
-        processes: Number of processes across which the model may be sharded.
+        device: Device of the weights.
+        n_shards: Number of processes across which the model is sharded.
+        local_processes: Number of processes on this machine.
+        is_frozen: Whether most weights have no gradients.
 
     Raises:
-        UserError: The model cannot be built, or its weights and gradients alone do not fit, even when sharded across
-            all processes.
+        UserError: The model cannot be built, or its weights and gradients alone do not fit.
     """
     nets = [build_on_meta(replace(config, n_layer=n), vocab_size, block_size) for n in (1, 2)]
-    one, two = (sum(p.numel() for p in net.parameters()) for net in nets)
-    tables = sum(buffer.nbytes for buffer in nets[0].buffers())
-    needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one)) + tables * processes  # each process has the tables
+    one, two = (sum(p.nbytes for p in net.parameters()) for net in nets)
+    tables = sum(buffer.nbytes for buffer in nets[0].buffers())  # each process has them
+    copies = 1 if is_frozen else 2
+    needed = copies * (one + (config.n_layer - 1) * (two - one)) / n_shards + tables
     if device.type == "cuda":
-        memory: int | None = torch.cuda.get_device_properties(device).total_memory
+        memory: float | None = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = host_memory()
-    if memory is not None and needed > memory * processes:
+        memory = None if memory is None else memory / local_processes
+    if memory is not None and needed > memory:
+        each = " in each process" if max(n_shards, local_processes) > 1 else ""
         raise UserError(
-            f"the weights and gradients of model.gpt alone require {needed / 2**30:,.1f} GiB, but only "
-            f"{memory * processes / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or vocabulary"
+            f"the weights {'' if is_frozen else 'and gradients '}of model.gpt alone require {needed / 2**30:,.1f} GiB"
+            f"{each}, but only {memory / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or "
+            "vocabulary, or shard the model across more GPUs or machines with --trainer.strategy fsdp2"
         )
 
 

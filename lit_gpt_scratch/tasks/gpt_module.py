@@ -30,7 +30,7 @@ from lit_gpt_scratch.checkpoint.metadata import (
 )
 from lit_gpt_scratch.checkpoint.training_state import validate_training_state
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
-from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
+from lit_gpt_scratch.distributed.parallelize import count_shards, parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
@@ -314,7 +314,9 @@ class GPTModule(L.LightningModule):
         validate_checkpointing(self.activation_checkpointing, self.gpt)
         cpu_offload = getattr(self.trainer.strategy, "cpu_offload", False)
         weights_device = torch.device("cpu") if cpu_offload else device
-        require_model_fits_memory(self.gpt, vocab_size, block_size, weights_device, self.trainer.world_size)
+        n_shards, local_processes = count_shards(self.device_mesh), self.trainer.num_devices
+        sizes = vocab_size, block_size
+        require_model_fits_memory(self.gpt, *sizes, weights_device, n_shards, local_processes, self.is_mostly_frozen)
         seed = self.trainer.strategy.broadcast(draw_seed())  # each process initializes its own shards
         is_sharded = self.device_mesh is not None  # it is never allocated as a whole
         with torch.device("meta") if is_sharded else nullcontext():
@@ -339,6 +341,11 @@ class GPTModule(L.LightningModule):
                     copy_weights(pretrained, net)
         self.initial_model = None  # free its memory
         self.metrics = self.build_metrics()
+
+    @property
+    def is_mostly_frozen(self) -> bool:
+        """Whether only adapters or some of the layers are trained."""
+        return self.lora is not None or self.train_layers is not None
 
     def _freeze(self, seed: int) -> None:
         """Freeze the parameters that ``lora`` or ``train_layers`` excludes from training, except for a new output head.

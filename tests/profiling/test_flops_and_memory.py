@@ -165,10 +165,30 @@ def test_memory_is_limited_by_the_container(
     assert host_memory(tmp_path / "cgroup", tmp_path / "membership") == expected
 
 
-def test_model_larger_than_the_container_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three million parameters and as many gradients in float32 take 24 MB."""
-    config, limit = GPTConfig(n_layer=4, n_head=4, n_embd=256), 20_000_000
-    require_model_fits_memory(config, 300, 64, torch.device("cpu"), 1)
-    monkeypatch.setattr("lit_gpt_scratch.profiling.flops_and_memory.host_memory", lambda: limit)
-    with pytest.raises(UserError, match=r"model\.gpt alone require 0\.0 GiB"):
-        require_model_fits_memory(config, 300, 64, torch.device("cpu"), 1)
+@pytest.mark.parametrize(
+    ("megabytes", "n_shards", "local_processes", "is_frozen", "dtype"),
+    [
+        (25.2, 1, 1, False, torch.float32),  # 3,145,728 weights of 4 bytes, and their gradients
+        (50.4, 1, 2, False, torch.float32),  # both processes of a machine have a copy
+        (25.2, 2, 2, False, torch.float32),
+        (12.6, 2, 1, False, torch.float32),  # two machines
+        (12.6, 1, 1, True, torch.float32),
+        (12.6, 1, 1, False, torch.bfloat16),
+    ],
+)
+def test_model_larger_than_the_container_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, megabytes: float, n_shards: int, local_processes: int, is_frozen: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=256, ffn_dim=682, position="learned")
+    sizes = torch.device("cpu"), n_shards, local_processes, is_frozen
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        monkeypatch.setattr("lit_gpt_scratch.profiling.flops_and_memory.host_memory", lambda: 1.1e6 * megabytes)
+        require_model_fits_memory(config, 1, 1, *sizes)
+        monkeypatch.setattr("lit_gpt_scratch.profiling.flops_and_memory.host_memory", lambda: 0.9e6 * megabytes)
+        with pytest.raises(UserError, match=r"model\.gpt alone require 0\.0 GiB.* --trainer.strategy fsdp2"):
+            require_model_fits_memory(config, 1, 1, *sizes)
+    finally:
+        torch.set_default_dtype(default)
