@@ -27,6 +27,7 @@ from lit_gpt_scratch.distributed.strategies import (
     resolve_strategy,
 )
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.cross_entropy import MAX_LOGITS_MB_ACCELERATOR
 from lit_gpt_scratch.model.activation_checkpointing import validate_checkpointing
 from lit_gpt_scratch.profiling.accelerators import Machine, parse_machine
 from lit_gpt_scratch.profiling.layout_sizes import (
@@ -147,6 +148,7 @@ def _training_setup(
         machine=machine,
         groups=groups,
         cpu_offload=config.cpu_offload,
+        max_logits_mb=model.max_logits_mb or MAX_LOGITS_MB_ACCELERATOR,
     )
 
 

@@ -54,6 +54,7 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "ddp 2": ParallelLayout(2, 2, flags=("--trainer.strategy=ddp",)),
     "fsdp2 2": ParallelLayout(2, 2, flags=("--trainer.strategy=fsdp2",)),
     "tp 2": ParallelLayout(2, 1, flags=("--trainer.strategy=tp",)),
+    "fsdp2 2, loss in chunks": ParallelLayout(2, 2, flags=("--trainer.strategy=fsdp2", "--model.max_logits_mb=0.1")),
     "hsdp 4": ParallelLayout(4, 4, flags=("--trainer.strategy=hsdp", "--hsdp_groups=2")),
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),

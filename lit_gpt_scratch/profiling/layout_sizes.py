@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
 from lit_gpt_scratch.distributed.parallelize import fsdp_mesh, parallelize
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.cross_entropy import MAX_LOGITS_MB_ACCELERATOR, positions_per_chunk
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.local_shard import to_local
@@ -62,6 +63,7 @@ class TrainingSetup:
         machine: The machine.
         groups: Number of groups that each hold all weights, for ``hsdp``.
         cpu_offload: Whether weights, gradients and optimizer state are in the memory of the host.
+        max_logits_mb: Size of the logits in MB above which the loss is computed in chunks.
     """
 
     config: GPTConfig
@@ -79,6 +81,7 @@ class TrainingSetup:
     machine: Machine
     groups: int = 1
     cpu_offload: bool = False
+    max_logits_mb: float = MAX_LOGITS_MB_ACCELERATOR
 
     @property
     def data_parallel(self) -> int:
@@ -109,6 +112,13 @@ class TrainingSetup:
     def weight_bytes(self) -> int:
         """Bytes per stored weight, and per weight in gradients, optimizer state and averages."""
         return WEIGHT_DTYPES[self.precision].itemsize
+
+    @property
+    def loss_chunk_size(self) -> int | None:
+        """Number of positions per chunk of the loss; None if all logits are computed at once."""
+        size = positions_per_chunk(self.vocab_size, self.max_logits_mb)
+        is_whole = size >= self.tokens_per_rank or self.tensor_parallel > 1 or self.precision == "16-mixed"
+        return None if is_whole else size
 
     @property
     def bf16_state(self) -> bool:
@@ -263,16 +273,25 @@ class ActivationSizes(NamedTuple):
 
 @cache
 def simulate_activations(
-    config: GPTConfig, vocab_size: int, block_size: int, precision: str, checkpointing: ActivationCheckpointing
+    config: GPTConfig,
+    vocab_size: int,
+    block_size: int,
+    precision: str,
+    checkpointing: ActivationCheckpointing,
+    in_chunks: bool = False,
 ) -> ActivationSizes:
-    """Fit the four coefficients to four simulations: one and two blocks, one and two rows."""
+    """Fit the four coefficients to four simulations: one and two blocks, one and two rows.
+
+    If the loss is computed in chunks, the coefficients are those of chunks with a single position.
+    """
 
     def simulate(n_layer: int, rows: int) -> int:
         # Fused kernels store neither the mask of a window nor that of dropout; simulated, they would be T x T matrices.
         small = replace(config, n_layer=n_layer, dropout=0.0, sliding_window=None)
         dtype, autocast = WEIGHT_DTYPES[precision], precision.endswith("mixed")
         device = torch.device("cpu")
-        return activation_bytes(small, vocab_size, block_size, rows, device, dtype, autocast, checkpointing)
+        chunk = 1 if in_chunks else None
+        return activation_bytes(small, vocab_size, block_size, rows, device, dtype, autocast, checkpointing, chunk)
 
     both, wide, deep, least = simulate(2, 2), simulate(1, 2), simulate(2, 1), simulate(1, 1)
     block_row = both - wide - deep + least
@@ -307,7 +326,8 @@ def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
     - ``activations``: what an uncompiled network stores. With activation checkpointing, this includes all activations
       of one block, which the backward pass recomputes. Without FSDP2, autocast also keeps a 16-bit copy of all
       matrices.
-    - ``logits``: two more float32 copies of the logits, which exist while their gradient is computed.
+    - ``logits``: two more float32 copies of the logits, which exist while their gradient is computed; if the loss is
+      computed in chunks, four copies of those of a chunk.
 
     Tensor parallelism splits activations inside attention and feed-forward networks. The residual stream is replicated,
     and so are the logits, which ``colwise_gather`` gathers.
@@ -318,14 +338,19 @@ def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
     elif setup.strategy == "ddp":
         memory["gathered"] = sizes.local["gradients"]
     arguments = local_config(setup), setup.vocab_size, setup.block_size, setup.precision
-    full, n_layer = simulate_activations(*arguments, False), setup.config.n_layer
-    kept = simulate_activations(*arguments, setup.checkpointing)
+    in_chunks = setup.loss_chunk_size is not None
+    full, n_layer = simulate_activations(*arguments, False, in_chunks), setup.config.n_layer
+    kept = simulate_activations(*arguments, setup.checkpointing, in_chunks)
     memory["activations"] = kept.fixed + setup.batch_size * (kept.row + n_layer * kept.block_row)
     if not setup.is_fully_sharded:
         memory["activations"] += n_layer * kept.block_fixed
     if setup.checkpointing:
         memory["activations"] += full.block_fixed + setup.batch_size * full.block_row
-    memory["logits"] = 2 * 4 * setup.tokens_per_rank * setup.vocab_size
+    logits = 4 * setup.vocab_size
+    if setup.loss_chunk_size is None:
+        memory["logits"] = 2 * logits * setup.tokens_per_rank
+    else:
+        memory["logits"] = 4 * logits * setup.loss_chunk_size
     return +memory
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
+from lit_gpt_scratch.distributed.parallelize import TENSOR_PARALLEL
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.losses.chunked_cross_entropy import chunked_cross_entropy, chunked_token_logprobs
@@ -30,9 +31,9 @@ class LanguageModel(GPTModule):
 
     If the logits of a micro-batch take up more memory than ``max_logits_mb``, the loss is computed in chunks of
     positions, in training and in validation. ``max_logits_mb`` has no effect in three cases. With ``compile=True``, the
-    output head and the loss are compiled together instead, so that the logits are not stored in memory. If FSDP2, HSDP
-    or tensor parallelism shards the head, all logits are computed at once. The same applies to ``16-mixed``, because
-    the gradients that are computed in the forward pass could overflow before the loss is scaled.
+    output head and the loss are compiled together instead, so that the logits are not stored in memory. If tensor
+    parallelism splits the head, all logits are computed at once. The same applies to ``16-mixed``, because the
+    gradients that are computed in the forward pass could overflow before the loss is scaled.
 
     Args:
         args: Positional arguments of ``GPTModule``.
@@ -64,7 +65,8 @@ class LanguageModel(GPTModule):
     @property
     @override
     def loss_chunk_size(self) -> int | None:
-        if self.device_mesh is not None or self._compiles_loss or self._scales_loss:
+        is_split = self.device_mesh is not None and self.device_mesh[TENSOR_PARALLEL].size() > 1
+        if is_split or self._compiles_loss or self._scales_loss:
             return None
         return positions_per_chunk(self.net.vocab_size, self.max_logits_mb or default_max_logits_mb(self.device))
 

@@ -77,6 +77,22 @@ def test_parts_of_the_memory() -> None:
     assert rank_memory(half, measure_layout(half))["weights"] == memory["weights"] // 2
 
 
+def test_logits_of_a_chunk_do_not_depend_on_the_rows() -> None:
+    """Logits of a position take 2,048 bytes."""
+    setup = make_setup(max_logits_mb=0.07, checkpointing=True)  # 34 positions fit
+    assert setup.loss_chunk_size == 32
+    memory, twice = (rank_memory(each, measure_layout(each)) for each in (setup, replace(setup, batch_size=8)))
+    assert memory["logits"] == twice["logits"] == 4 * 4 * 32 * VOCABULARY
+    chunked, whole = (replace(setup, batch_size=64, max_logits_mb=size) for size in (0.07, 10))
+    assert whole.loss_chunk_size is None
+    memory = rank_memory(chunked, measure_layout(chunked))
+    log_probabilities = 4 * 64 * 32 * VOCABULARY  # which a loss in chunks does not save
+    head = 2 * 4 * TABLE  # its gradient, and bfloat16 copies of it and of the weight
+    assert rank_memory(whole, measure_layout(whole))["activations"] - memory["activations"] == pytest.approx(
+        log_probabilities - head, rel=0.2
+    )
+
+
 def test_activations_are_linear_in_rows_and_blocks() -> None:
     sizes = simulate_activations(CONFIG, VOCABULARY, 32, "bf16-mixed", False)
     inputs = simulate_activations(CONFIG, VOCABULARY, 32, "bf16-mixed", True)

@@ -16,14 +16,15 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.callbacks.checkpointing import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy
+from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.perplexity import score_documents
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
-from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 from lit_gpt_scratch.tasks import LanguageModel
-from tests.conftest import sentences
+from tests.conftest import TINY, sentences
 from tests.tokenizer_forms import FORMS, build_tokenizer
 
 Build = Callable[..., L.Trainer]
@@ -275,6 +276,17 @@ def test_loss_in_chunks_trains_the_same_model(
     for name, weight in first.items():
         assert torch.equal(weight, second[name])
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "expected"), [((2, 1), 512), ((1, 2), None), ((2, 2), None)])
+def test_loss_is_computed_in_chunks_unless_tensor_parallelism_splits_the_head(
+    task: Callable[..., LanguageModel], layout: tuple[int, int], expected: int | None
+) -> None:
+    model = task(max_logits_mb=1)
+    model.net = GPT(TINY, 300, 8)
+    with fake_mesh(*layout) as mesh:
+        model._device_mesh = mesh
+        assert model.loss_chunk_size == expected
 
 
 def test_chunks_of_the_loss_must_not_be_empty() -> None:
