@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.tensor_stream import (
-    LazyTensors,
     add_prefix,
     on_meta,
     open_safetensors,
@@ -65,35 +62,18 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or corrupted, or was not written by ``export_safetensors``.
     """
-    with _explain_errors(path):
-        opened, header = open_safetensors(path)
-        metadata = header[METADATA_KEY]
-        digest = compute_digest(metadata, opened)
-
-    def read(name: str) -> Tensor:
-        with _explain_errors(path):
-            return opened[name]
-
-    weights = LazyTensors(opened.on_meta, read)
-    if header.get("sha256") != digest:
+    foreign = f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
+    weights, header = open_safetensors(path, f"no checkpoint at {path}; check the path", foreign)
+    metadata = header.get(METADATA_KEY)
+    if metadata is None:
+        raise UserError(foreign)
+    if header.get("sha256") != compute_digest(metadata, weights):
         raise UserError(f"{path} is corrupted: its checksum does not match; export the model again")
     try:
         content = parse_json(metadata, dict[str, Any], len(metadata))
     except ValueError as error:
         raise UserError(f"the metadata of {path} is corrupted ({error}); export the model again") from error
     return {METADATA_KEY: content, "state_dict": add_prefix(weights, prefix)}
-
-
-@contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}; check the path") from error
-    except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} was not exported by lit_gpt_scratch, or is corrupted; export the model again"
-        ) from error
 
 
 def compute_digest(metadata: str, weights: Mapping[str, Tensor]) -> str:

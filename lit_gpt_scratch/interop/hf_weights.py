@@ -1,12 +1,10 @@
 """Read the safetensors files in a Hugging Face folder, and check tensor names and shapes."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
@@ -74,26 +72,13 @@ def _open_shards(folder: Path) -> LazyTensors:
 
 
 def _open_file(path: Path) -> LazyTensors:
-    with _explain_errors(path):
-        opened, _ = open_safetensors(path)
-
-    def read(name: str) -> Tensor:
-        with _explain_errors(path):
-            return opened[name]
-
-    return LazyTensors(opened.on_meta, read)
-
-
-@contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent / shorten(path.name)} is missing; download the folder again") from error
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path.parent / shorten(path.name)} is not a safetensors file, or is corrupted; download it again"
-        ) from error
+    name = path.parent / shorten(path.name)
+    opened, _ = open_safetensors(
+        path,
+        f"{name} is missing; download the folder again",
+        f"{name} is not a safetensors file, or is corrupted; download it again",
+    )
+    return opened
 
 
 def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, overload
+from typing import Any, BinaryIO, Final, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +19,11 @@ DTYPES: Final = {
 """Names of data types in the safetensors format (https://huggingface.co/docs/safetensors)."""
 
 
-LOADABLE_DTYPES: Final = {name: dtype for dtype, name in DTYPES.items()} | {
+LOADABLE_DTYPES: Final[dict[str, torch.dtype]] = {name: dtype for dtype, name in DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64,
 }  # fmt: skip
+"""Data types of the tensors in a safetensors file, keyed by their names in the format."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -79,23 +81,37 @@ def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tenso
     return select(tensors, {prefix + name: name for name in tensors})
 
 
-def open_safetensors(path: Path) -> tuple[LazyTensors, dict[str, str]]:
+def open_safetensors(path: Path, missing: str, invalid: str) -> tuple[LazyTensors, dict[str, str]]:
     """Open a safetensors file, whose tensors are read when they are accessed, and return its metadata, too.
 
+    Args:
+        path: Path to the file.
+        missing: Message of the error if the file does not exist.
+        invalid: Message of the error if the file is not a safetensors file, or is corrupted.
+
     Raises:
-        OSError: The file cannot be read; also raised when a tensor is read.
-        SafetensorError: The file is corrupted; also raised when a tensor is read.
+        UserError: The file is missing or corrupted; also raised when a tensor is read.
     """
 
+    @contextmanager
+    def explained() -> Iterator[Any]:  # untyped in safetensors
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise UserError(missing) from error
+        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+            raise UserError(invalid) from error
+
     def read(name: str) -> Tensor:
-        with safe_open(str(path), framework="pt") as file:
+        with explained() as file:
             # A copy: the tensor could otherwise be a memory map of the file, which may change or be deleted.
             tensor: Tensor = file.get_tensor(name).clone()
         if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
-            raise SafetensorError(f"{path} has changed")
+            raise UserError(invalid)  # the file has changed
         return tensor
 
-    with safe_open(str(path), framework="pt") as file:
+    with explained() as file:
         shapes = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             stored = file.get_slice(name)
