@@ -133,13 +133,14 @@ class RunPlan(RunDirCallback):
         )
         held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
         gathered = ""
-        if task.device_mesh is not None and fsdp_mesh(task.device_mesh).size() > 1:
+        is_offloaded = getattr(trainer.strategy, "cpu_offload", False)
+        if task.device_mesh is not None and (is_offloaded or fsdp_mesh(task.device_mesh).size() > 1):
             largest = gathered_bytes(
                 *gathered_sizes(task.net, task.device_mesh), dtype.itemsize, str(trainer.precision)
             )
             gathered = f"up to {format_bytes(largest)} for weights that FSDP2 gathers, "
         per = " per process" if trainer.world_size > 1 else ""
-        offloaded = " in the memory of the CPU" if getattr(trainer.strategy, "cpu_offload", False) else ""
+        offloaded = " in the memory of the CPU" if is_offloaded else ""
         yield (
             "cost",
             f"{format_count(training_flops_per_token(task.net))} FLOPs per token; "

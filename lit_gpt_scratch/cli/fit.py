@@ -69,6 +69,7 @@ from lit_gpt_scratch.distributed.strategies import (
     resolve_groups,
     resolve_strategy,
     resolve_tensor_parallel_size,
+    validate_cpu_offload,
 )
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
@@ -336,6 +337,8 @@ class FitCLI(LightningCLI):
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
             groups = resolve_groups(trainer.strategy)  # checks the number of processes
+            if getattr(trainer.strategy, "cpu_offload", False):
+                validate_cpu_offload(size, str(trainer.precision))
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
             device = trainer.strategy.root_device
             if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared

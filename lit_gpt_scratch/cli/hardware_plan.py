@@ -25,6 +25,7 @@ from lit_gpt_scratch.distributed.strategies import (
     divide_processes,
     divide_replicas,
     resolve_strategy,
+    validate_cpu_offload,
 )
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import MAX_LOGITS_MB_ACCELERATOR
@@ -128,6 +129,8 @@ def _training_setup(
     strategy, size, groups = _resolve_layout(
         trainer.strategy, config.tensor_parallel, config.hsdp_groups, config.cpu_offload, machine
     )
+    if config.cpu_offload:
+        validate_cpu_offload(size, precision)
     data_parallel = machine.devices // size
     accumulate = int(trainer.accumulate_grad_batches)
     if data.tokens_per_step is not None:
@@ -236,7 +239,7 @@ def _lines(setup: TrainingSetup, sizes: LayoutSizes, origin: str, steps: int | N
     if setup.cpu_offload:
         per_node = sizes.local.total() * min(setup.machine.devices, setup.machine.per_node)
         parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in sizes.local.items() if n)
-        yield "host", f"{format_bytes(per_node)} of memory per node; for each device {parts}"
+        yield "host", f"at least {format_bytes(per_node)} of memory per node; for each device {parts}"
     saved = sizes.whole.total() - sizes.whole["gradients"]
     yield (
         "checkpoint",

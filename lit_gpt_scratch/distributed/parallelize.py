@@ -152,13 +152,14 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str, cpu_offload: bool = 
         validate_tensor_parallel(net.config, mesh[TENSOR_PARALLEL].size(), precision)
         _apply_tensor_parallel(net, mesh[TENSOR_PARALLEL])
     data_mesh = mesh[REPLICATE, SHARD] if _is_hybrid(mesh) else mesh[DATA_PARALLEL]
-    if data_mesh.size() > 1:
+    if data_mesh.size() > 1 or cpu_offload:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
         for block in net.blocks:
             fully_shard(block, mesh=data_mesh, mp_policy=policy, offload_policy=offload)
+        # By default, weights outside the blocks stay gathered until the backward pass, so the loss can use the head.
         fully_shard(net, mesh=data_mesh, offload_policy=offload)
         for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
             register_fsdp_forward_method(net, method)

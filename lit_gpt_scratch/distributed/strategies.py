@@ -296,7 +296,7 @@ def build_named_strategy(strategy: object) -> object:
 def resolve_strategy(
     strategy: object, tensor_parallel: int | None, hsdp_groups: int | None, cpu_offload: bool
 ) -> object:
-    """Return the Trainer's ``strategy`` with the settings of the flags that are named like the other arguments.
+    """Return the Trainer's ``strategy``, changed by the flags ``tensor_parallel``, ``hsdp_groups`` and ``cpu_offload``.
 
     Args:
         strategy: Value of ``--trainer.strategy``.
@@ -321,10 +321,9 @@ def resolve_strategy(
             )
     if hsdp_groups == 1:
         raise UserError("hsdp_groups is 1, which shards the model across all processes; use --trainer.strategy fsdp2")
-    if cpu_offload and (strategy not in ("fsdp2", "hsdp") or tensor_parallel not in (None, 1)):
+    if cpu_offload and strategy not in TENSOR_PARALLEL_SIZES:
         raise UserError(
-            "cpu_offload is true, which requires --trainer.strategy fsdp2 or hsdp without tensor parallelism; choose "
-            "one of them, or set --cpu_offload false"
+            f"cpu_offload is true, but --trainer.strategy is {strategy}; use fsdp2 or hsdp, or set --cpu_offload false"
         )
     if tensor_parallel is None and hsdp_groups is None and not cpu_offload:
         return strategy
@@ -334,6 +333,28 @@ def resolve_strategy(
     settings: dict[str, Any] = {"tensor_parallel_size": size, "groups": groups, "cpu_offload": cpu_offload}
     StrategyRegistry.register(sized, ModelParallel, override=True, **settings)
     return sized  # return a name, because Lightning rejects float64 with a strategy object
+
+
+def validate_cpu_offload(tensor_parallel: int, precision: str) -> None:
+    """Check that sharded weights can stay in the memory of the CPU.
+
+    Args:
+        tensor_parallel: Size of a tensor-parallel group.
+        precision: The Trainer's precision.
+
+    Raises:
+        UserError: Tensor parallelism would need the weights on the GPU, or gradients are scaled there.
+    """
+    if tensor_parallel > 1:
+        raise UserError(
+            "cpu_offload is true, which tensor parallelism does not support; use --trainer.strategy fsdp2, or set "
+            "--cpu_offload false"
+        )
+    if precision == "16-mixed":
+        raise UserError(
+            "cpu_offload is true, which --trainer.precision 16-mixed does not support, because gradients are scaled on "
+            "the GPU; use bf16-mixed or 32-true"
+        )
 
 
 def replace_multiprocessing_launcher(strategy: Strategy) -> str | None:

@@ -43,11 +43,6 @@ def validate_hardware(trainer: Mapping[str, Any], cpu_offload: bool = False) -> 
             f"cpu_offload is true, but --trainer.accelerator is {accelerator}, which has no memory of its own; set "
             "--cpu_offload false, or use an NVIDIA or AMD GPU"
         )
-    if cpu_offload and trainer.get("precision") == "16-mixed":
-        raise UserError(
-            "cpu_offload is true, which --trainer.precision 16-mixed does not support, because gradients are scaled on "
-            "the GPU; use bf16-mixed or 32-true"
-        )
 
 
 def _validate_strategy(strategy: object) -> None:

@@ -14,6 +14,7 @@ from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.local_shard import device_of
 
 DecodeStep = Callable[[Tensor, KVCache], Tensor]
 MAX_BATCH_ROWS: Final = 64
@@ -157,11 +158,12 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
         The cache, and the logits after the last token of each sequence, of shape (B, vocab_size).
     """
     weight = model.embedding.weight
+    device = device_of(weight)
     counts = [len(text) for text in texts]
     # Sequences are right-padded: no token attends to padding, and its cache entries are overwritten later.
     padded = [text + [0] * (max(counts) - len(text)) for text in texts]
-    ids = torch.tensor(padded, device=weight.device)  # (B, T)
-    cache = KVCache(len(texts), capacity, weight.device, weight.dtype, fixed)
+    ids = torch.tensor(padded, device=device)  # (B, T)
+    cache = KVCache(len(texts), capacity, device, weight.dtype, fixed)
     with torch.compiler.set_stance("force_eager"):  # otherwise, each prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         if fixed:
@@ -196,7 +198,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
     def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
 
-    on_cpu = model.embedding.weight.device.type == "cpu"
+    on_cpu = device_of(model.embedding.weight).type == "cpu"
     program = torch.compile(decode, dynamic=False, backend=_single_row_cpu if rows == 1 and on_cpu else _inductor)
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:

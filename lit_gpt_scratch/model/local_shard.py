@@ -1,5 +1,6 @@
 """The part of a ``DTensor`` parameter, gradient or optimizer state that this process holds."""
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
@@ -8,6 +9,18 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a ``DTensor``, which shares its memory; any other tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Return the device on which a parameter is used. With CPU offload, its shard is stored on the CPU nevertheless."""
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
+        return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return parameter.device
+
+
+def is_offloaded(parameter: Tensor) -> bool:
+    """Return whether a parameter is a shard that is stored on the CPU, but used on an accelerator."""
+    return isinstance(parameter, DTensor) and to_local(parameter).device.type != parameter.device_mesh.device_type
 
 
 def shard_slices(tensor: Tensor) -> list[slice]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.model.local_shard import is_offloaded, to_local
 
 EMA_STATE_KEY: Final = "average"
 """Key of the average in a parameter's optimizer state."""
@@ -93,6 +93,8 @@ class ExponentialMovingAverage:
         if self.active == active:
             return
         self.active = active
+        if any(is_offloaded(p) for p in module.parameters()):
+            torch.accelerator.synchronize()  # the accelerator may still be reading weights of the last forward pass
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
                 if EMA_STATE_KEY in state:

@@ -10,7 +10,7 @@ same name when the class is changed, and Muon's learning rate would be far too l
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.model.local_shard import device_of, is_offloaded, to_local
 from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of
 from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.optim.param_groups import parameter_groups
@@ -120,10 +120,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        batches: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for p in parameters:
-            batches[p.shape, sharding_of(p)].append(p)
-        for (shape, _), batch in batches.items():
+        for batch in _group_matrices(parameters):
             weights = [to_local(p) for p in batch]
             gradients = [to_local(p.grad) for p in batch if p.grad is not None]
             stored = [to_local(self._state(p, group, "momentum")["momentum"]) for p in batch]
@@ -134,14 +131,15 @@ class MuonAdamW(Optimizer):
                 torch._foreach_copy_(stored, momenta)
             row_beta = group.get("row_beta")
             matrices = ShardedMatrices(batch[0], len(batch), replicate=row_beta is not None)
-            stacked = torch.stack(nesterov).to(newton_schulz_dtype(nesterov[0].device))  # before communication
+            stacked = torch.stack(nesterov).to(newton_schulz_dtype(device_of(batch[0])))  # before communication
             updates = orthogonalise(matrices.gather(stacked))  # (n, rows, columns)
             if row_beta is not None:
                 updates = updates.to(weights[0].dtype)
                 self._normalise_rows(updates, batch, row_beta)
             # (N, local rows, local columns); with CPU offload, matrices are gathered on the accelerator
             updates = matrices.shard(updates).to(weights[0].device, weights[0].dtype)
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            rows, columns = batch[0].shape
+            scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
 
@@ -197,11 +195,29 @@ class MuonAdamW(Optimizer):
             key: {name: value for name, value in values.items() if name not in MOMENTS}
             for key, values in state_dict["state"].items()
         }
+        flags = [group.get("bf16_state", False) for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": others})
+        for group, flag in zip(self.param_groups, flags, strict=True):
+            group["bf16_state"] = flag
         for key, (p, dtype) in zip(saved, parameters, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name in MOMENTS:
                     self.state[p][name] = value.to(p.device, dtype)
+
+
+def _group_matrices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Group matrices by shape and sharding.
+
+    Matrices that are offloaded to the CPU are gathered on the accelerator, so a group has only one matrix for each
+    process.
+    """
+    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        groups[p.shape, sharding_of(p)].append(p)
+    for (_, (mesh, _)), group in groups.items():
+        size = mesh.size() if mesh is not None and is_offloaded(group[0]) else len(group)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _moment_dtype(parameter: Tensor, group: dict[str, Any]) -> torch.dtype:
@@ -234,8 +250,10 @@ def _adamw_update(
     )
 
 
-DECAY_RATES: Final = ("beta1", "beta2", "momentum", "row_beta")
-"""Names of hyperparameters that are decay rates of running means; ``row_beta`` always applies to float32 values."""
+BF16_DECAY_RATES: Final = ("beta1", "beta2", "momentum")
+"""Names of hyperparameters that are decay rates of the running means that ``bf16_state`` stores in bfloat16."""
+DECAY_RATES: Final = (*BF16_DECAY_RATES, "row_beta")
+"""Names of all hyperparameters that are decay rates of running means."""
 
 
 class OptimizerRecipe(ABC):
@@ -266,7 +284,7 @@ class OptimizerRecipe(ABC):
                 raise UserError(f"model.optimizer.{name} is {value}; it must be 0 or more")
             if name in DECAY_RATES and value is not None and not 0 <= value < 1:
                 raise UserError(f"model.optimizer.{name} is {value}; it must be at least 0 and below 1")
-            if name in DECAY_RATES[:3] and vars(self).get("bf16_state") and value > MAX_BF16_DECAY:
+            if name in BF16_DECAY_RATES and vars(self).get("bf16_state") and value > MAX_BF16_DECAY:
                 raise UserError(
                     f"model.optimizer.{name} is {value}, whose small changes would be lost when they are rounded to "
                     f"bfloat16; set it to {MAX_BF16_DECAY} or less, or set --model.optimizer.bf16_state false"

@@ -86,7 +86,7 @@ def require_model_fits_memory(
         raise UserError(
             f"the weights {'' if is_frozen else 'and gradients '}of model.gpt alone require {needed / 2**30:,.1f} GiB"
             f"{each}, but only {memory / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or "
-            "vocabulary, or shard the model across more GPUs or machines with --trainer.strategy fsdp2"
+            "vocabulary, or shard the model across more machines or GPUs with --trainer.strategy fsdp2"
         )
 
 

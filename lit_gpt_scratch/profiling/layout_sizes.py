@@ -91,7 +91,7 @@ class TrainingSetup:
     @property
     def is_fully_sharded(self) -> bool:
         """Whether FSDP2 shards the weights across data-parallel ranks."""
-        return self.strategy in ("fsdp2", "hsdp", "fsdp2_tp") and self.n_shards > 1
+        return self.strategy in ("fsdp2", "hsdp", "fsdp2_tp") and (self.n_shards > 1 or self.cpu_offload)
 
     @property
     def n_shards(self) -> int:
@@ -346,6 +346,8 @@ def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:
         memory["activations"] += n_layer * kept.block_fixed
     if setup.checkpointing:
         memory["activations"] += full.block_fixed + setup.batch_size * full.block_row
+    if in_chunks and setup.is_fully_sharded:
+        memory["activations"] -= 4 * setup.vocab_size * setup.config.n_embd  # the gradient of the head is in "gathered"
     logits = 4 * setup.vocab_size
     if setup.loss_chunk_size is None:
         memory["logits"] = 2 * logits * setup.tokens_per_rank
@@ -467,7 +469,8 @@ def _with_bf16_state(optimizer: OptimizerRecipe) -> OptimizerRecipe | None:
 
 
 def _offload(setup: TrainingSetup) -> Change | None:
-    if setup.cpu_offload or not setup.is_fully_sharded or setup.tensor_parallel > 1:
+    is_possible = setup.is_fully_sharded and setup.tensor_parallel == 1 and setup.precision != "16-mixed"
+    if setup.cpu_offload or not is_possible:
         return None
     return {"--cpu_offload": "true"}, replace(setup, cpu_offload=True)
 

@@ -31,7 +31,8 @@ class LanguageModel(GPTModule):
 
     If the logits of a micro-batch take up more memory than ``max_logits_mb``, the loss is computed in chunks of
     positions, in training and in validation. ``max_logits_mb`` has no effect in three cases. With ``compile=True``, the
-    output head and the loss are compiled together instead, so that the logits are not stored in memory. If tensor
+    output head and the loss of a model that is not sharded are compiled together instead, so that the logits are not
+    stored in memory. If tensor
     parallelism splits the head, all logits are computed at once. The same applies to ``16-mixed``, because the
     gradients that are computed in the forward pass could overflow before the loss is scaled.
 
@@ -88,6 +89,10 @@ class LanguageModel(GPTModule):
         if self.loss_chunk_size is None or labels.numel() <= self.loss_chunk_size:
             return token_cross_entropy(self(*inputs), labels)
         x = self.net.hidden_states(*inputs)
+        if self.device_mesh is not None and torch.is_grad_enabled() and not x.requires_grad:
+            # FSDP2 would not reduce the gradients of a head that is called outside of its forward methods, and whose
+            # input does not require gradients.
+            return token_cross_entropy(self.net.apply_head(x), labels)
         return chunked_cross_entropy(self.net.head, self.net.finalize_output, x, labels, self.loss_chunk_size)
 
     @override

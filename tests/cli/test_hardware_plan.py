@@ -57,7 +57,9 @@ def test_cpu_offload_is_counted_in_the_memory_of_the_host(caplog: pytest.LogCapt
     flags = ["--trainer.strategy=fsdp2", "--model.optimizer=AdamW", "--cpu_offload=true"]
     lines = plan(caplog, "--plan", "--preset=llama3_8b", "--devices_like=2x8xh200", *flags)
     assert "optimizer" not in lines["memory"]
-    assert lines["host"].startswith("64.2 GB of memory per node; for each device weights 2.01 GB")  # 16 B per weight
+    assert lines["host"].startswith(
+        "at least 64.2 GB of memory per node; for each device weights 2.01 GB"
+    )  # 16 B per weight
     assert lines["time"].startswith("not predicted")
     assert "step" not in lines
 
@@ -86,6 +88,20 @@ def test_small_networks_are_bound_by_launches(caplog: pytest.LogCaptureFixture) 
         (["--devices_like=8xh100", "--trainer.strategy=tp"], "model.gpt.n_head is 4, which is not divisible by 8"),
         (["--devices_like=8xh100", "--trainer.strategy=deepspeed"], "--trainer.strategy is deepspeed"),
         (["--devices_like=8xh100", "--trainer.precision=64-true"], "--trainer.precision is 64-true"),
+        (
+            ["--devices_like=8xh100", "--trainer.strategy=fsdp2", "--cpu_offload=true", "--trainer.precision=16"],
+            "--trainer.precision 16-mixed does not support",
+        ),
+        (
+            [
+                "--devices_like=8xh100",
+                "--trainer.strategy=hsdp",
+                "--hsdp_groups=2",
+                "--tensor_parallel=2",
+                "--cpu_offload=true",
+            ],
+            "which tensor parallelism does not support",
+        ),
         (["--devices_like=8xh100", "--data.tokens_per_step=1000"], "not a multiple of the 16384 tokens"),
         (["--devices_like=8xh100", "--model.lora.rank=8"], "does not support model.lora"),
         (["--devices_like=8xh100", "--data.tokenizer=no/such.json"], "no/such.json"),

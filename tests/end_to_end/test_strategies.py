@@ -110,14 +110,42 @@ def test_run_resumes_with_another_strategy(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.devices=2", "--model.gpt.tied_embeddings=true"],
+        ["--trainer.devices=2", "--model.train_layers=1"],
+        # The input of the head requires no gradients.
+        ["--trainer.devices=2", "--model.train_layers=0", "--model.gpt.norm_placement=post"],
+        ["--trainer.devices=4", "--trainer.strategy=hsdp", "--hsdp_groups=2", "--trainer.accumulate_grad_batches=2"],
+    ],
+    ids=["tied", "frozen blocks", "only the head", "hsdp"],
+)
+def test_loss_in_chunks_trains_the_same_sharded_model(small: list[str], tmp_path: Path, flags: list[str]) -> None:
+    layout = ["--trainer.strategy=fsdp2", "--model.optimizer=AdamW", "--trainer.precision=64-true", *flags]
+    whole, chunked = (
+        last(tmp_path / size, *small, *layout, "--data.batch_size=1", f"--model.max_logits_mb={size}")
+        for size in ("1", "0.01")
+    )
+    start, expected, found = (
+        run["state_dict"] for run in (last(tmp_path / "0", *small, *layout, "--trainer.max_steps=1"), whole, chunked)
+    )
+    assert not torch.equal(start["net.head.weight"], found["net.head.weight"])
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("optimizer", [["--model.optimizer=AdamW"], ["--model.optimizer.row_beta=0.9"]])
 def test_offloaded_run_equals_one_whose_weights_stay_on_the_device(
-    small: list[str], tmp_path: Path, optimizer: list[str]
+    small: list[str], tmp_path: Path, optimizer: list[str], devices: int
 ) -> None:
     """Bit for bit, also after resuming; the flag --cpu_offload itself requires a GPU."""
     names = {"usual": False, "offloaded": True}
     strategy = f"{ModelParallel.__module__}.ModelParallel"
-    flags = [*small, *optimizer, "--trainer.devices=2", f"--trainer.strategy={strategy}", "--model.ema_decay=0.9"]
+    layout = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--model.ema_decay=0.9"]
+    flags = [*small, *optimizer, *layout]
     for name, offload in names.items():
         own = [f"--trainer.strategy.cpu_offload={offload}"]
         last(tmp_path / name, *flags, *own, "--trainer.max_steps=6")

@@ -185,6 +185,11 @@ def test_loaded_moments_have_the_configured_dtype(recipe: type[Muon] | type[Adam
             assert before[name].dtype == (torch.bfloat16 if saved else torch.float32)
             assert after[name].dtype == (torch.bfloat16 if loaded else torch.float32)
             assert torch.equal(before[name].bfloat16(), after[name].bfloat16())
+    optimizers[1].step()  # with the configured dtype, and not with that of the checkpoint
+    for p in model.parameters():
+        for name in MOMENTS & optimizers[1].state[p].keys():
+            assert optimizers[1].state[p][name].dtype == (torch.bfloat16 if loaded else torch.float32)
+            assert not torch.equal(optimizers[1].state[p][name].float(), optimizers[0].state[p][name].float())
 
 
 @pytest.mark.parametrize("recipe", [Muon(), AdamW(), Muon(bf16_state=True, row_beta=0.9), AdamW(bf16_state=True)])

@@ -11,6 +11,7 @@ from lit_gpt_scratch.batch_types import TextRewardFunction
 from lit_gpt_scratch.checkpoint.init_from import explain_untrusted
 from lit_gpt_scratch.checkpoint.loading import load_reward_model
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.local_shard import device_of
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
 from lit_gpt_scratch.trust import Trusted
 
@@ -66,7 +67,7 @@ class RewardModelScorer:
             UserError: A reward is not finite.
         """
         texts, scores = replies.full_ids, []
-        device = self.net.embedding.weight.device
+        device = device_of(self.net.embedding.weight)
         for first in range(0, len(texts), self.batch_size):
             part = texts[first : first + self.batch_size]
             lengths = torch.tensor([len(text) for text in part], device=device)

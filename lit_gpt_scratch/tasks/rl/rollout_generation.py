@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import DataInfo, DataSplit
 from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.local_shard import device_of
 from lit_gpt_scratch.tasks.rl.reward_functions import RewardFunction
 from lit_gpt_scratch.tasks.rl.rollouts import Replies, generate_replies
 
@@ -64,5 +65,5 @@ class RolloutGenerator:
         if (check := prompts.reply_check()) is not None:
             checked = [float(last and check(text)) for last, text in zip(ended, texts, strict=True)]
             rows["true_reward"] = torch.tensor(checked)
-        device = self.net.embedding.weight.device
+        device = device_of(self.net.embedding.weight)
         return {name: values.to(device) for name, values in rows.items()}
