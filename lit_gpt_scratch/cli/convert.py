@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-hf",
         help="export a folder for Hugging Face transformers",
         description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
-        "matches the model: GPT-2, Llama, Mistral or Qwen3.",
+        "matches the model: GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
     to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be empty if it exists")
@@ -71,8 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
     from_hf = formats.add_parser(
         "from-hf",
         help="import a folder from Hugging Face transformers",
-        description="Import a GPT-2, Llama, Mistral or Qwen3 folder written by save_pretrained, as a checkpoint that "
-        "generate and evaluate can read. No code in the folder is executed.",
+        description="Import a GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3 folder written by save_pretrained, "
+        "as a checkpoint that generate and evaluate can read. No code in the folder is executed.",
     )
     from_hf.add_argument(
         "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors files and tokenizer.json"

@@ -89,6 +89,11 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
             f"--trainer.precision {precision} is not supported with tensor parallelism, because it "
             f"does not support sharded gradients; choose bf16-mixed or 32-true"
         )
+    if config.qk_norm_joint:
+        raise UserError(
+            "model.gpt.qk_norm_joint is true, which is not supported with tensor parallelism, because it normalizes "
+            "the heads of all processes together; use fsdp2 or ddp"
+        )
     if config.attention is not None:
         raise UserError(
             f"model.gpt.attention is {config.attention}, but custom attention is not supported with tensor "

@@ -20,7 +20,14 @@ from lit_gpt_scratch.interop.hf_tokenizer import (
     special_ids,
 )
 from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, open_tensors, validate_tensors
-from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
+from lit_gpt_scratch.interop.llama_family import (
+    LlamaFamily,
+    MistralFamily,
+    Olmo2Family,
+    Qwen2Family,
+    Qwen3Family,
+    SmolLM3Family,
+)
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, select, write_safetensors
 from lit_gpt_scratch.model.expected_weights import expected_weights
@@ -34,7 +41,16 @@ from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 log = logging.getLogger(__name__)
 
 FAMILIES: Final[dict[str, ModelFamily]] = {
-    family.model_type: family for family in (Qwen3Family(), LlamaFamily(), MistralFamily(), GPT2Family())
+    family.model_type: family
+    for family in (
+        Qwen3Family(),
+        LlamaFamily(),
+        MistralFamily(),
+        Qwen2Family(),
+        Olmo2Family(),
+        SmolLM3Family(),
+        GPT2Family(),
+    )
 }
 """Supported model families, keyed by ``model_type``. The first family that supports a config is used for export."""
 CONFIG_FILE: Final = "config.json"

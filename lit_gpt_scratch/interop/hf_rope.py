@@ -11,7 +11,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, DEFAULT_ROTARY_SLOW
 
 DEFAULT_THETA: Final = 10_000.0
-"""Value of ``rope_theta`` if ``config.json`` does not specify it."""
+"""Value of ``rope_theta`` if it is missing, in most families."""
 SCALING_FIELDS: Final = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_slow", "beta_fast"),
@@ -26,18 +26,19 @@ TOLERANCE: Final = 1e-6
 """Relative tolerance for comparing attention scales, whose precision differs between files."""
 
 
-def read_rope(fields: HFConfigReader) -> dict[str, Any]:
+def read_rope(fields: HFConfigReader, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
     """Convert rotary position embedding settings to ``GPTConfig`` fields; record unsupported values in ``fields``.
 
     Args:
         fields: Reader for the whole ``config.json``, in which the settings are in ``rope_parameters`` or, in the older
             format, in ``rope_theta`` and ``rope_scaling``.
+        default_theta: Value of ``rope_theta`` if it is missing.
 
     Raises:
         UserError: A number is missing or invalid.
     """
     rope = fields.nested("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
-    settings: dict[str, Any] = {"rotary_base": rope.number("rope_theta", fields.number("rope_theta", DEFAULT_THETA))}
+    settings: dict[str, Any] = {"rotary_base": rope.number("rope_theta", fields.number("rope_theta", default_theta))}
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     rope.allow_only("partial_rotary_factor", 1)
     for name in sorted(rope.values.keys() - KNOWN_FIELDS):

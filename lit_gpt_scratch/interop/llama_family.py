@@ -1,4 +1,4 @@
-"""Convert Llama, Mistral and Qwen3 models (rotary position embeddings, RMSNorm, SwiGLU, grouped-query attention)."""
+"""Convert model families with the Llama architecture: rotary position embeddings, RMSNorm, SwiGLU."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
-from lit_gpt_scratch.interop.hf_rope import read_rope, write_rope
+from lit_gpt_scratch.interop.hf_rope import DEFAULT_THETA, read_rope, write_rope
 from lit_gpt_scratch.interop.model_family import (
     EMBEDDING,
     NORM,
@@ -23,29 +23,37 @@ LINEAR_NAMES = {
     "mlp.down_proj": "feed_forward.output",
 }  # fmt: skip
 """Map from the Hugging Face names of a block's linear layers to the names in this package."""
+NO_PADDING = {"pad_token_id": None}
+"""Overrides the default of some families; the embedding of that token would otherwise receive no gradient."""
+QKV_NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+"""Hugging Face names of the projections to queries, keys and values."""
 
 
 class LlamaLikeFamily(ModelFamily):
-    """Base class for model families with the Llama architecture and a norm before each sublayer.
+    """Base class for model families with the Llama architecture.
 
     Attributes:
         default_kv_heads: Number of key/value heads if ``config.json`` does not specify it; None uses the number of
             attention heads.
         default_head_dim: Head dimension if ``config.json`` does not specify it; None uses the hidden size divided by
             the number of attention heads.
+        default_norm_eps: Epsilon of the norms if ``config.json`` does not specify it.
+        default_theta: Base of the rotation frequencies if ``config.json`` does not specify it.
         norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
     """
 
     prefix = "model."
     default_kv_heads: ClassVar[int | None] = None
     default_head_dim: ClassVar[int | None] = None
+    default_norm_eps: ClassVar[float] = 1e-6
+    default_theta: ClassVar[float] = DEFAULT_THETA
     norm_names: ClassVar[dict[str, tuple[str, ...] | str]] = {
         "input_layernorm.weight": "attention_norm.weight",
         "post_attention_layernorm.weight": "feed_forward_norm.weight",
     }
     fixed: ClassVar[dict[str, Any]] = {
         "position": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "feed_forward": "swiglu", "bias": False,
-        "qk_norm": False, "sliding_window": None, "rotary_share": 1.0,
+        "qkv_bias": False, "qk_norm": False, "sliding_window": None, "rotary_share": 1.0,
     }  # fmt: skip
     configurable = frozenset({"n_kv_head", "head_dim", "rotary_scaling"})
 
@@ -62,9 +70,9 @@ class LlamaLikeFamily(ModelFamily):
             "n_kv_head": fields.positive_int("num_key_value_heads", self.default_kv_heads or heads, heads),
             "head_dim": fields.positive_int("head_dim", self.default_head_dim or width // heads, width // heads),
             "ffn_dim": fields.positive_int("intermediate_size"),
-            "norm_eps": fields.number("rms_norm_eps", 1e-6),
+            "norm_eps": fields.number("rms_norm_eps", self.default_norm_eps),
             "initialisation": "normal",
-            **read_rope(fields),
+            **read_rope(fields, self.default_theta),
         }
 
     @override
@@ -86,8 +94,9 @@ class LlamaLikeFamily(ModelFamily):
 
     @override
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        kinds = ("weight", "bias") if gpt.bias else ("weight",)
-        linear = {f"{hf_name}.{kind}": f"{name}.{kind}" for hf_name, name in LINEAR_NAMES.items() for kind in kinds}
+        biased = [*LINEAR_NAMES] if gpt.bias else QKV_NAMES if gpt.qkv_bias else []
+        linear = {f"{hf_name}.weight": f"{name}.weight" for hf_name, name in LINEAR_NAMES.items()}
+        linear |= {f"{hf_name}.bias": f"{LINEAR_NAMES[hf_name]}.bias" for hf_name in biased}
         yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
             for hf_name, names in map_layer_names("model.layers.{}.", layer, {**self.norm_names, **linear}):
@@ -169,3 +178,84 @@ class Qwen3Family(LlamaLikeFamily):
             "max_window_layers": layers,
             "layer_types": ["full_attention"] * layers,
         }
+
+
+class Qwen2Family(LlamaLikeFamily):
+    """Qwen2 and Qwen2.5 models (https://arxiv.org/abs/2407.10671), with biases of the queries, keys and values only."""
+
+    model_type, architecture = "qwen2", "Qwen2ForCausalLM"
+    default_kv_heads = 32
+    fixed = LlamaLikeFamily.fixed | {"qkv_bias": True}
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        layers = shape.gpt.n_layer
+        return super().build_config(shape) | {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": layers,
+            "layer_types": ["full_attention"] * layers,
+        }
+
+
+class Olmo2Family(LlamaLikeFamily):
+    """OLMo 2 models (https://arxiv.org/abs/2501.00656), which normalize outputs, and all queries and keys together."""
+
+    model_type, architecture = "olmo2", "Olmo2ForCausalLM"
+    default_norm_eps = 1e-5
+    norm_names: ClassVar[dict[str, tuple[str, ...] | str]] = {
+        "post_attention_layernorm.weight": "attention_end.weight",
+        "post_feedforward_layernorm.weight": "feed_forward_end.weight",
+        "self_attn.q_norm.weight": "attention.query_norm.weight",
+        "self_attn.k_norm.weight": "attention.key_norm.weight",
+    }
+    fixed = LlamaLikeFamily.fixed | {"norm_placement": "output", "qk_norm": True, "qk_norm_joint": True}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        return super().parse_config(fields)
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {"attention_bias": False, **NO_PADDING}
+
+
+class SmolLM3Family(LlamaLikeFamily):
+    """SmolLM3 models (https://huggingface.co/HuggingFaceTB/SmolLM3-3B), in which some blocks encode no positions."""
+
+    model_type, architecture = "smollm3", "SmolLM3ForCausalLM"
+    tied_by_default = True
+    default_kv_heads = 4
+    default_theta = 2_000_000.0
+    configurable = LlamaLikeFamily.configurable | {"rotary_skip_every"}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        fields.allow_only("mlp_bias", False)
+        n_layer, every = fields.positive_int("num_hidden_layers"), fields.positive_int("no_rope_layer_interval", 4)
+        rotates = fields.values.get("no_rope_layers")
+        if rotates is not None:  # it takes precedence
+            every = rotates.index(0) + 1 if isinstance(rotates, list) and 0 in rotates else n_layer + 1
+            if rotates != _rotates(n_layer, every):
+                fields.reject("no_rope_layers", f"only 0 in every block whose number is divisible by {every}, else 1")
+        return super().parse_config(fields) | {"rotary_skip_every": every if every <= n_layer else None}
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        n_layer, every = shape.gpt.n_layer, shape.gpt.rotary_skip_every or shape.gpt.n_layer + 1
+        return super().build_config(shape) | {
+            **NO_PADDING,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "layer_types": ["full_attention"] * n_layer,
+            "no_rope_layer_interval": every,
+            "no_rope_layers": _rotates(n_layer, every),
+        }
+
+
+def _rotates(n_layer: int, skip_every: int) -> list[int]:
+    """Return 1 for each layer that rotates its queries and keys, and 0 for the others."""
+    return [int((layer + 1) % skip_every != 0) for layer in range(n_layer)]

@@ -300,12 +300,15 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
         self.head_dim = config.head_width
-        self.query = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
-        self.key = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.value = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        bias = config.bias or config.qkv_bias
+        self.query = Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
+        self.key = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.value = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.output = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = (
+            RMSNorm(heads * self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+            for heads in ((self.n_head, self.n_kv_head) if config.qk_norm_joint else (1, 1))
+        )
         self.recorded_weights: list[Tensor] | None = None
         """List to which each forward pass appends its (B, n_head, T, S) attention weights; None disables recording."""
 
@@ -319,14 +322,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Apply self-attention to ``x`` of shape (B, T, n_embd); for the other arguments, see ``Block.forward``."""
         B, T, _ = x.shape  # below, -1 is the number of heads, because a tensor-parallel process holds only some heads
-        q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        q, k = self.query(x), self.key(x)
+        if self.config.qk_norm_joint:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = k.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if not self.config.qk_norm_joint:
+            q, k = self.query_norm(q), self.key_norm(k)
         v = self.value(x)
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        q = position.rotate(self.query_norm(q), layout.cos_sin)
-        k = position.rotate(self.key_norm(k), layout.cos_sin)
+        q, k = position.rotate(q, layout.cos_sin), position.rotate(k, layout.cos_sin)
         if layer_cache is not None:
             cache, layer = layer_cache
             k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, head_dim)

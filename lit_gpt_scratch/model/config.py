@@ -58,11 +58,15 @@ class GPTConfig:
             attends to all preceding tokens.
         qk_norm: Whether to apply RMSNorm to the queries and keys of each head before the dot product, which keeps
             attention scores bounded (https://arxiv.org/abs/2302.05442).
+        qk_norm_joint: Whether this norm covers the channels of all heads together, instead of those of each head (OLMo
+            2, https://arxiv.org/abs/2501.00656).
         position: Position encoding: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2),
             ``sinusoidal`` (https://arxiv.org/abs/1706.03762), ``alibi`` (https://arxiv.org/abs/2108.12409) or ``none``.
         rotary_base: Base of the rotation frequencies of the rotary position embeddings, called ``rope_theta`` in
             Hugging Face configs.
         rotary_share: Fraction of each head's channels that are rotated, starting with the first channel (GPT-NeoX).
+        rotary_skip_every: Every ``rotary_skip_every``-th block does not rotate its queries and keys (SmolLM3 with 4;
+            https://arxiv.org/abs/2501.18795). By default, all blocks do.
         rotary_scaling: Method for extending rotary position embeddings beyond the original context length: ``linear``,
             ``ntk``, ``llama3`` or ``yarn`` (see ``model.positions``). By default, the frequencies are not scaled.
         rotary_factor: Ratio of the extended context length to the original context length.
@@ -78,10 +82,13 @@ class GPTConfig:
             (https://arxiv.org/abs/1607.06450).
         norm_eps: Value added to the mean square or variance in normalization layers for numerical stability.
         norm_placement: Placement of the normalization layers: ``pre`` normalizes the input of each residual branch
-            (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer), and
-            ``sandwich`` normalizes both the input and the output of each residual branch (Gemma 2).
+            (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer),
+            ``output`` normalizes the output of each residual branch (OLMo 2), and ``sandwich`` normalizes both its
+            input and its output (Gemma 2).
         bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head never
             has a bias.
+        qkv_bias: Whether the projections to queries, keys and values have biases even if ``bias`` is false (Qwen2,
+            https://arxiv.org/abs/2407.10671).
         feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
             (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact`` or ``relu``.
         ffn_dim: Hidden width of the feed-forward network. By default, 4 * n_embd, or 8/3 * n_embd for ``swiglu`` and
@@ -124,9 +131,11 @@ class GPTConfig:
     attention_softcap: float | None = None
     sliding_window: int | None = None
     qk_norm: bool = True
+    qk_norm_joint: bool = False
     position: PositionName = "rotary"
     rotary_base: float = 10_000.0
     rotary_share: float = 1.0
+    rotary_skip_every: int | None = None
     rotary_scaling: ScalingName | None = None
     rotary_factor: float = 1.0
     rotary_trained_context: int | None = None
@@ -136,6 +145,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     norm_placement: PlacementName = "pre"
     bias: bool = False
+    qkv_bias: bool = False
     feed_forward: FeedForwardName = "swiglu"
     ffn_dim: int | None = None
     tied_embeddings: bool = False
@@ -183,6 +193,11 @@ class GPTConfig:
             raise UserError(
                 f"model.gpt.attention_backend is flex, which does not support dropout, but "
                 f"model.gpt.dropout is {self.dropout}; choose auto, sdpa or manual"
+            )
+        if self.qk_norm_joint and not self.qk_norm:
+            raise UserError(
+                "model.gpt.qk_norm_joint is true, but model.gpt.qk_norm is false; set qk_norm to true, or set "
+                "qk_norm_joint to false"
             )
         POSITION_ENCODINGS[self.position].validate(self)
 

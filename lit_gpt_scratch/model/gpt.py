@@ -29,8 +29,8 @@ class Block(nn.Module):
 
     ``config.norm_placement`` determines where the norms are placed; ``f`` is attention or the feed-forward network::
 
-        pre                    post                   sandwich
-        x + f(norm(x))         norm(x + f(x))         x + end_norm(f(norm(x)))
+        pre                post               output                 sandwich
+        x + f(norm(x))     norm(x + f(x))     x + end_norm(f(x))     x + end_norm(f(norm(x)))
     """
 
     optimizer_group: ClassVar[OptimizerGroup] = "matrices"
@@ -39,13 +39,13 @@ class Block(nn.Module):
         super().__init__()
         norm = partial(build_norm, config.norm, config.n_embd, config.norm_eps, config.bias)
         self.post = config.norm_placement == "post"
-        self.sandwich = config.norm_placement == "sandwich"
-        self.attention_norm = norm()
+        begins, self.ends = config.norm_placement != "output", config.norm_placement in ("output", "sandwich")
+        self.attention_norm = norm() if begins else nn.Identity()
         self.attention = resolve_attention_class(config.attention)(config)
-        self.attention_end = norm() if self.sandwich else nn.Identity()
-        self.feed_forward_norm = norm()
+        self.attention_end = norm() if self.ends else nn.Identity()
+        self.feed_forward_norm = norm() if begins else nn.Identity()
         self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
-        self.feed_forward_end = norm() if self.sandwich else nn.Identity()
+        self.feed_forward_end = norm() if self.ends else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
     def residual_branches(self) -> list[ResidualBranch]:
         """Return the attention branch and the feed-forward branch, for weight initialization."""
         return [
-            ResidualBranch(module.residual_outputs(), end_norm if self.sandwich else None)
+            ResidualBranch(module.residual_outputs(), end_norm if self.ends else None)
             for module, end_norm in (
                 (self.attention, self.attention_end),
                 (self.feed_forward, self.feed_forward_end),
@@ -340,10 +340,12 @@ class GPT(nn.Module):
             x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
         x = x0 = self.dropout(x)
         checkpointing = self.training and self.activation_checkpointing
+        skip_every, unrotated = self.config.rotary_skip_every, layout._replace(cos_sin=None)
         for layer, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
             value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             layer_cache = None if cache is None else (cache, layer)
-            x = block(x, x0, self.position, layout, value_embedding, layer_cache, checkpointing)
+            own = unrotated if skip_every is not None and (layer + 1) % skip_every == 0 else layout
+            x = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
         out: Tensor = self.norm(x)
         return out
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 NORMS: Final = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS: Final = ("pre", "post", "sandwich")
+NORM_PLACEMENTS: Final = ("pre", "post", "output", "sandwich")
 
 
 class RMSNorm(nn.Module):

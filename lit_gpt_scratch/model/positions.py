@@ -48,6 +48,7 @@ class PositionEncoding(nn.Module):
             UserError: Two settings contradict each other.
         """
         defaults = {"share": 1.0, "scaling": None, "factor": 1.0, "trained_context": None, "slow": None, "fast": None}
+        defaults["skip_every"] = None
         for name, default in defaults.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
@@ -64,7 +65,7 @@ class PositionEncoding(nn.Module):
         return None
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Rotate queries or keys of shape (B, H, T, head_dim) by their positions."""
+        """Rotate queries or keys of shape (B, H, T, head_dim) by their positions; None leaves them unchanged."""
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
@@ -164,7 +165,8 @@ class RotaryPositions(PositionEncoding):
 
     @override
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        assert cos_sin is not None
+        if cos_sin is None:
+            return x
         cos, sin = cos_sin
         # Computed in at least float32, the tables' dtype, so that gradients are accumulated in float32, too.
         rotated = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)

@@ -22,7 +22,7 @@ class ResidualBranch(NamedTuple):
     Attributes:
         outputs: Linear layers whose outputs are added to the residual stream.
         norm: Normalization layer that is applied to these outputs before they are added to the residual stream, or None
-            if ``norm_placement`` is not ``sandwich``.
+            if ``norm_placement`` is neither ``output`` nor ``sandwich``.
     """
 
     outputs: list[nn.Linear]

@@ -42,6 +42,7 @@ NULLS = {
     "model.init_args.gpt.rotary_fast": "off: belongs to rotary_scaling",
     "model.init_args.gpt.logit_softcap": "off",
     "model.init_args.gpt.bigram_rows": "off",
+    "model.init_args.gpt.rotary_skip_every": "off: all blocks rotate queries and keys",
     # task
     "model.init_args.optimizer.init_args.row_beta": "off",
     "model.init_args.init_from": "off: random weights",

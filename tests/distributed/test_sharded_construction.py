@@ -43,6 +43,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "learned positions": {
         "position": "learned", "norm": "layernorm", "initialisation": "xavier", "bias": True,
     },
+    "norms of outputs": {"norm_placement": "output", "qkv_bias": True, "rotary_skip_every": 2},
     "sinusoidal positions": {"position": "sinusoidal", "initialisation": "normal", "norm_placement": "post"},
 }  # fmt: skip
 

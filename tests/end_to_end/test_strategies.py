@@ -184,6 +184,7 @@ def test_half_precision_trains_validates_and_generates_when_sharded(small: list[
         (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp, fsdp2_tp or hsdp"),
         (["--trainer.strategy=fsdp2", "--hsdp_groups=2"], "choose hsdp, or set --hsdp_groups null"),
         (["--trainer.strategy=hsdp"], "hsdp has one machine; use fsdp2, or set --hsdp_groups"),
+        (["--trainer.strategy=tp", "--model.gpt.qk_norm_joint=true"], "normalizes the heads of all processes together"),
         (["--trainer.strategy=hsdp", "--hsdp_groups=1"], "shards the model across all processes; use --trainer"),
         (["--trainer.strategy=hsdp", "--hsdp_groups=0"], "hsdp_groups is 0; it must be positive"),
         (["--trainer.strategy=hsdp", "--hsdp_groups=3"], "there are 2 data-parallel processes, which is not divisible"),

@@ -39,7 +39,10 @@ def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
+OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qkv_bias=True, rotary_skip_every=2)
+
+
+@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI, OLMO2], ids=["plain", "looks-back", "alibi", "olmo2"])
 def test_cached_and_uncached_tokens_are_equal(config: GPTConfig) -> None:
     """Prompts of different lengths, one that fills the context, and texts that exceed it more than once."""
     model = randomised(config).double()

@@ -30,6 +30,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 40,
     "low_freq_factor": 1.0, "high_freq_factor": 3.0,
 }  # fmt: skip
+NO_PADDING = {"pad_token_id": None}  # otherwise, the embedding of that token has no gradient
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2, untied": (
@@ -53,6 +54,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
     "qwen3, tied": ("Qwen3", LLAMA | {"head_dim": 10, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "olmo2": ("Olmo2", LLAMA | NO_PADDING),
+    "olmo2, tied": ("Olmo2", LLAMA | NO_PADDING | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "smollm3": ("SmolLM3", LLAMA | NO_PADDING | {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
+    "smollm3, untied": ("SmolLM3", LLAMA | NO_PADDING | {"num_hidden_layers": 4, "tie_word_embeddings": False}),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
     "mistral, no window": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 16}),
 }

@@ -31,7 +31,7 @@ def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Portabl
 def any_config(seed: int) -> GPTConfig:
     """A random config that some family can express."""
     rng = random.Random(seed)
-    kind = ("gpt2", "qwen3", "llama", "mistral")[seed % 4]
+    kind = ("gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3")[seed % 7]
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
     settings: dict[str, Any] = {
         "n_layer": rng.randint(1, 3), "n_head": heads * group, "n_embd": heads * group * width,
@@ -44,7 +44,13 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True, "qk_norm": False}
         return GPTConfig(**settings, dropout=rng.choice([0.0, 0.2]))
     settings |= {"n_kv_head": heads, "head_dim": rng.choice([None, 6, 16]), "rotary_base": rng.choice([100.0, 1e4])}
-    settings["qk_norm"] = kind == "qwen3"
+    settings["qk_norm"] = kind in ("qwen3", "olmo2")
+    if kind == "olmo2":
+        settings |= {"norm_placement": "output", "qk_norm_joint": True, "head_dim": None}
+    elif kind == "qwen2":
+        settings |= {"qkv_bias": True, "head_dim": None}
+    elif kind == "smollm3":
+        settings["rotary_skip_every"] = rng.randint(1, settings["n_layer"])
     scaling = rng.choice([None, "linear", "ntk", "llama3", "yarn"])
     if scaling:
         settings |= {"rotary_scaling": scaling, "rotary_factor": rng.choice([1.5, 4.0])}
@@ -59,7 +65,7 @@ def any_config(seed: int) -> GPTConfig:
     return GPTConfig(**settings)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(70))
 def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
@@ -85,6 +91,9 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False}, "LlamaForCausalLM"),
         ({"qk_norm": False, "sliding_window": 7}, "MistralForCausalLM"),
         ({"qk_norm": False, "bias": True}, "LlamaForCausalLM"),
+        ({"qk_norm": False, "qkv_bias": True}, "Qwen2ForCausalLM"),
+        ({"qk_norm_joint": True, "norm_placement": "output"}, "Olmo2ForCausalLM"),
+        ({"qk_norm": False, "rotary_skip_every": 1}, "SmolLM3ForCausalLM"),
         (
             {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
             "GPT2LMHeadModel",

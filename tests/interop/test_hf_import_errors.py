@@ -71,7 +71,24 @@ def error_message(folder: Path) -> str:
         ("llama", {"tie_word_embeddings": 1}, ["tie_word_embeddings is 1; it must be true or false"]),
         ("llama", {"num_key_value_heads": 3}, ["config.json describes a model that is not supported", "n_kv_head (3)"]),
         ("llama", {"vocab_size": 250}, ["vocab_size is 250", "ids up to 299"]),
-        ("llama", {"model_type": "gemma2"}, ["model_type is gemma2; it must be one of gpt2, llama, mistral, qwen3"]),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0, 0, 1, 1]},
+            ["no_rope_layers", "only 0 in every block whose number is divisible by 2"],
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": "all"},
+            ["no_rope_layers", "only 0 in every block whose number is divisible by 6"],
+        ),
+        ("smollm3", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias is True", "attention_bias is True"]),
+        ("olmo2", {"attention_bias": True}, ["attention_bias is True (only False)"]),
+        ("qwen2", {"use_sliding_window": True}, ["use_sliding_window is True"]),
+        (
+            "llama",
+            {"model_type": "gemma2"},
+            ["model_type is gemma2; it must be one of gpt2, llama, mistral, olmo2, qwen2, qwen3, smollm3"],
+        ),
         ("llama", {"model_type": ...}, ["has no model_type; it must be one of gpt2"]),
     ],
 )

@@ -77,13 +77,16 @@ def test_block_matches_its_equations(placement: str, norm: str, bias: bool) -> N
     elif placement == "post":  # the original Transformer: norm(x + f(x))
         h = normed(config, first, x + attend(x))
         expected = normed(config, second, h + block.feed_forward(h))
+    elif placement == "output":  # OLMo 2: x + norm(f(x))
+        h = x + normed(config, block.attention_end, attend(x))
+        expected = h + normed(config, block.feed_forward_end, block.feed_forward(h))
     else:  # Gemma 2: x + norm(f(norm(x)))
         h = x + normed(config, block.attention_end, attend(normed(config, first, x)))
         expected = h + normed(config, block.feed_forward_end, block.feed_forward(normed(config, second, h)))
     torch.testing.assert_close(block(x, x, *order(config)), expected)
 
 
-@pytest.mark.parametrize(("placement", "norms"), [("pre", 5), ("post", 4), ("sandwich", 9)])
+@pytest.mark.parametrize(("placement", "norms"), [("pre", 5), ("post", 4), ("output", 5), ("sandwich", 9)])
 def test_number_of_norms_by_placement(placement: str, norms: int) -> None:
     """Two or four per block, and one before the head, except with post-norm."""
     net = GPT(shape(norm_placement=placement, norm="layernorm"), 61, T)

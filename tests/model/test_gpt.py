@@ -14,6 +14,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
+from lit_gpt_scratch.model.norms import NORM_PLACEMENTS
 from tests.conftest import TINY, randomised
 
 configs = st.builds(
@@ -25,7 +26,10 @@ configs = st.builds(
     group=st.integers(1, 3),
     half=st.integers(1, 4),
     position=st.sampled_from(["rotary", "learned", "none"]),
-    qk_norm=st.booleans(),
+    qk_norm=st.just(True),
+    qk_norm_joint=st.booleans(),
+    norm_placement=st.sampled_from(NORM_PLACEMENTS),
+    qkv_bias=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
     logit_softcap=st.sampled_from([None, 15.0]),
     value_embeddings=st.booleans(),
