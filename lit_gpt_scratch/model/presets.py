@@ -1,4 +1,4 @@
-"""Architecture presets: three published model families, and three small models that can be trained on a laptop."""
+"""Architecture presets: six published model families, and three small models that can be trained on a laptop."""
 
 from dataclasses import replace
 from typing import Final
@@ -39,7 +39,19 @@ PRESETS: Final[dict[str, GPTConfig]] = {
     "qwen3_0.6b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=1024, ffn_dim=3072, tied_embeddings=True),
     "qwen3_1.7b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=2048, ffn_dim=6144, tied_embeddings=True),
     "qwen3_8b": _QWEN3,
-}
+    "qwen2.5_0.5b": GPTConfig(
+        n_layer=24, n_head=14, n_embd=896, n_kv_head=2, ffn_dim=4864, qk_norm=False, qkv_bias=True,
+        rotary_base=1_000_000.0, tied_embeddings=True, initialisation="normal",
+    ),
+    "olmo2_1b": GPTConfig(
+        n_layer=16, n_head=16, n_embd=2048, ffn_dim=8192, qk_norm_joint=True, rotary_base=500_000.0,
+        norm_placement="output", initialisation="normal",
+    ),
+    "smollm3_3b": GPTConfig(
+        n_layer=36, n_head=16, n_embd=2048, n_kv_head=4, ffn_dim=11_008, qk_norm=False, rotary_base=5_000_000.0,
+        rotary_skip_every=4, tied_embeddings=True, initialisation="normal",
+    ),
+}  # fmt: skip
 """Architectures, keyed by preset name.
 
 Parameter counts for the published vocabulary size and, if positions are learned, the published context length:
@@ -52,6 +64,9 @@ Parameter counts for the published vocabulary size and, if positions are learned
   https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and a context extended to 131,072 tokens.
 - ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with a vocabulary of 151,936
   tokens (https://arxiv.org/abs/2505.09388).
+- ``qwen2.5_0.5b`` 494,032,768, with the same vocabulary (https://arxiv.org/abs/2412.15115).
+- ``olmo2_1b`` 1,484,916,736, with a vocabulary of 100,352 tokens (https://arxiv.org/abs/2501.00656).
+- ``smollm3_3b`` 3,075,098,624, with Llama 3's vocabulary (https://huggingface.co/HuggingFaceTB/SmolLM3-3B).
 
 A different vocabulary size or ``vocab_multiple`` changes only the embedding and the head. The published families use
 the ``initialisation`` of their authors when they are trained from scratch.

@@ -10,11 +10,17 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.positions import rotary_frequencies
 from lit_gpt_scratch.model.presets import PRESETS
 
-VOCABULARY = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
+VOCABULARY = {
+    "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3", "qwen2.5": "Qwen2", "olmo2": "Olmo2", "smollm3": "SmolLM3",
+}  # fmt: skip
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
     "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496,
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
+    "qwen2.5_0.5b": 494_032_768, "olmo2_1b": 1_484_916_736, "smollm3_3b": 3_075_098_624,
 }  # fmt: skip
 
 # From the published config.json files.
@@ -56,6 +62,21 @@ THEIRS: dict[str, dict[str, Any]] = {
         "head_dim": 128, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
     },
+    "qwen2.5_0.5b": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 151_936, "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+    "olmo2_1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "rms_norm_eps": 1e-6, "vocab_size": 100_352, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+    "smollm3_3b": {
+        "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 128_256, "max_position_embeddings": 65_536,
+        "no_rope_layer_interval": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
+    },
 }  # fmt: skip
 
 
@@ -81,7 +102,7 @@ def test_preset_has_the_published_parameter_count(name: str) -> None:
 @pytest.mark.parametrize("name", THEIRS)
 def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    family = {"gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3"}[name.split("_")[0]]
+    family = FAMILIES[name.split("_")[0]]
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     config = getattr(transformers, f"{family}Config")(**THEIRS[name])
     with torch.device("meta"):
@@ -102,8 +123,12 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     shapes = [sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])]
     assert shapes[0] == shapes[1]
     assert (ours.n_head, ours.kv_heads, ours.head_width) == (
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        config.num_attention_heads, config.num_key_value_heads,
+        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
     )  # fmt: skip
+    rotates = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in theirs.model.layers]
+    skip_every = ours.rotary_skip_every or ours.n_layer + 1
+    assert rotates == [(layer + 1) % skip_every != 0 for layer in range(ours.n_layer)]
     assert ours.norm_eps == config.rms_norm_eps
     assert (ours.feed_forward, config.hidden_act) == ("swiglu", "silu")
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
