@@ -29,7 +29,7 @@ LLAMA2 = replace(
     rotary_slow=None, rotary_fast=None,
 )  # fmt: skip
 LLAMA2_70B = replace(LLAMA2, n_layer=80, n_embd=8192, n_head=64, n_kv_head=8, ffn_dim=28_672)
-OLMO2 = replace(LLAMA2, qk_norm=True)
+OLMO2 = replace(LLAMA2, qk_norm=True, qk_norm_joint=True, norm_placement="output")
 
 # torchtitan's H100 have HBM2e and a power limit of 500 W; the peak of the ordinary H100 is kept, as its authors do.
 H100_HBM2E = parse_machine("8xh100")

@@ -101,6 +101,15 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         )
 
 
+def supports_tensor_parallel(config: GPTConfig, size: int, precision: str) -> bool:
+    """Return whether ``validate_tensor_parallel`` raises no error."""
+    try:
+        validate_tensor_parallel(config, size, precision)
+    except UserError:
+        return False
+    return True
+
+
 def build_mesh(device_type: str, data_parallel: int, tensor_parallel: int, groups: int = 1) -> DeviceMesh:
     """Build the device mesh for ``parallelize``; all processes must call this function.
 

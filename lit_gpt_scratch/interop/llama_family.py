@@ -234,12 +234,17 @@ class SmolLM3Family(LlamaLikeFamily):
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
         fields.allow_only("attention_bias", False)
         fields.allow_only("mlp_bias", False)
-        n_layer, every = fields.positive_int("num_hidden_layers"), fields.positive_int("no_rope_layer_interval", 4)
-        rotates = fields.values.get("no_rope_layers")
-        if rotates is not None:  # it takes precedence
-            every = rotates.index(0) + 1 if isinstance(rotates, list) and 0 in rotates else n_layer + 1
+        n_layer, rotates = fields.positive_int("num_hidden_layers"), fields.values.get("no_rope_layers")
+        if rotates is None:
+            every = fields.positive_int("no_rope_layer_interval", 4)
+        elif not isinstance(rotates, list) or len(rotates) < n_layer:
+            fields.reject("no_rope_layers", f"must be a list with an element for each of the {n_layer} layers")
+            every = n_layer + 1
+        else:
+            rotates = rotates[:n_layer]
+            every = rotates.index(0) + 1 if 0 in rotates else n_layer + 1
             if rotates != _rotates(n_layer, every):
-                fields.reject("no_rope_layers", f"only 0 in every block whose number is divisible by {every}, else 1")
+                fields.reject("no_rope_layers", f"only 0 in every layer whose number is divisible by {every}, else 1")
         return super().parse_config(fields) | {"rotary_skip_every": every if every <= n_layer else None}
 
     @override

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "quantization_config": (), "auto_map": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
     "num_experts": (0,), "num_local_experts": (0,), "partial_rotary_factor": (1,), "is_encoder_decoder": (False,),
     "add_cross_attention": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
+    "is_causal": (True,),
 }  # fmt: skip
 """``config.json`` fields that can change the computation, mapped to the values that leave it unchanged."""
 EMBEDDING, HEAD, NORM = "embedding.weight", "head.weight", "norm.weight"
@@ -109,6 +111,7 @@ class ModelFamily(ABC):
 
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         """Return a description of each ``GPTConfig`` setting that the family does not support."""
+        gpt = replace(gpt, qkv_bias=gpt.qkv_bias and not gpt.bias)  # which includes it
         found = []
         for field in dataclass_fields(GPTConfig):
             value, required = getattr(gpt, field.name), self.fixed.get(field.name, field.default)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.distributed.fake_process_group import fake_mesh
-from lit_gpt_scratch.distributed.parallelize import fsdp_mesh, parallelize
+from lit_gpt_scratch.distributed.parallelize import fsdp_mesh, parallelize, supports_tensor_parallel
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import MAX_LOGITS_MB_ACCELERATOR, positions_per_chunk
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -431,11 +431,11 @@ def _shrink(setup: TrainingSetup) -> Change | None:
 def _split(setup: TrainingSetup) -> Change | None:
     """Choose the smallest tensor-parallel size within a node that fits; otherwise the largest."""
     config, split = setup.config, None
-    if setup.strategy not in ("ddp", "fsdp2") or config.position == "alibi" or config.dropout or config.attention:
+    if setup.strategy not in ("ddp", "fsdp2"):
         return None
     divisible = config.n_head, config.kv_heads, config.ffn_width, setup.machine.per_node
     for size in range(2, setup.machine.per_node + 1):
-        if not any(number % size for number in divisible):
+        if not any(number % size for number in divisible) and supports_tensor_parallel(config, size, setup.precision):
             split = replace(
                 setup, strategy="fsdp2_tp", tensor_parallel=size, accumulate=setup.accumulate * size
             )  # fewer replicas compute the same step

@@ -64,6 +64,7 @@ def sharded(copy: Path) -> Path:
         {"num_key_value_heads": 2**31 - 1}, {"rope_theta": 10**400}, {"rms_norm_eps": 10**400},
         {"model_type": "gpt2", "n_layer": 10**9, "n_head": 1, "n_embd": 32, "n_positions": 2**31 - 1},
         {"layer_types": ["full_attention"] * 9_999 + ["x" * 10_000]},
+        {"model_type": "smollm3", "num_hidden_layers": 10**9, "layer_types": None, "no_rope_layers": [1]},
     ],
     ids=" ".join,
 )  # fmt: skip

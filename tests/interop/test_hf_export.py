@@ -92,6 +92,7 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False, "sliding_window": 7}, "MistralForCausalLM"),
         ({"qk_norm": False, "bias": True}, "LlamaForCausalLM"),
         ({"qk_norm": False, "qkv_bias": True}, "Qwen2ForCausalLM"),
+        ({"qk_norm": False, "qkv_bias": True, "bias": True}, "LlamaForCausalLM"),
         ({"qk_norm_joint": True, "norm_placement": "output"}, "Olmo2ForCausalLM"),
         ({"qk_norm": False, "rotary_skip_every": 1}, "SmolLM3ForCausalLM"),
         (

@@ -74,15 +74,16 @@ def error_message(folder: Path) -> str:
         (
             "smollm3",
             {"no_rope_layers": [1, 0, 0, 1, 1]},
-            ["no_rope_layers", "only 0 in every block whose number is divisible by 2"],
+            ["no_rope_layers", "only 0 in every layer whose number is divisible by 2"],
         ),
         (
             "smollm3",
             {"no_rope_layers": "all"},
-            ["no_rope_layers", "only 0 in every block whose number is divisible by 6"],
+            ["no_rope_layers is all (must be a list with an element for each of the 5 layers)"],
         ),
         ("smollm3", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias is True", "attention_bias is True"]),
         ("olmo2", {"attention_bias": True}, ["attention_bias is True (only False)"]),
+        ("qwen2", {"is_causal": False}, ["is_causal is False (only True)"]),
         ("qwen2", {"use_sliding_window": True}, ["use_sliding_window is True"]),
         (
             "llama",

@@ -158,20 +158,32 @@ def test_trained_context_at_the_top_level(published: Published) -> None:
     assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == LENGTH
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Qwen2", "Olmo2", "SmolLM3"])
 def test_minimal_config(family: str) -> None:
     known = {
-        "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 64,
+        "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 9, "num_attention_heads": 64,
         "intermediate_size": 32, "max_position_embeddings": 48,
     }  # fmt: skip
     reference = getattr(library(), f"{family}Config")(**known)
     gpt = FAMILIES[family.lower()].read_config(HFConfigReader(Path("config.json"), dict(known))).gpt
     assert gpt.kv_heads == reference.num_key_value_heads
-    assert gpt.head_width == reference.head_dim
+    assert gpt.head_width == getattr(reference, "head_dim", 256 // 64)
+    rotates = getattr(reference, "no_rope_layers", [1] * 9)
+    assert rotates == [int(not gpt.rotary_skip_every or (n + 1) % gpt.rotary_skip_every != 0) for n in range(9)]
     assert gpt.norm_eps == reference.rms_norm_eps
     assert gpt.tied_embeddings == reference.tie_word_embeddings
     assert gpt.rotary_base == reference.rope_parameters["rope_theta"]
     assert gpt.sliding_window == getattr(reference, "sliding_window", None)
+
+
+@pytest.mark.parametrize(("rotates", "every"), [([1, 1, 0, 1, 1, 0, 1], 3), ([1] * 5, None), ([0] * 5, 1)])
+def test_layers_without_positions(published: Published, rotates: list[int], every: int | None) -> None:
+    """The list takes precedence over the interval, and may be longer than the number of layers."""
+    _, folder = published("smollm3")
+    change(folder, no_rope_layers=rotates, no_rope_layer_interval=0)
+    model = read_hf_checkpoint(folder)
+    assert model.shape.gpt.rotary_skip_every == every
+    assert (network(model)(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
 
 
 def test_gpt2_tokenizer_files(published: Published) -> None:

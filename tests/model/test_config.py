@@ -77,6 +77,11 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
             {"position": "learned", "rotary_trained_context": 64},
             ("model.gpt.rotary_trained_context is 64", "model.gpt.position is learned"),
         ),
+        (
+            {"position": "none", "rotary_skip_every": 2},
+            ("model.gpt.rotary_skip_every is 2", "model.gpt.position is none"),
+        ),
+        ({"qk_norm": False, "qk_norm_joint": True}, ("qk_norm_joint is true", "model.gpt.qk_norm is false")),
         ({"rotary_base": 1.0}, ("model.gpt.rotary_base is 1.0", "greater than 1")),
         (
             {"n_embd": 15, "position": "sinusoidal"},

@@ -18,16 +18,20 @@ from lit_gpt_scratch.model.norms import NORM_PLACEMENTS
 from tests.conftest import TINY, randomised
 
 configs = st.builds(
-    lambda n_kv_head, group, half, **rest: GPTConfig(
-        n_head=n_kv_head * group, n_kv_head=n_kv_head, n_embd=n_kv_head * group * 2 * half, **rest
+    lambda n_kv_head, group, half, qk_norms, **rest: GPTConfig(
+        n_head=n_kv_head * group,
+        n_kv_head=n_kv_head,
+        n_embd=n_kv_head * group * 2 * half,
+        qk_norm=qk_norms > 0,
+        qk_norm_joint=qk_norms > 1,
+        **rest,
     ),
     n_layer=st.integers(1, 3),
     n_kv_head=st.integers(1, 3),
     group=st.integers(1, 3),
     half=st.integers(1, 4),
     position=st.sampled_from(["rotary", "learned", "none"]),
-    qk_norm=st.just(True),
-    qk_norm_joint=st.booleans(),
+    qk_norms=st.integers(0, 2),
     norm_placement=st.sampled_from(NORM_PLACEMENTS),
     qkv_bias=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
