@@ -33,7 +33,8 @@ def build(arguments: argparse.Namespace) -> tuple[GPT, Callable[[int | None], St
     """Return the network, and a function that returns the step for a size of the logits in MB, or None for all."""
     torch.manual_seed(0)
     net = GPT(PRESETS[arguments.preset], VOCABULARY, BLOCK_SIZE)
-    net.activation_checkpointing = arguments.activation_checkpointing
+    checkpointing = arguments.activation_checkpointing
+    net.activation_checkpointing = True if checkpointing == "true" else checkpointing
     ids = torch.randint(VOCABULARY, (arguments.batch_size, BLOCK_SIZE + 1))
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -89,12 +90,17 @@ def main() -> None:
     parser.add_argument("--preset", default="gpt2_124m")
     parser.add_argument("--batch_size", type=int, default=12)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--activation_checkpointing", choices=["true", "keep_attention", "keep_matmuls"], default=False)
     parser.add_argument("--max_logits_mb", type=int, nargs="+", default=[64], help="sizes of the logits in MB")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps per variant; 0 measures only memory")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{arguments.preset}, {arguments.batch_size} x {BLOCK_SIZE}, {arguments.precision}", flush=True)
+    checkpointing = (
+        f", checkpointing {arguments.activation_checkpointing}" if arguments.activation_checkpointing else ""
+    )
+    print(
+        f"{arguments.preset}, {arguments.batch_size} x {BLOCK_SIZE}, {arguments.precision}{checkpointing}", flush=True
+    )
     sizes: list[int | None] = [None, *arguments.max_logits_mb]
     peaks = []
     for size in sizes:
