@@ -7,7 +7,7 @@ during the backward pass of the blocks.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, USE_ONEDNN
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
+
+MAX_WAITING_BYTES: Final = 100_000_000
+"""Size of the gradients of the logits that ``_ChunkedLinear`` collects before it adds to the gradient of the head."""
 
 
 def chunked_cross_entropy(
@@ -95,7 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, targets = x.detach().flatten(0, 1), labels.flatten()  # (B * T, n_embd), (B * T,)
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_hidden = torch.zeros_like(hidden)
-        chunked_head = _ChunkedLinear(head, x.dtype) if _adds_in_place(head) else _ChunkedHead(head)
+        linear = _adds_in_place(head)
+        chunked_head = _ChunkedLinear(head, x.dtype, chunk_size, len(targets)) if linear else _ChunkedHead(head)
         for positions in _split_positions(targets, chunk_size):
             out = chunked_head.forward(hidden[positions][None]).requires_grad_()
             with torch.enable_grad():
@@ -104,6 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             (d_out,) = torch.autograd.grad(nats, out)
             del nats, out  # they hold the logits
             d_hidden[positions] = chunked_head.backward(d_out)[0].to(d_hidden.dtype)
+        chunked_head.finish()
         ctx.gradients = [d_hidden.view_as(x), *chunked_head.gradients]
         ctx.dtypes = [t.dtype for t in (x, *parameters)]
         return loss
@@ -157,19 +162,25 @@ class _ChunkedHead:
             total += gradient
         return d_x
 
+    def finish(self) -> None:
+        """Complete ``gradients`` after the last chunk."""
+
 
 class _ChunkedLinear(_ChunkedHead):
     """Linear output head whose gradients are added in place by the matmuls.
 
-    The gradient of the head takes up more memory than the logits of a chunk. If it was allocated and added for each
-    chunk, the head would take a fifth longer on a CPU.
+    The gradient of the head takes up more memory than the logits of a chunk, so that the loss takes longer the more
+    often it is read and written. In lower precision than that of the gradient, where a matmul cannot add to it, the
+    matmul therefore waits until the gradients of the logits of several chunks take up ``MAX_WAITING_BYTES``.
 
     Args:
         head: The head, an instance of ``nn.Linear``.
         dtype: Dtype of its input.
+        chunk_size: Maximum number of positions of a chunk.
+        n_positions: Maximum number of positions of all chunks together.
     """
 
-    def __init__(self, head: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, head: nn.Module, dtype: torch.dtype, chunk_size: int, n_positions: int) -> None:
         super().__init__(head)
         device = self.aliases["weight"].device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -180,6 +191,10 @@ class _ChunkedLinear(_ChunkedHead):
         self.d_weight, self.d_bias = (*self.gradients, None)[:2]
         is_exact = self.d_weight is None or self.d_weight.dtype == dtype
         self.product = None if is_exact else torch.empty_like(self.weight)
+        rows = 0 if is_exact else max_waiting_rows(self.weight, chunk_size, n_positions)
+        self.d_logits, self.inputs = (self.weight.new_empty(rows, width) for width in self.weight.shape)
+        """Gradients of the logits and inputs of the chunks that are not yet part of the gradient of the weight."""
+        self.n_waiting = 0
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -193,10 +208,40 @@ class _ChunkedLinear(_ChunkedHead):
         if self.d_weight is not None and self.product is None:
             self.d_weight.addmm_(flat.t(), x)
         elif self.d_weight is not None:
-            self.d_weight += torch.mm(flat.t(), x, out=self.product)
+            if self.n_waiting + len(x) > len(self.inputs):
+                self.finish()
+            if len(x) > len(self.inputs):
+                self._add(flat, x)
+            else:
+                waiting = slice(self.n_waiting, self.n_waiting + len(x))
+                self.d_logits[waiting], self.inputs[waiting] = flat, x
+                self.n_waiting += len(x)
         if self.d_bias is not None:
             self.d_bias += flat.sum(0)
         return torch.mm(flat, self.weight).view_as(self.x)
+
+    @override
+    def finish(self) -> None:
+        if self.n_waiting:
+            self._add(self.d_logits[: self.n_waiting], self.inputs[: self.n_waiting])
+            self.n_waiting = 0
+
+    def _add(self, d_logits: Tensor, x: Tensor) -> None:
+        """Add to the gradient of the weight; d_logits: (N, out_features), x: (N, n_embd)."""
+        assert self.d_weight is not None
+        self.d_weight += torch.mm(d_logits.t(), x, out=self.product)
+
+
+def max_waiting_rows(weight: Tensor, chunk_size: int, n_positions: int) -> int:
+    """Return the number of positions that may wait, or 0 if a single chunk takes more than ``MAX_WAITING_BYTES``.
+
+    Args:
+        weight: Weight of the head in the dtype of its matmuls.
+        chunk_size: See ``_ChunkedLinear``.
+        n_positions: See ``_ChunkedLinear``.
+    """
+    rows = MAX_WAITING_BYTES // (weight.size(0) * weight.element_size())
+    return min(rows, n_positions) if chunk_size <= rows else 0
 
 
 def _adds_in_place(head: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.chunked_cross_entropy import max_waiting_rows
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
@@ -267,6 +268,10 @@ def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk_size: int) -> int:
     exact = torch.promote_types(x.dtype, torch.float32).itemsize
     logits = loss_chunk_size * net.head.out_features * exact
     head = net.head.weight.numel() * exact
+    waiting = 0
     if torch.is_autocast_enabled(x.device.type):
-        head *= 2  # bfloat16 copies of the weight and of the gradient of one chunk
-    return x.nbytes + head + 4 * logits  # the logits, the log-probabilities and their gradients
+        head *= 2  # bfloat16 copies of the weight and of the gradient of some chunks
+        weight = net.head.weight.to(torch.bfloat16)
+        rows = max_waiting_rows(weight, loss_chunk_size, x.flatten(0, 1).size(0))
+        waiting = rows * (weight.size(0) + weight.size(1)) * weight.element_size()
+    return x.nbytes + head + waiting + 4 * logits  # the logits, the log-probabilities and their gradients

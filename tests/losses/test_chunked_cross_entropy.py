@@ -132,6 +132,21 @@ def test_autocast_computes_the_head_in_bfloat16_and_the_loss_in_float32(head: st
     compare(built, lambda raw: raw.float(), x, labels, chunk_size=5, tolerance=2e-2, autocast=True)
 
 
+@pytest.mark.parametrize(("positions", "additions"), [(4, 13), (5, 13), (14, 6), (64, 1), (1000, 1)])
+def test_gradient_of_the_head_is_added_once_for_several_chunks(
+    positions: int, additions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16; 64 positions are 13 chunks of 5. A limit below the size of a chunk adds each of them at once."""
+    x, labels = sample((4, 16), ignored=0.0)
+    head = linear()
+    monkeypatch.setattr(module, "MAX_WAITING_BYTES", 2 * head.weight.size(0) * positions)
+    added = []
+    add = module._ChunkedLinear._add
+    monkeypatch.setattr(module._ChunkedLinear, "_add", lambda self, *rest: added.append(add(self, *rest)))
+    compare(head, lambda raw: raw.float(), x, labels, chunk_size=5, tolerance=2e-2, autocast=True)
+    assert len(added) == additions
+
+
 def test_bfloat16_weights_have_gradients_summed_in_float32() -> None:
     x, labels = sample((8, 64), 0.0, torch.bfloat16)
     exact = x.detach().float().requires_grad_()

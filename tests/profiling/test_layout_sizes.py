@@ -88,8 +88,9 @@ def test_logits_of_a_chunk_do_not_depend_on_the_rows() -> None:
     memory = rank_memory(chunked, measure_layout(chunked))
     log_probabilities = 4 * 64 * 32 * VOCABULARY  # which a loss in chunks does not save
     head = 4 * TABLE  # bfloat16 copies of its weight and gradient; FSDP2 holds the gradient itself
+    waiting = 2 * 64 * 32 * (VOCABULARY + 64)  # gradients of the logits, and hidden states, in bfloat16
     assert rank_memory(whole, measure_layout(whole))["activations"] - memory["activations"] == pytest.approx(
-        log_probabilities - head, rel=0.2
+        log_probabilities - head - waiting, rel=0.2
     )
 
 
