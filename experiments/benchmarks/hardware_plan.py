@@ -115,7 +115,7 @@ def predict() -> Iterator[tuple[str, ...]]:
                     tensor_parallel=tensor_parallel,
                     accumulate=tensor_parallel,
                 )
-                shown = "`" + " ".join(f"{flag} {value}" for flag, value in flags.items()) + "`"
+                shown = " ".join(f"{flag} {value}" for flag, value in flags.items())
             else:
                 shown = "none needed"
             per_device, mfu = speed(setup)
