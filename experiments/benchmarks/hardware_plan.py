@@ -111,6 +111,7 @@ def predict() -> Iterator[tuple[str, ...]]:
                     setup,
                     checkpointing=yaml.safe_load(flags.get("--model.activation_checkpointing", "false")),
                     precision=flags.get("--trainer.precision", setup.precision),
+                    optimizer=AdamW(bf16_state="--model.optimizer.bf16_state" in flags),
                     strategy="fsdp2_tp" if tensor_parallel > 1 else "fsdp2",
                     tensor_parallel=tensor_parallel,
                     accumulate=tensor_parallel,
