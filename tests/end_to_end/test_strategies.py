@@ -144,10 +144,9 @@ def test_offloaded_run_equals_one_whose_weights_stay_on_the_device(
     """Bit for bit, also after resuming; the flag --cpu_offload itself requires a GPU."""
     names = {"usual": False, "offloaded": True}
     strategy = f"{ModelParallel.__module__}.ModelParallel"
-    layout = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--model.ema_decay=0.9"]
-    flags = [*small, *optimizer, *layout]
+    flags = [*small, *optimizer, f"--trainer.strategy={strategy}", "--model.ema_decay=0.9"]
     for name, offload in names.items():
-        own = [f"--trainer.strategy.cpu_offload={offload}"]
+        own = [f"--trainer.devices={devices}", f"--trainer.strategy.cpu_offload={offload}"]
         last(tmp_path / name, *flags, *own, "--trainer.max_steps=6")
         last(tmp_path / name, *own, "--ckpt_path=last", "--trainer.max_steps=12")
     runs = [RunFolder(tmp_path / name / "pretrain" / "version_0") for name in names]
