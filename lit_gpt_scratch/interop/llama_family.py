@@ -151,35 +151,6 @@ class MistralFamily(LlamaLikeFamily):
         return super().build_config(shape) | {"sliding_window": shape.gpt.sliding_window}
 
 
-class Qwen3Family(LlamaLikeFamily):
-    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalize queries and keys per head."""
-
-    model_type, architecture = "qwen3", "Qwen3ForCausalLM"
-    default_kv_heads, default_head_dim = 32, 128
-    norm_names = {  # noqa: RUF012 - annotated as a ClassVar in LlamaLikeFamily
-        **LlamaLikeFamily.norm_names,
-        "self_attn.q_norm.weight": "attention.query_norm.weight",
-        "self_attn.k_norm.weight": "attention.key_norm.weight",
-    }
-    fixed = LlamaLikeFamily.fixed | {"qk_norm": True}
-
-    @override
-    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
-        fields.allow_only("attention_bias", False)
-        return super().parse_config(fields)
-
-    @override
-    def build_config(self, shape: ModelShape) -> dict[str, Any]:
-        layers = shape.gpt.n_layer
-        return super().build_config(shape) | {
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": layers,
-            "layer_types": ["full_attention"] * layers,
-        }
-
-
 class Qwen2Family(LlamaLikeFamily):
     """Qwen2 and Qwen2.5 models (https://arxiv.org/abs/2407.10671), with biases of the queries, keys and values only."""
 
@@ -196,6 +167,28 @@ class Qwen2Family(LlamaLikeFamily):
             "max_window_layers": layers,
             "layer_types": ["full_attention"] * layers,
         }
+
+
+class Qwen3Family(Qwen2Family):
+    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalize queries and keys per head."""
+
+    model_type, architecture = "qwen3", "Qwen3ForCausalLM"
+    default_head_dim = 128
+    norm_names = {  # noqa: RUF012 - annotated as a ClassVar in LlamaLikeFamily
+        **LlamaLikeFamily.norm_names,
+        "self_attn.q_norm.weight": "attention.query_norm.weight",
+        "self_attn.k_norm.weight": "attention.key_norm.weight",
+    }
+    fixed = LlamaLikeFamily.fixed | {"qk_norm": True}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        return super().parse_config(fields)
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {"attention_bias": False}
 
 
 class Olmo2Family(LlamaLikeFamily):

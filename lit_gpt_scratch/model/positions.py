@@ -47,9 +47,8 @@ class PositionEncoding(nn.Module):
         Raises:
             UserError: Two settings contradict each other.
         """
-        defaults = {"share": 1.0, "scaling": None, "factor": 1.0, "trained_context": None, "slow": None, "fast": None}
-        defaults["skip_every"] = None
-        for name, default in defaults.items():
+        unset = dict.fromkeys(("skip_every", "scaling", "trained_context", "slow", "fast"))
+        for name, default in {"share": 1.0, "factor": 1.0, **unset}.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
                     f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; "
