@@ -127,7 +127,8 @@ class LayerStats(NamedTuple):
 
     Attributes:
         attention: Attention statistics per head, or None if a custom attention class does not record its weights.
-        max_activations: Maximum magnitude of each feed-forward unit, float32 tensor of shape (ffn_dim,).
+        max_activations: Maximum magnitude of each feed-forward unit, float32 tensor of shape (ffn_dim,), or None for a
+            mixture of experts.
         stream_rms: Root mean square of the residual stream after the block, float32 scalar.
         attention_map: Attention weights between the first t tokens, of shape (n_head, t, t); captured only for plots.
         stream: Residual stream after the block, of shape (B, T, n_embd); captured only for plots.
@@ -135,7 +136,7 @@ class LayerStats(NamedTuple):
     """
 
     attention: AttentionStats | None
-    max_activations: Tensor
+    max_activations: Tensor | None
     stream_rms: Tensor
     attention_map: Tensor | None = None
     stream: Tensor | None = None
@@ -220,11 +221,11 @@ class ActivationStats(PeriodicCallback):
         lengths, documents, mesh = self._batch.get("lengths"), self._batch.get("document_ids"), task.device_mesh
 
         def keep(block: BlockActivations) -> LayerStats:
-            hidden = gather_heads(block.hidden, 2, mesh)
+            hidden = None if block.hidden is None else gather_heads(block.hidden, 2, mesh)
             weights = None if block.weights is None else gather_heads(block.weights, 1, mesh)
             layer = LayerStats(
                 None if weights is None else attention_stats(weights, documents, lengths),
-                max_unit_activations(hidden, lengths),
+                None if hidden is None else max_unit_activations(hidden, lengths),
                 masked_mean(block.stream.float().square(), lengths).sqrt(),
             )
             if for_plots:
@@ -255,10 +256,16 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
     found: dict[str, Tensor] = {}
     if captured.output.ndim == 3:  # a head that outputs one number per token has no logits
         found["dynamics/logit_norm"] = masked_mean(captured.output.float().norm(dim=-1, keepdim=True), lengths)
-    shares = torch.stack([dead_units(layer.max_activations).float().mean() for layer in captured.layers])
-    found["dynamics/dead_units"] = shares.mean()
-    for number, (layer, share) in enumerate(zip(captured.layers, shares, strict=True), 1):
-        found[f"dynamics/dead_units/layer_{number}"] = share
+    shares = {
+        number: dead_units(layer.max_activations).float().mean()
+        for number, layer in enumerate(captured.layers, 1)
+        if layer.max_activations is not None
+    }
+    if shares:
+        found["dynamics/dead_units"] = torch.stack([*shares.values()]).mean()
+    for number, layer in enumerate(captured.layers, 1):
+        if number in shares:
+            found[f"dynamics/dead_units/layer_{number}"] = shares[number]
         found[f"dynamics/stream_norm/layer_{number}"] = layer.stream_rms
     stats = [
         (number, layer.attention) for number, layer in enumerate(captured.layers, 1) if layer.attention is not None
@@ -311,6 +318,8 @@ class ActivationPlots:
         for board in tensorboard_writers(trainer):
             step = trainer.global_step - 1  # step at which Lightning logs validation metrics
             self._log_attention(board, captured.layers, step)
+            if task.expert_balancing is not None:
+                self._log_expert_load(board, task.expert_balancing.load, step)
             if lens is not None:
                 board.add_text("views/logit_lens", lens, step)
             for name, parameters in group_parameters(task.net).items():
@@ -319,8 +328,21 @@ class ActivationPlots:
             for number in select_layers(len(captured.layers)):
                 layer = captured.layers[number]
                 for name, values in (("stream", layer.stream), ("feed_forward", layer.hidden)):
-                    assert values is not None
-                    add_histogram(board, f"activations/{name}/layer_{number + 1}", [values], step)
+                    if values is not None:
+                        add_histogram(board, f"activations/{name}/layer_{number + 1}", [values], step)
+
+    def _log_expert_load(self, board: SummaryWriter, load: Tensor, step: int) -> None:
+        """Plot the load of each expert in the last step, of shape (n_layer, n_experts), relative to its mean."""
+        relative = (load / load.double().mean(-1, keepdim=True)).cpu().numpy()
+        picture = plotting.heat_map(
+            relative / max(1.0, relative.max()),
+            [[f"{value:.1f}" for value in row] for row in relative],
+            [f"layer {number}" for number in range(1, len(relative) + 1)],
+            [f"expert {number}" for number in range(1, relative.shape[1] + 1)],
+            title="load of each expert, relative to the mean",
+            cell=48,
+        )
+        board.add_image("views/expert_load", picture, step, dataformats="HWC")
 
     def _log_attention(self, board: SummaryWriter, layers: Sequence[LayerStats], step: int) -> None:
         stats = [(number, layer.attention) for number, layer in enumerate(layers, 1) if layer.attention is not None]

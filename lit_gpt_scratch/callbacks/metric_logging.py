@@ -25,7 +25,8 @@ After every validation run (``loss_breakdown.py``):
 - ``loss_by_position/A-B``: mean loss at positions A to B of a window, counted from 0.
 - ``loss_by_frequency/A-B``: mean loss on the A-th to B-th most frequent tokens in the training data, counted from 1.
 
-Every ``trainer.log_every_n_steps`` steps (``throughput.py``): ``throughput/...``.
+Every ``trainer.log_every_n_steps`` steps (``throughput.py``): ``throughput/...``, and for a mixture of experts
+``experts/...`` (see ``tasks.expert_balancing.ExpertBalancing.metrics``).
 """
 
 from argparse import Namespace

@@ -26,6 +26,7 @@ from lit_gpt_scratch.diagnostics.config_rules import (
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import fsdp_mesh
 from lit_gpt_scratch.lightning_compat import batches_in_steps, planned_steps
+from lit_gpt_scratch.model.module_metadata import inactive_parameters
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
     count_parameters_by_part,
@@ -98,9 +99,12 @@ class RunPlan(RunDirCallback):
 
         parts = count_parameters_by_part(task.net)
         total = sum(parts.values())
+        inactive = inactive_parameters(task.net)
+        active = f", of which a token uses {format_count(total - inactive)}" if inactive else ""
         yield (
             "model",
-            f"{format_count(total)} parameters: {', '.join(f'{part} {format_count(n)}' for part, n in parts.items())}",
+            f"{format_count(total)} parameters{active}: "
+            f"{', '.join(f'{part} {format_count(n)}' for part, n in parts.items())}",
         )
 
         if task.init_from is not None:

@@ -7,6 +7,11 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MAX_DEAD_UNITS: Final = 0.5
 """Fraction of dead feed-forward units above which a problem is reported."""
+MIN_LOAD_ENTROPY: Final = 0.75
+"""Entropy of the load of a block's experts, relative to that of an equal load, below which a problem is reported.
+
+Healthy runs have 0.9 to 1, and an AdamW run without balancing whose learning rate is ten times too large has 0.4.
+"""
 MAX_SINK: Final = 0.7
 """Fraction of attention on the first token, averaged over all heads, above which a problem is reported."""
 MAX_REPETITION: Final = 0.5
@@ -22,6 +27,19 @@ def dead_units(e: MetricHistory) -> Finding | None:
         f"{dead.last:.0%} of the feed-forward units are zero for every token",
         "optimizer steps so large that units moved to a region where the activation and its gradient are zero",
         "--model.gpt.feed_forward swiglu",
+    )
+
+
+def expert_collapse(e: MetricHistory) -> Finding | None:
+    """Detect a router that sends most tokens to a few of the experts."""
+    entropy = e["experts/load_entropy"]
+    if len(entropy) < 3 or not max(entropy.values[-3:]) < MIN_LOAD_ENTROPY:
+        return None
+    return Finding(
+        f"the load of the experts of a block has {entropy.last:.0%} of the entropy of an equal load; "
+        f"{e.latest('experts/unused'):.0%} of all experts receive no tokens",
+        "the router sends most tokens to a few experts, and the others are not trained",
+        "--model.gpt.load_balance_loss 0.1",
     )
 
 

@@ -51,6 +51,7 @@ RULES: Final = (
         "below the word baseline", ("val/accuracy",), loss_rules.below_word_baseline, (*RATE_SYMPTOMS, "divergence"),
     ),
     Rule("slow loader", ("throughput/data",), step_rules.slow_loader),
+    Rule("expert collapse", ("experts/load_entropy",), activation_rules.expert_collapse),
     Rule("attention sink", ("attention/sink",), activation_rules.attention_sink),
     Rule(
         "repetition", ("samples/repetition",), activation_rules.repetition,

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -33,21 +33,56 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.model.local_shard import shard_slices, to_local
+from lit_gpt_scratch.model.moe import Experts
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 """Dimension names of the device mesh, as in Lightning."""
 REPLICATE, SHARD = "replicate", "shard"
 """Names of the two dimensions into which hybrid sharding divides the data-parallel dimension."""
 REPLICATED: Final = "replicated"
+
+
+class ExpertParallel(ParallelStyle):
+    """Parallel style of ``model.moe.Experts``: each process holds some of the experts, and applies them to all tokens.
+
+    The outputs are summed over the processes, and so are the gradients of the tokens and of the gates.
+    """
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Experts)
+        for layer in (module.input, module.gate, module.output):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight, device_mesh, [Shard(0)]))
+        module.first = shard_slices(module.input.weight)[0].start
+
+        def sum_gradients(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            x, experts, gates = inputs
+            x, gates = (
+                DTensor.from_local(each, device_mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+                for each in (x, gates)
+            )
+            return x, experts, gates
+
+        def sum_outputs(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            partial = DTensor.from_local(output, device_mesh, [Partial()])
+            return partial.redistribute(placements=[Replicate()]).to_local()
+
+        module.register_forward_pre_hook(sum_gradients)
+        module.register_forward_hook(sum_outputs)
+        return module
+
+
 STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "experts": ExpertParallel,
 }
 """Parallel styles, other than ``replicated``, that a module's ``tensor_parallel_plan`` can use."""
 
@@ -68,7 +103,10 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         return
     if adapters:
         raise UserError("model.lora is not supported with tensor parallelism; choose fsdp2 or ddp")
-    for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
+    divided = {"n_head": config.n_head, "n_kv_head": config.kv_heads, "ffn_dim": config.ffn_width}
+    if config.feed_forward == "moe":
+        divided |= {"n_experts": config.n_experts, "ffn_dim": config.ffn_width * config.n_shared_experts}
+    for name, number in divided.items():
         if number % size:
             raise UserError(
                 f"tensor_parallel is {size}, but model.gpt.{name} is {number}, which is not divisible by {size}; "
@@ -239,7 +277,7 @@ def _apply_tensor_parallel(net: GPT, mesh: DeviceMesh) -> None:
         if style != REPLICATED:
             parallelize_module(module, mesh, {name: STYLES[style]()})
     for module in net.blocks.modules():
-        if hasattr(module, "tensor_parallel_plan"):
+        if "colwise" in getattr(module, "tensor_parallel_plan", {}).values():
             # Convert the input to a DTensor once per module and not once per matrix, so that the gradients of the
             # matrices are added before the all-reduce.
             others = len(inspect.signature(module.forward).parameters) - 1

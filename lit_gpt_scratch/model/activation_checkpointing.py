@@ -6,17 +6,17 @@ activation checkpointing (https://arxiv.org/abs/2205.05198) also stores the outp
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
 from torch.nn.attention import flex_attention  # noqa: F401 - it defines an operator
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.kernels import cpu_attention, onednn_linear  # noqa: F401 - they define operators
+from lit_gpt_scratch.kernels import cpu_attention, grouped_linear, onednn_linear  # noqa: F401 - they define operators
 from lit_gpt_scratch.model.config import GPTConfig
 
+Outputs = TypeVar("Outputs")
 ActivationCheckpointing: TypeAlias = bool | Literal["keep_attention", "keep_matmuls"]
 """What a block stores for the backward pass: all activations (False), only its input (True), or also the outputs of
 the operators in ``KEPT_OPERATORS``."""
@@ -34,6 +34,7 @@ MATMULS: Final = (
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.lit_gpt_scratch.product.default,
+    torch.ops.lit_gpt_scratch.grouped_product.default,
 )
 KEPT_OPERATORS: Final = {"keep_attention": ATTENTION, "keep_matmuls": ATTENTION + MATMULS}
 """Operators whose outputs selective activation checkpointing stores: fused attention, or all matmuls."""
@@ -59,12 +60,12 @@ def validate_checkpointing(checkpointing: ActivationCheckpointing, config: GPTCo
 
 
 def call_with_checkpointing(
-    checkpointing: ActivationCheckpointing, function: Callable[..., Tensor], *inputs: Any
-) -> Tensor:
+    checkpointing: ActivationCheckpointing, function: Callable[..., Outputs], *inputs: Any
+) -> Outputs:
     """Return ``function(*inputs)``, storing for the backward pass only what ``checkpointing`` specifies."""
     selective: dict[str, Any] = {}
     if isinstance(checkpointing, str):
         kept = list(KEPT_OPERATORS[checkpointing])
         selective["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, **selective)
+    out: Outputs = checkpoint(function, *inputs, use_reentrant=False, **selective)
     return out

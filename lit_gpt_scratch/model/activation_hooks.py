@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model.attention import document_positions
+from lit_gpt_scratch.model.feed_forward import FeedForward
 from lit_gpt_scratch.model.gpt import GPT, Block
 
 Kept = TypeVar("Kept")
@@ -18,13 +19,14 @@ class BlockActivations(NamedTuple):
 
     Attributes:
         stream: Residual stream after the block, of shape (B, T, n_embd).
-        hidden: Input of the down-projection in the feed-forward network, of shape (B, T, ffn_dim).
+        hidden: Input of the down-projection in the feed-forward network, of shape (B, T, ffn_dim), or None if the
+            network is a mixture of experts.
         weights: Attention weights in at least float32, of shape (B, n_head, T, T), or None if a custom attention class
             does not record them.
     """
 
     stream: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     weights: Tensor | None
 
 
@@ -77,20 +79,22 @@ def _capture_block(block: Block, report: Callable[[BlockActivations], None]) -> 
     hidden: list[Tensor] = []
     weights = block.attention.recorded_weights = []
 
-    def after_block(_: nn.Module, inputs: object, stream: Tensor) -> None:
-        report(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
+    def after_block(_: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor | None]) -> None:
+        report(BlockActivations(outputs[0], hidden.pop() if hidden else None, weights.pop() if weights else None))
 
-    # Prepended to run before the hook of tensor parallelism, which converts the input to a DTensor.
-    output_handle = block.feed_forward.output.register_forward_pre_hook(
-        lambda _, inputs: hidden.append(inputs[0]), prepend=True
-    )
-    block_handle = block.register_forward_hook(after_block)
+    handles = [block.register_forward_hook(after_block)]
+    if isinstance(block.feed_forward, FeedForward):
+        # Prepended to run before the hook of tensor parallelism, which converts the input to a DTensor.
+        hook = block.feed_forward.output.register_forward_pre_hook(
+            lambda _, inputs: hidden.append(inputs[0]), prepend=True
+        )
+        handles.append(hook)
     try:
         yield
     finally:
         block.attention.recorded_weights = None
-        output_handle.remove()
-        block_handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
+from lit_gpt_scratch.model.moe import ROUTER_SCORES
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS
@@ -18,16 +19,18 @@ if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (a
     NormName: TypeAlias = str
     PlacementName: TypeAlias = str
     PositionName: TypeAlias = str
+    RouterScores: TypeAlias = str
     ScalingName: TypeAlias = str
 else:
     FeedForwardName = Literal[tuple(FEED_FORWARDS)]
     InitialisationName = Literal[tuple(INITIALISATIONS)]
     NormName, PlacementName = Literal[NORMS], Literal[NORM_PLACEMENTS]
     PositionName = Literal[tuple(POSITION_ENCODINGS)]
+    RouterScores = Literal[ROUTER_SCORES]
     ScalingName = Literal[ROTARY_SCALINGS]
 
-MAY_BE_ZERO = ("dropout",)
-MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16}
+MAY_BE_ZERO = ("dropout", "n_shared_experts", "expert_bias_rate", "load_balance_loss", "router_z_loss")
+MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16, "n_experts": 2**14}
 """Maximum values of settings that determine how many objects are built; all other integers are at most ``MAX_SIZE``."""
 MAX_SIZE = 2**31
 
@@ -85,15 +88,32 @@ class GPTConfig:
             (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer),
             ``output`` normalizes the output of each residual branch (OLMo 2), and ``sandwich`` normalizes both its
             input and its output (Gemma 2).
-        bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head never
-            has a bias.
+        bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head and
+            the experts of ``moe`` never have a bias.
         qkv_bias: Whether the projections to queries, keys and values have biases even if ``bias`` is false (Qwen2,
             https://arxiv.org/abs/2407.10671).
         feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
-            (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact`` or ``relu``.
-        ffn_dim: Hidden width of the feed-forward network. By default, 4 * n_embd, or 8/3 * n_embd for ``swiglu`` and
-            ``geglu``, rounded to a multiple of 32. The three matrices of the gated types then have about as many
-            parameters as the two matrices of the other types.
+            (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact``, ``relu``, or
+            ``moe``, a mixture of experts that are SwiGLU networks (Mixtral, https://arxiv.org/abs/2401.04088).
+        ffn_dim: Hidden width of the feed-forward network, or of each expert. By default, 4 * n_embd, or 8/3 * n_embd
+            for ``swiglu`` and ``geglu``, rounded to a multiple of 32. The three matrices of the gated types then have
+            about as many parameters as the two matrices of the other types. For ``moe``, the default is 8/3 * n_embd
+            divided by the number of experts that a token uses.
+        n_experts: Number of experts among which the router of ``moe`` chooses.
+        experts_per_token: Number of experts that the router chooses for each token.
+        n_shared_experts: Number of additional experts that all tokens use (DeepSeekMoE,
+            https://arxiv.org/abs/2401.06066).
+        router_scores: Function that turns the router's logits into scores: ``softmax`` (Mixtral, Qwen3) or ``sigmoid``
+            (DeepSeek-V3).
+        normalize_gates: Whether the scores of a token's experts, by which their outputs are multiplied, are divided by
+            their sum.
+        load_balance_loss: Coefficient of the loss that balances the load of the experts of each block (see
+            ``model.moe``); 0 disables it.
+        router_z_loss: Coefficient of the loss that keeps the router's logits small, such as 0.001 (ST-MoE,
+            https://arxiv.org/abs/2202.08906); 0 disables it.
+        expert_bias_rate: If set, such as to 0.001, a bias is added to the score of each expert when experts are chosen,
+            and after each step it is increased by this value for experts with less than the mean load and decreased for
+            the others (DeepSeek-V3, https://arxiv.org/abs/2408.15664). ``load_balance_loss`` can then be 0.
         tied_embeddings: Whether the token embedding and the output head share the same weight matrix
             (https://arxiv.org/abs/1608.05859).
         vocab_multiple: The number of rows in the token embedding and the output head is rounded up to a multiple of
@@ -148,6 +168,14 @@ class GPTConfig:
     qkv_bias: bool = False
     feed_forward: FeedForwardName = "swiglu"
     ffn_dim: int | None = None
+    n_experts: int = 8
+    experts_per_token: int = 2
+    n_shared_experts: int = 0
+    router_scores: RouterScores = "softmax"
+    normalize_gates: bool = True
+    load_balance_loss: float = 0.01
+    router_z_loss: float = 0.0
+    expert_bias_rate: float | None = None
     tied_embeddings: bool = False
     vocab_multiple: int = 1
     logit_softcap: float | None = None
@@ -172,6 +200,9 @@ class GPTConfig:
                 raise UserError(f"model.gpt.{field.name} is {value}; it must be {bound}")
             if number and isinstance(value, int) and value > (largest := MAX_SIZES.get(field.name, MAX_SIZE)):
                 raise UserError(f"model.gpt.{field.name} is {describe(value)}; it must be at most {largest}")
+        for name in MAY_BE_ZERO:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise UserError(f"model.gpt.{name} is {getattr(self, name)}; it must be 0 or more, and finite")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.gpt.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -193,6 +224,16 @@ class GPTConfig:
             raise UserError(
                 f"model.gpt.attention_backend is flex, which does not support dropout, but "
                 f"model.gpt.dropout is {self.dropout}; choose auto, sdpa or manual"
+            )
+        if self.experts_per_token > self.n_experts:
+            raise UserError(
+                f"model.gpt.experts_per_token is {self.experts_per_token}, but model.gpt.n_experts is "
+                f"{self.n_experts}; lower experts_per_token, or raise n_experts"
+            )
+        if self.feed_forward == "moe" and self.experts_per_token == 1 and self.normalize_gates:
+            raise UserError(
+                "model.gpt.experts_per_token is 1, for which model.gpt.normalize_gates makes every gate 1, so that the "
+                "router is not trained; set normalize_gates to false"
             )
         if self.qk_norm_joint and not self.qk_norm:
             raise UserError(
@@ -219,4 +260,4 @@ class GPTConfig:
     @property
     def ffn_width(self) -> int:
         """Hidden width of the feed-forward network: ``ffn_dim``, or its default value if ``ffn_dim`` is None."""
-        return self.ffn_dim or max(32, round(FEED_FORWARDS[self.feed_forward].hidden_ratio * self.n_embd / 32) * 32)
+        return self.ffn_dim or FEED_FORWARDS[self.feed_forward].default_hidden_dim(self)

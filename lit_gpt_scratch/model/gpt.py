@@ -2,7 +2,7 @@
 
 from functools import partial
 from itertools import zip_longest
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
+from lit_gpt_scratch.model.moe import ExpertLinear
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, WeightsByRole
 from lit_gpt_scratch.model.weight_sampler import WeightSampler, draw_seed
+
+INITIALISED_BY_SCHEME: Final = nn.Linear | ExpertLinear | nn.Embedding | nn.LayerNorm
+"""Modules that do not require ``init_weights``."""
 
 
 class Block(nn.Module):
@@ -64,7 +68,7 @@ class Block(nn.Module):
         value_embedding: Tensor | None = None,
         layer_cache: tuple[KVCache, int] | None = None,
         checkpointing: ActivationCheckpointing = False,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Apply the block to the residual stream.
 
         Args:
@@ -77,7 +81,8 @@ class Block(nn.Module):
             checkpointing: What to store for the backward pass.
 
         Returns:
-            The new residual stream, of shape (B, T, n_embd).
+            The new residual stream, of shape (B, T, n_embd), and the router logits of a mixture of experts, of shape
+            (B, T, n_experts); None for other feed-forward networks.
         """
         if checkpointing:  # inside the block, so that compiling the block compiles the recomputation, too
             inputs = x, x0, position, layout, value_embedding, layer_cache
@@ -87,9 +92,10 @@ class Block(nn.Module):
         h = x if self.post else self.attention_norm(x)
         x = x + self.dropout(self.attention_end(self.attention(h, position, layout, value_embedding, layer_cache)))
         x = self.attention_norm(x) if self.post else x
-        h = x if self.post else self.feed_forward_norm(x)
-        x = x + self.dropout(self.feed_forward_end(self.feed_forward(h)))
-        return self.feed_forward_norm(x) if self.post else x
+        h = self.feed_forward(x if self.post else self.feed_forward_norm(x))
+        h, router_logits = h if isinstance(h, tuple) else (h, None)
+        x = x + self.dropout(self.feed_forward_end(h))
+        return (self.feed_forward_norm(x) if self.post else x), router_logits
 
     def residual_branches(self) -> list[ResidualBranch]:
         """Return the attention branch and the feed-forward branch, for weight initialization."""
@@ -140,6 +146,9 @@ class GPT(nn.Module):
         self.output_head = output_head
         self.activation_checkpointing: ActivationCheckpointing = False
         """What each block stores for the backward pass in training."""
+        self.recorded_router_logits: list[Tensor] | None = None
+        """List to which each forward pass appends the router logits of each block, of shape (B, T, n_experts), if the
+        blocks are mixtures of experts; None disables recording."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -185,7 +194,7 @@ class GPT(nn.Module):
         linears = [
             module
             for module in self.modules()
-            if isinstance(module, nn.Linear) and (module is not self.head or head is not None)
+            if isinstance(module, nn.Linear | ExpertLinear) and (module is not self.head or head is not None)
         ]
         for linear in linears:
             if linear.bias is not None:
@@ -228,7 +237,7 @@ class GPT(nn.Module):
                 ("parameters", module.parameters(recurse=False), "init_weights"),
                 ("buffers", module.buffers(recurse=False), "init_buffers"),
             ):
-                known = kind == "parameters" and isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
+                known = kind == "parameters" and isinstance(module, INITIALISED_BY_SCHEME)
                 if [*tensors] and not known and not hasattr(module, method):
                     raise UserError(
                         f"model.gpt: {name} has {kind} without initial values, because {type(module).__name__} does "
@@ -345,7 +354,9 @@ class GPT(nn.Module):
             value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             layer_cache = None if cache is None else (cache, layer)
             own = unrotated if skip_every is not None and (layer + 1) % skip_every == 0 else layout
-            x = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
+            x, router_logits = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
+            if router_logits is not None and self.recorded_router_logits is not None:
+                self.recorded_router_logits.append(router_logits)
         out: Tensor = self.norm(x)
         return out
 

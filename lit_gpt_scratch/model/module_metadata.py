@@ -1,20 +1,25 @@
 """Metadata that modules declare about themselves, so that other code does not have to list modules by name.
 
-For example, a new type of feed-forward network, such as a mixture of experts, only has to be added to
-``FEED_FORWARDS``. Unless stated otherwise, the following attributes and methods of an ``nn.Module`` are optional.
+For example, a new type of feed-forward network only has to be added to ``FEED_FORWARDS``. Unless stated otherwise, the
+following attributes and methods of an ``nn.Module`` are optional.
 
 ``tensor_parallel_plan: ClassVar[dict[str, str]]``
     Tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names may
     contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the same
     on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
     split and outputs are summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows
-    are split and outputs are summed) and ``replicated`` (each process holds all parameters and applies them to its own
-    heads, and gradients are summed). A module without a plan is replicated and requires no communication.
+    are split and outputs are summed), ``experts`` (see ``distributed.parallelize.ExpertParallel``) and ``replicated``
+    (each process holds all parameters and applies them to its own heads, and gradients are summed). A module without a
+    plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
     Returns the number of floating-point operations (FLOPs) per token in the forward pass of the module and its
     children, if each token attends to ``context`` tokens. The default is the sum over the children, with two FLOPs per
     weight of a linear layer.
+
+``inactive_parameters() -> int``
+    Returns the number of weights in the module and its children that a token does not use, such as those of the experts
+    that the router does not choose. The default is the sum over the children.
 
 ``init_weights(sampler: WeightSampler) -> None``
     Initializes the parameters that do not belong to an ``nn.Linear``, drawing random values from ``sampler``. Without
@@ -33,7 +38,8 @@ For example, a new type of feed-forward network, such as a mixture of experts, o
     Optimizer group of the 2-D parameters in the module and its children, unless a child declares another group:
     ``matrices`` (maps between hidden layers, which Muon can update) or ``tables`` (one vector per token, class or
     position; the default). Parameters with fewer dimensions always belong to ``vectors``, and parameters with more
-    dimensions to ``tables``.
+    dimensions to ``tables``, unless the declared group is ``stacked_matrices``: they are then matrices that are stacked
+    along the first dimensions, such as those of experts, and belong to ``matrices``.
 """
 
 from collections.abc import Iterator
@@ -41,7 +47,7 @@ from typing import Literal
 
 from torch import nn
 
-OptimizerGroup = Literal["matrices", "tables", "vectors"]
+OptimizerGroup = Literal["matrices", "stacked_matrices", "tables"]
 
 
 def linear_flops_per_token(module: nn.Module) -> int:
@@ -58,6 +64,14 @@ def flops_per_token(module: nn.Module, context: int) -> int:
     return own + sum(flops_per_token(child, context) for child in module.children())
 
 
+def inactive_parameters(module: nn.Module) -> int:
+    """Return the number of weights in a module that a token does not use."""
+    if (declared := getattr(module, "inactive_parameters", None)) is not None:
+        inactive: int = declared()
+        return inactive
+    return sum(inactive_parameters(child) for child in module.children())
+
+
 def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") -> Iterator[tuple[nn.Parameter, str]]:
     """Yield each parameter of a module with its optimizer group; shared parameters are yielded several times.
 
@@ -67,6 +81,11 @@ def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") ->
     """
     declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
     for parameter in module.parameters(recurse=False):
-        yield parameter, "vectors" if parameter.ndim < 2 else "tables" if parameter.ndim > 2 else declared
+        if parameter.ndim < 2:
+            yield parameter, "vectors"
+        elif declared == "stacked_matrices" or (declared == "matrices" and parameter.ndim == 2):
+            yield parameter, "matrices"
+        else:
+            yield parameter, "tables"
     for child in module.children():
         yield from optimizer_groups(child, declared)

@@ -5,11 +5,12 @@ otherwise, biases are initialized to zero and the gains of normalization layers 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lit_gpt_scratch.model.moe import ExpertLinear
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 INIT_STD = 0.02
@@ -25,7 +26,7 @@ class ResidualBranch(NamedTuple):
             if ``norm_placement`` is neither ``output`` nor ``sandwich``.
     """
 
-    outputs: list[nn.Linear]
+    outputs: Sequence[nn.Linear | ExpertLinear]
     norm: nn.Module | None
 
 
@@ -40,7 +41,7 @@ class WeightsByRole(NamedTuple):
     """
 
     embedding: Tensor
-    linears: list[nn.Linear]
+    linears: list[nn.Linear | ExpertLinear]
     branches: list[ResidualBranch]
     head: nn.Linear | None
 

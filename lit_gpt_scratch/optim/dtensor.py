@@ -4,6 +4,7 @@ Elementwise operations are applied to the local shards (``model.local_shard``), 
 considerably faster than operating on the ``DTensor``.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,22 +22,30 @@ def sharding_of(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...
 class ShardedMatrices:
     """Helper that gathers a batch of N matrices with the same shape and sharding, and shards them again.
 
+    Each of them can also be a stack of matrices. Stacks that are sharded into whole matrices are gathered only if
+    ``replicate`` is True.
+
     Args:
-        like: Matrix of shape (rows, columns) that has the shape and sharding of all matrices.
+        like: Matrix or stack, of shape (..., rows, columns), that has the shape and sharding of all of them.
         count: Number of matrices (N).
         replicate: Whether to gather all matrices on every process. If False, each process gathers only some of the
             matrices.
     """
 
     def __init__(self, like: Tensor, count: int, replicate: bool = False) -> None:
-        self.mesh = like.device_mesh if isinstance(like, DTensor) else None
-        if isinstance(like, DTensor):
+        mesh, placements = sharding_of(like)
+        sharded = [placement.dim for placement in placements if isinstance(placement, Shard | _StridedShard)]
+        is_whole = like.ndim > 2 and all(dim < like.ndim - 2 for dim in sharded)
+        self.mesh = None if is_whole and not replicate else mesh
+        if self.mesh is not None:
             self._shape = torch.Size((count, *like.shape))
-            self._sharded = _prepend_dimension(like.placements)
-            self._gathered = [Replicate() if replicate else Shard(0)] * like.device_mesh.ndim
+            self._sharded = _prepend_dimension(placements)
+            self._gathered = [Replicate() if replicate else Shard(0)] * self.mesh.ndim
 
     def gather(self, shards: Tensor) -> Tensor:
         """Gather the n full matrices assigned to this process: (N, local rows, local columns) -> (n, rows, columns).
+
+        Stacks have further dimensions in between.
 
         If ``replicate`` is True, n is N.
         """
@@ -48,8 +57,7 @@ class ShardedMatrices:
 
     def _redistribute(self, local: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
         assert self.mesh is not None
-        _, rows, columns = self._shape
-        stride = (rows * columns, columns, 1)
+        stride = tuple(math.prod(self._shape[n:]) for n in range(1, len(self._shape) + 1))  # contiguous
         batch = DTensor.from_local(local.contiguous(), self.mesh, source, shape=self._shape, stride=stride)
         return batch.redistribute(placements=target).to_local()
 

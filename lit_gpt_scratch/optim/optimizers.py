@@ -63,15 +63,15 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     size in all directions.
 
     Args:
-        matrices: Batch of matrices, floating-point tensor of shape (N, rows, columns). Zero matrices remain zero.
+        matrices: Batch of matrices, floating-point tensor of shape (..., rows, columns). Zero matrices remain zero.
         steps: Number of iterations.
 
     Returns:
-        The results, of shape (N, rows, columns), in ``newton_schulz_dtype``. The iterations are stable in bfloat16
+        The results, of shape (..., rows, columns), in ``newton_schulz_dtype``. The iterations are stable in bfloat16
         (https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x = matrices.to(newton_schulz_dtype(matrices.device))
+    x = matrices.flatten(0, -3).to(newton_schulz_dtype(matrices.device))  # (N, rows, columns)
     tall = x.size(-2) > x.size(-1)
     if tall:  # transpose, so that the products x @ x.mT are as small as possible
         x = x.mT
@@ -79,17 +79,18 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT  # (N, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 class MuonAdamW(Optimizer):
     """Optimizer that updates each parameter group with its own ``rule``: ``muon`` (matrices only) or ``adamw``.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the Nesterov momentum and scales
-    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalized as one batch. If the matrices are
-    sharded, each process gathers and orthogonalizes some of them. With NorMuon, which stores a running mean square per
-    row, each process gathers and orthogonalizes all matrices. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's
-    fused kernel.
+    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalized as one batch. Parameters with more
+    than two dimensions are stacks of matrices, such as those of experts. If the matrices are sharded, each process
+    gathers and orthogonalizes some of them; stacks that are sharded into whole matrices are not gathered. With NorMuon,
+    which stores a running mean square per row, each process gathers and orthogonalizes all matrices. AdamW
+    (https://arxiv.org/abs/1711.05101) uses PyTorch's fused kernel.
 
     Moments and momenta are stored in the dtype of their parameter, or in bfloat16 if a group sets ``bf16_state``. They
     are then converted for each update, one parameter or one batch of matrices at a time.
@@ -103,8 +104,8 @@ class MuonAdamW(Optimizer):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
         for group in self.param_groups:
-            if group["rule"] == "muon" and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("parameter groups with rule 'muon' require 2-D parameters; use 'adamw' for the rest")
+            if group["rule"] == "muon" and any(p.ndim < 2 for p in group["params"]):
+                raise ValueError("parameter groups with rule 'muon' require matrices; use 'adamw' for the rest")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,13 +133,13 @@ class MuonAdamW(Optimizer):
             row_beta = group.get("row_beta")
             matrices = ShardedMatrices(batch[0], len(batch), replicate=row_beta is not None)
             stacked = torch.stack(nesterov).to(newton_schulz_dtype(device_of(batch[0])))  # before communication
-            updates = orthogonalise(matrices.gather(stacked))  # (n, rows, columns)
+            updates = orthogonalise(matrices.gather(stacked))  # (n, ..., rows, columns)
             if row_beta is not None:
                 updates = updates.to(weights[0].dtype)
                 self._normalise_rows(updates, batch, row_beta)
-            # (N, local rows, local columns); with CPU offload, matrices are gathered on the accelerator
+            # (N, ..., local rows, local columns); with CPU offload, matrices are gathered on the accelerator
             updates = matrices.shard(updates).to(weights[0].device, weights[0].dtype)
-            rows, columns = batch[0].shape
+            rows, columns = batch[0].shape[-2:]
             scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
@@ -148,12 +149,14 @@ class MuonAdamW(Optimizer):
 
         Each row of a matrix belongs to one neuron. The norm of each matrix is preserved.
         """
-        squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
+        squares = updates.square().mean(-1, keepdim=True)  # (N, ..., rows, 1)
         for p, square in zip(parameters, squares, strict=True):
             square = square.to(p.device)
             self.state[p].setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
-        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters]).to(updates.device)  # (N, rows, 1)
-        norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, 1, 1)
+        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters]).to(
+            updates.device
+        )  # (N, ..., rows, 1)
+        norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, ..., 1, 1)
         updates.mul_(torch.rsqrt(mean_squares + 1e-10))
         updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 

@@ -12,7 +12,7 @@ class ParameterGroups:
     """Trainable parameters of a network, grouped by their role.
 
     Attributes:
-        matrices: 2-D weight matrices of the hidden layers.
+        matrices: Weight matrices of the hidden layers, and stacks of them.
         tables: Embeddings and output heads, with one vector per token, class or position; parameters with more than two
             dimensions; and LoRA factors, because only their product is a map between hidden layers.
         vectors: Gains and biases.

@@ -40,7 +40,7 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
             parts["embeddings"] += module.weight.numel()
         elif isinstance(module, Block):
             for part, layers in (("attention", module.attention), ("feed-forward", module.feed_forward)):
-                parts[part] += sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, nn.Linear))
+                parts[part] += sum(p.numel() for p in layers.parameters() if p.ndim > 1)
     parts["head"] = 0 if net.head.weight is net.embedding.weight else net.head.weight.numel()
     parts["gains and biases"] = sum(p.numel() for p in net.parameters()) - parts.total()
     return {part: n for part, n in parts.items() if n}

@@ -144,7 +144,7 @@ class LayoutSizes(NamedTuple):
         whole: Bytes of ``weights``, ``gradients``, ``optimizer`` and ``average`` of the whole network.
         local: The same for rank 0.
         by_rule: Bytes of the weights on rank 0, keyed by update rule.
-        matrices: Number of matrices that Muon updates, keyed by their full shape.
+        matrices: Number of matrices, or stacks of matrices, that Muon updates, keyed by their full shape.
         groups: Number of parameters and of tensors of the whole network, keyed by (rule, group, parameters or tensors).
         block: Number of weights in a block after gathering it; tensor parallelism still splits it.
         root: The same for everything outside the blocks.
@@ -155,7 +155,7 @@ class LayoutSizes(NamedTuple):
     whole: Counter[str]
     local: Counter[str]
     by_rule: Counter[str]
-    matrices: Counter[tuple[int, int]]
+    matrices: Counter[tuple[int, ...]]
     groups: Counter[tuple[str, str, str]]
     block: int
     root: int

@@ -84,7 +84,7 @@ def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
     """Predict the duration of an optimizer step."""
     net, n_layer, tokens = local_network(setup), setup.config.n_layer, setup.tokens_per_rank
     block = net.blocks[0]
-    linear = linear_flops_per_token(block)
+    linear = flops_per_token(block, 0)
     visible = min(0.5, (setup.config.sliding_window or setup.block_size) / setup.block_size)  # kernels skip the rest
     scores = visible * (flops_per_token(block, setup.block_size) - linear)
     head = linear_flops_per_token(net.head) / setup.tensor_parallel
@@ -204,12 +204,14 @@ def _optimizer(setup: TrainingSetup, sizes: LayoutSizes) -> tuple[float, float]:
     ranks = setup.machine.devices if setup.strategy in SHARDED else 1
     replicated = getattr(setup.optimizer, "row_beta", None) is not None  # NorMuon gathers all matrices on every rank
     flops = sum(
-        newton_schulz_flops(*shape) * (count if replicated else math.ceil(count / ranks))
-        for shape, count in sizes.matrices.items()
+        newton_schulz_flops(*shape[-2:]) * (n if replicated else math.ceil(n / ranks))
+        for shape, n in ((shape, count * math.prod(shape[:-2])) for shape, count in sizes.matrices.items())
     )
     accelerator = setup.machine.accelerator
     seconds += flops / (MATMUL_SHARE * accelerator.max_matmul_share * accelerator.tensor_core_flops)
-    elements = sum(count * rows * columns for (rows, columns), count in sizes.matrices.items())
+    elements = sum(  # stacks are not gathered
+        count * math.prod(shape) for shape, count in sizes.matrices.items() if replicated or len(shape) == 2
+    )
     sent = ring_bytes(2 * elements, ranks) if replicated else 2 * ring_bytes(2 * elements / ranks, ranks)  # in bfloat16
     bandwidth = accelerator.network_bandwidth if setup.machine.nodes > 1 else accelerator.link_bandwidth
     return seconds + sent / (LINK_SHARE * bandwidth), sent

@@ -38,6 +38,7 @@ from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_log
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, validate_checkpointing
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
+from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.model.weight_sampler import draw_seed
@@ -46,6 +47,7 @@ from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
 from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
+from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing
 
 log = logging.getLogger(__name__)
 
@@ -340,6 +342,9 @@ class GPTModule(L.LightningModule):
                 if pretrained is not None:
                     copy_weights(pretrained, net)
         self.initial_model = None  # free its memory
+        has_experts = any(isinstance(block.feed_forward, MixtureOfExperts) for block in self.net.blocks)
+        self.expert_balancing = ExpertBalancing(self.net) if has_experts else None
+        """Auxiliary losses and load of the experts, if the blocks are mixtures of experts."""
         self.metrics = self.build_metrics()
 
     @property
@@ -444,6 +449,8 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the contribution of a micro-batch to the mean loss over all labels of the optimizer step."""
+        if self.expert_balancing is not None:
+            self.expert_balancing.record()
         loss_sum, count = self.loss_and_count(batch)
         self._loss_sum = self._loss_sum + loss_sum.detach()
         layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
@@ -455,7 +462,8 @@ class GPTModule(L.LightningModule):
         # the ranks. Dividing by the average number of labels per micro-batch therefore gives the gradient of the mean
         # loss over all labels of the step, however unevenly they are distributed.
         self._labels_per_rank = torch.where(step_count > 0, step_count, 1.0) / layout.replicas
-        return loss_sum / (self._labels_per_rank / accumulate)
+        loss = loss_sum / (self._labels_per_rank / accumulate)
+        return loss if self.expert_balancing is None else loss + self.expert_balancing.loss()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Complete tensor-parallel gradients, log the loss, learning rate and gradient norm, and notify callbacks.
@@ -474,6 +482,10 @@ class GPTModule(L.LightningModule):
             self.log("train/loss", self.step_loss)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
             self.log("train/gradient_norm", total_grad_norm(gradients_of(self)))
+        if self.expert_balancing is not None:
+            self.expert_balancing.end_step(lambda load: self.trainer.strategy.reduce(load, reduce_op="sum"))
+            if self.is_log_step:
+                self.log_dict({f"experts/{name}": value for name, value in self.expert_balancing.metrics().items()})
         self._loss_sum.zero_()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if (on_gradient := getattr(callback, "on_gradient", None)) is not None:
@@ -504,10 +516,11 @@ class GPTModule(L.LightningModule):
             norm = clip_grad_norm(gradients, gradient_clip_val)
         elif gradient_clip_val:
             clip_grad_value(gradients, gradient_clip_val)
-        if self.step_filter is None or self.step_loss is None or norm is None:
-            return
-        if not self.step_filter(self.step_loss, norm):
+        has_filter = self.step_filter is not None and self.step_loss is not None and norm is not None
+        if has_filter and not self.step_filter(self.step_loss, norm):  # type: ignore[misc, arg-type]  # none is None
             optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+        elif self.expert_balancing is not None:
+            self.expert_balancing.update_biases()
 
     def on_train_end(self) -> None:
         """Replace the weights with their moving averages, if averaging is enabled."""

@@ -33,6 +33,7 @@ NULLS = {
     "model.init_args.gpt.n_kv_head": "derived: n_head",
     "model.init_args.gpt.head_dim": "derived: n_embd / n_head",
     "model.init_args.gpt.ffn_dim": "derived: from n_embd, by the kind of feed-forward",
+    "model.init_args.gpt.expert_bias_rate": "off: the load of experts is not balanced by biases",
     "model.init_args.gpt.attention": "the project's own",
     "model.init_args.gpt.attention_softcap": "off",
     "model.init_args.gpt.sliding_window": "off",

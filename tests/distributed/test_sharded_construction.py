@@ -44,6 +44,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "position": "learned", "norm": "layernorm", "initialisation": "xavier", "bias": True,
     },
     "norms of outputs": {"norm_placement": "output", "qkv_bias": True, "rotary_skip_every": 2},
+    "experts": {"feed_forward": "moe", "n_experts": 8, "n_shared_experts": 2, "expert_bias_rate": 0.001},
     "joint norms": {"qk_norm_joint": True},
     "sinusoidal positions": {"position": "sinusoidal", "initialisation": "normal", "norm_placement": "post"},
 }  # fmt: skip

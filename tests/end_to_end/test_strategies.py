@@ -22,6 +22,10 @@ from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_user_errors import one_line
 
+EXPERTS = [
+    *("--model.gpt.feed_forward=moe", "--model.gpt.n_shared_experts=1", "--model.gpt.expert_bias_rate=0.01"),
+    "--model.gpt.router_z_loss=0.001",
+]
 SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
 
 
@@ -38,7 +42,7 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("optimizer", "off", "formats"),
+    ("settings", "off", "formats"),
     [
         (["--model.optimizer=AdamW"], 1e-9, ["file"]),
         (["--model.optimizer=AdamW"], 1e-9, ["sharded"]),
@@ -47,17 +51,22 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
         (["--model.optimizer=AdamW", "--model.optimizer.bf16_state=true"], 1e-2, ["sharded", "file"]),
         # Muon orthogonalises in bfloat16.
         (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, ["sharded"]),
+        (["--model.optimizer=AdamW", *EXPERTS], 1e-9, ["sharded", "file"]),
+        (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9", *EXPERTS], 1e-2, ["sharded"]),
     ],
-    ids=["adamw", "adamw, sharded", "adamw, alternating formats", "adamw, bfloat16 state", "normuon, sharded"],
+    ids=[
+        *("adamw", "adamw, sharded", "adamw, alternating formats", "adamw, bfloat16 state", "normuon, sharded"),
+        *("adamw, experts", "normuon, experts"),
+    ],
 )
 @pytest.mark.slow
 def test_run_resumes_with_another_strategy(
-    small: list[str], tmp_path: Path, optimizer: list[str], off: float, formats: list[str]
+    small: list[str], tmp_path: Path, settings: list[str], off: float, formats: list[str]
 ) -> None:
     """Weights, optimizer state and averaged weights against a run that keeps its strategy; all but two validate."""
     everywhere = [
         "--data.tokens_per_step=128", "--trainer.precision=64-true", "--model.schedule.decay=constant",
-        "--model.ema_decay=0.9", "--inspect.every_n_steps=3", *optimizer,
+        "--model.ema_decay=0.9", "--inspect.every_n_steps=3", *settings,
     ]  # fmt: skip
     ways = [
         [],

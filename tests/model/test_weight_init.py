@@ -117,7 +117,7 @@ def test_zero_starts_with_identity_blocks_and_a_loss_of_ln_vocab(placement: str,
     net = network(norm_placement=placement, norm=norm, **SWITCHES)
     stream: list[Tensor] = []
     for block in net.blocks:
-        block.register_forward_hook(lambda _, given, out: stream.extend((given[0], out)))
+        block.register_forward_hook(lambda _, given, out: stream.extend((given[0], out[0])))
     ids = torch.randint(VOCAB, (2, 20))
     logits = net(ids)
     assert not logits.any()

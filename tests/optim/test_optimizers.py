@@ -85,6 +85,24 @@ def test_muon_update_matches_its_definition() -> None:
     assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are close to 1, not exactly 1
 
 
+@pytest.mark.parametrize("row_beta", [None, 0.9])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_muon_updates_each_matrix_of_a_stack(shape: tuple[int, int], row_beta: float | None) -> None:
+    """Experts are updated as if each were a parameter of its own."""
+    settings = {"rule": "muon", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, "row_beta": row_beta}
+    stacks = [nn.Parameter(torch.randn(3, *shape)) for _ in range(2)]
+    single = [nn.Parameter(matrix.detach().clone()) for stack in stacks for matrix in stack]
+    optimizers = [MuonAdamW([{"params": params, **settings}]) for params in (stacks, single)]
+    for _ in range(3):
+        for stack in stacks:
+            stack.grad = torch.randn_like(stack)
+        for matrix, gradient in zip(single, torch.cat([stack.grad for stack in stacks]), strict=True):
+            matrix.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(torch.cat([*stacks]), torch.stack(single))
+
+
 def test_normuon_normalises_rows() -> None:
     """Algorithm 1 of https://arxiv.org/abs/2510.05491 over three steps, given Muon's orthogonalised update."""
     plain, even = nn.Parameter(torch.zeros(6, 10)), nn.Parameter(torch.zeros(6, 10))
@@ -244,6 +262,16 @@ def test_parameters_that_are_not_matrices_use_adamw() -> None:
     net.blocks[0].gate = torch.nn.Parameter(torch.zeros(2, 1, 16))
     assert any(p is net.blocks[0].gate for p in parameter_groups(net).tables)
     Muon().build(net)
+
+
+def test_muon_updates_experts_but_not_the_router() -> None:
+    net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, feed_forward="moe", n_shared_experts=1), 50, 8)
+    groups, mixture = parameter_groups(net), net.blocks[0].feed_forward
+    names = {id(p): name for name, p in mixture.named_parameters()}
+    assert sorted(names[id(p)] for p in groups.matrices if id(p) in names) == sorted(
+        f"{part}.{name}.weight" for part in ("experts", "shared") for name in ("input", "gate", "output")
+    )
+    assert any(p is mixture.router.weight for p in groups.tables)  # one vector per expert
 
 
 @pytest.mark.parametrize("recipe", [Muon(), AdamW()])

@@ -1,0 +1,104 @@
+"""Linear layers with one weight per group of rows, such as the experts of a mixture of experts.
+
+On GPUs, all groups are multiplied by one kernel; elsewhere, by one matrix product per group, which is as fast. Both are
+custom operators, because PyTorch cannot compile its own kernel in float32.
+"""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+GROUPED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that PyTorch's grouped matrix product supports."""
+ALIGNMENT: Final = 16
+"""Number of bytes of which it requires the rows of all matrices to be a multiple."""
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply consecutive groups of rows by one weight per group.
+
+    Under autocast, the inputs are cast as in ``torch.nn.functional.linear``.
+
+    Args:
+        x: Rows, sorted by group, of shape (N, K).
+        weight: One weight per group, of shape (G, M, K).
+        ends: Index at which each group ends, nondecreasing int32 tensor of shape (G,). Rows from ``ends[-1]`` on belong
+            to no group.
+
+    Returns:
+        The products ``x[n] @ weight[g].T`` for each row n of group g, of shape (N, M); 0 for rows of no group.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    out: Tensor = grouped_product(x, weight, ends)
+    return out
+
+
+@torch.library.custom_op("lit_gpt_scratch::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Compute ``grouped_linear`` without autocast."""
+    if _has_grouped_kernel(x, weight.shape[1:]):
+        out = F.grouped_mm(x, weight.mT, offs=ends)
+        return out.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0)
+    out = x.new_empty(len(x), weight.size(1))
+    starts = [0, *ends.tolist()]
+    for w, start, end in zip(weight, starts, starts[1:], strict=False):
+        torch.mm(x[start:end], w.T, out=out[start:end])
+    out[starts[-1] :] = 0
+    return out
+
+
+@torch.library.custom_op("lit_gpt_scratch::grouped_outer_product", mutates_args=())
+def grouped_outer_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Compute ``a[rows].T @ b[rows]`` for the rows of each group; a: (N, M), b: (N, K) -> (G, M, K)."""
+    if _has_grouped_kernel(a, (a.size(1), b.size(1))):
+        return F.grouped_mm(a.mT, b, offs=ends)
+    out = a.new_empty(len(ends), a.size(1), b.size(1))
+    starts = [0, *ends.tolist()]
+    for product, start, end in zip(out, starts, starts[1:], strict=False):
+        torch.mm(a[start:end].T, b[start:end], out=product)
+    return out
+
+
+def _has_grouped_kernel(x: Tensor, sizes: tuple[int, ...]) -> bool:
+    is_aligned = all(size * x.element_size() % ALIGNMENT == 0 for size in sizes)
+    return x.device.type == "cuda" and x.dtype in GROUPED_DTYPES and is_aligned
+
+
+@grouped_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(1))
+
+
+@grouped_outer_product.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(ends.size(0), a.size(1), b.size(1))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    d_x = grouped_product(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None
+    d_weight = grouped_outer_product(grad, x, ends) if ctx.needs_input_grad[1] else None
+    return d_x, d_weight, None
+
+
+grouped_product.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lit_gpt_scratch.grouped_product)
+def _(x: torch.Size, weight: torch.Size, ends: torch.Size, out_shape: torch.Size) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.lit_gpt_scratch.grouped_outer_product)
+def _(a: torch.Size, b: torch.Size, ends: torch.Size, out_shape: torch.Size) -> int:
+    return 2 * a[0] * a[1] * b[1]

@@ -1,0 +1,170 @@
+"""Parts of a mixture of experts (https://arxiv.org/abs/1701.06538): router, experts and losses that balance the load.
+
+Each token chooses its experts, and no token is dropped, however uneven the load is. ``feed_forward.MixtureOfExperts``
+combines the parts.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lit_gpt_scratch.kernels.grouped_linear import grouped_linear
+from lit_gpt_scratch.model.local_shard import to_local
+from lit_gpt_scratch.model.module_metadata import OptimizerGroup
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
+
+ROUTER_SCORES: Final = ("softmax", "sigmoid")
+"""Functions that turn the router's logits into scores."""
+
+
+class Routing(NamedTuple):
+    """Experts of each token.
+
+    Attributes:
+        scores: Score of each expert, at least float32, of shape (..., n_experts).
+        experts: Indices of the chosen experts, int64 tensor of shape (..., experts_per_token).
+        gates: Factors by which the outputs of these experts are multiplied, of shape (..., experts_per_token).
+    """
+
+    scores: Tensor
+    experts: Tensor
+    gates: Tensor
+
+
+class Router(nn.Linear):
+    """Linear layer that scores the experts for each token; it runs in float32, because the choice is discontinuous.
+
+    Attributes:
+        balance_bias: Values that are added to the scores when experts are chosen, but not to the gates, float tensor of
+            shape (n_experts,); None without ``expert_bias_rate``.
+    """
+
+    optimizer_group: ClassVar[OptimizerGroup] = "tables"  # one vector per expert
+    balance_bias: Tensor | None
+
+    def __init__(self, config: "GPTConfig") -> None:
+        super().__init__(config.n_embd, config.n_experts, bias=False)
+        self.config = config
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        """Register the bias that balances the load."""
+        balances = self.config.expert_bias_rate is not None
+        self.register_buffer("balance_bias", torch.zeros(self.config.n_experts) if balances else None)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the router logits: (..., n_embd) -> (..., n_experts), in at least float32."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(dtype), self.weight.to(dtype))
+
+    def route(self, logits: Tensor) -> Routing:
+        """Choose the experts with the highest scores, given router logits of shape (..., n_experts)."""
+        config = self.config
+        scores = logits.softmax(-1) if config.router_scores == "softmax" else logits.sigmoid()
+        ranked = scores if self.balance_bias is None else scores + self.balance_bias
+        experts = ranked.topk(config.experts_per_token, dim=-1).indices
+        gates = scores.gather(-1, experts)
+        if config.normalize_gates:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)  # sigmoid scores can underflow to 0
+        return Routing(scores, experts, gates)
+
+
+class ExpertLinear(nn.Module):
+    """Linear layer without a bias for each expert, with all weights in one tensor.
+
+    Attributes:
+        weight: Weights, of shape (n_experts, out_features, in_features).
+    """
+
+    optimizer_group: ClassVar[OptimizerGroup] = "stacked_matrices"
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = in_features, out_features, None
+        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as in nn.Linear
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Apply the layer of each expert to its rows; see ``grouped_linear``."""
+        return grouped_linear(x, to_local(self.weight), ends)
+
+
+class Experts(nn.Module):
+    """SwiGLU feed-forward networks, each of which is applied to the tokens that chose it.
+
+    Tensor parallelism assigns some of the experts to each process (expert parallelism).
+
+    Attributes:
+        first: Index of the first expert that this process holds.
+    """
+
+    def __init__(self, config: "GPTConfig") -> None:
+        super().__init__()
+        n, width, hidden = config.n_experts, config.n_embd, config.ffn_width
+        self.input = ExpertLinear(n, width, hidden)
+        self.gate = ExpertLinear(n, width, hidden)
+        self.output = ExpertLinear(n, hidden, width)
+        self.first = 0
+
+    def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Add up the outputs of each token's experts, multiplied by their gates.
+
+        Args:
+            x: Tokens, of shape (N, n_embd).
+            experts: Experts of each token, int64 tensor of shape (N, k).
+            gates: Their gates, of shape (N, k).
+
+        Returns:
+            The sums over the experts of this process, of shape (N, n_embd).
+        """
+        N, k = experts.shape
+        n_local = to_local(self.input.weight).size(0)
+        choices = experts.flatten() - self.first  # (N * k,)
+        choices = torch.where((choices >= 0) & (choices < n_local), choices, n_local)  # n_local: another process's
+        ordered, order = choices.sort(stable=True)
+        ends = torch.searchsorted(ordered, torch.arange(n_local, device=x.device), right=True).int()  # (n_local,)
+        # Sorting copies of the tokens, instead of indexing the tokens, makes the backward pass deterministic on GPUs.
+        rows = x[:, None].expand(-1, k, -1).flatten(0, 1)[order]  # (N * k, n_embd)
+        out = self.output(F.silu(self.gate(rows, ends)) * self.input(rows, ends), ends)  # (N * k, n_embd)
+        out = out[order.argsort()].view(N, k, -1)  # (N, k, n_embd), in the order of the tokens
+        mixed: Tensor = (out * gates[..., None].to(out.dtype)).sum(1)
+        return mixed
+
+
+def load_balance_loss(routing: Routing) -> Tensor:
+    """Return the load-balancing loss of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, equations 17 to 20).
+
+    It is computed for each sequence, so that it does not depend on how sequences are distributed across micro-batches
+    and processes. It is 1 if the load is balanced, and n_experts / experts_per_token if all tokens choose the same
+    experts with certainty.
+
+    Args:
+        routing: Routing of sequences, whose experts have shape (B, T, experts_per_token).
+
+    Returns:
+        The mean over the sequences, a scalar.
+    """
+    n_experts = routing.scores.size(-1)
+    chosen = F.one_hot(routing.experts, n_experts).sum(-2)  # (B, T, n_experts)
+    load = chosen.to(routing.scores.dtype).mean(1) * n_experts / routing.experts.size(-1)  # (B, n_experts)
+    share = (routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)).mean(1)  # (B, n_experts)
+    return (load * share).sum(-1).mean()
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Return the router z-loss of ST-MoE (https://arxiv.org/abs/2202.08906), which keeps the logits small.
+
+    Args:
+        logits: Router logits, of shape (..., n_experts).
+
+    Returns:
+        The mean of the squared log-sum-exp over the tokens, a scalar.
+    """
+    return logits.logsumexp(-1).square().mean()

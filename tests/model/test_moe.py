@@ -1,0 +1,217 @@
+"""Mixture of experts against a loop over tokens and experts, and its losses against their equations."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
+from lit_gpt_scratch.model.module_metadata import flops_per_token, inactive_parameters
+from lit_gpt_scratch.model.moe import Routing, load_balance_loss, router_z_loss
+
+WIDTH = 8
+
+
+def mixture(**settings: Any) -> MixtureOfExperts:
+    """A mixture of experts in float64 with random weights and biases."""
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=WIDTH, feed_forward="moe", **({"ffn_dim": 6} | settings))
+    module = MixtureOfExperts(config).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return module
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = gate @ x
+    return down @ (h / (1 + (-h).exp()) * (up @ x))
+
+
+def by_loop(module: MixtureOfExperts, x: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """The output for each token on its own, from the definition, and the experts of each token."""
+    config, experts = module.config, module.experts
+    outputs, chosen = [], []
+    for token in x.flatten(0, 1):
+        logits = (module.router.weight @ token).tolist()
+        if config.router_scores == "softmax":
+            scores = [math.exp(a) / sum(math.exp(b) for b in logits) for a in logits]
+        else:
+            scores = [1 / (1 + math.exp(-a)) for a in logits]
+        biases = [0.0] * len(scores) if module.router.balance_bias is None else module.router.balance_bias.tolist()
+        ranked = sorted(range(len(scores)), key=lambda e: -(scores[e] + biases[e]))[: config.experts_per_token]
+        total = sum(scores[e] for e in ranked) if config.normalize_gates else 1.0
+        out = torch.zeros_like(token)
+        for e in ranked:
+            weights = experts.gate.weight[e], experts.input.weight[e], experts.output.weight[e]
+            out = out + scores[e] / total * swiglu(token, *weights)
+        if module.shared is not None:
+            shared = module.shared
+            out = out + swiglu(token, shared.gate.weight, shared.input.weight, shared.output.weight)
+        outputs.append(out)
+        chosen.append(ranked)
+    return torch.stack(outputs).view_as(x), chosen
+
+
+@given(
+    n_experts=st.integers(1, 6),
+    k=st.integers(1, 6),
+    shared=st.integers(0, 2),
+    scores=st.sampled_from(["softmax", "sigmoid"]),
+    normalized=st.booleans(),
+    biased=st.booleans(),
+    shape=st.sampled_from([(1, 1), (2, 5), (3, 1)]),
+)
+@settings(max_examples=60)
+def test_equals_a_loop_over_tokens_and_experts(
+    n_experts: int, k: int, shared: int, scores: str, normalized: bool, biased: bool, shape: tuple[int, int]
+) -> None:
+    k = min(k, n_experts)
+    module = mixture(
+        n_experts=n_experts, experts_per_token=k, n_shared_experts=shared, router_scores=scores,
+        normalize_gates=normalized and k > 1, expert_bias_rate=0.001 if biased else None,
+    )  # fmt: skip
+    x = torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, logits = module(x)
+    expected, chosen = by_loop(module, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert logits.shape == (*shape, n_experts)
+    routed = module.router.route(logits).experts.flatten(0, 1).tolist()
+    assert [sorted(experts) for experts in routed] == [sorted(experts) for experts in chosen]
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gradients_equal_finite_differences(scores: str, normalized: bool) -> None:
+    module = mixture(
+        n_experts=4, n_shared_experts=1, router_scores=scores, normalize_gates=normalized, expert_bias_rate=0.001
+    )
+    x = torch.randn(1, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    names = [name for name, _ in module.named_parameters()]
+    assert len(names) == 7
+
+    def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, weights, strict=True))
+        out, logits = torch.func.functional_call(module, given, (x,))
+        return out, load_balance_loss(module.router.route(logits)) + router_z_loss(logits)
+
+    assert torch.autograd.gradcheck(run, (x, *module.parameters()))
+    module(x)[0].sum().backward()
+    assert module.router.weight.grad.abs().sum() > 0
+
+
+def test_router_runs_in_float32_under_autocast() -> None:
+    module = mixture().float()
+    x = torch.randn(2, 5, WIDTH)
+    expected = module.router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, logits = module(x)
+    assert torch.equal(logits, expected)
+    assert module.bfloat16()(x.bfloat16())[1].dtype == torch.float32
+
+
+def routing(probabilities: Tensor, k: int) -> Routing:
+    return Routing(probabilities, probabilities.topk(k).indices, torch.zeros(()))
+
+
+def test_load_balance_loss_by_hand() -> None:
+    """DeepSeek-V3, equations 17 to 20: two sequences of two tokens, three experts, one per token."""
+    scores = torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.2, 0.2]], [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]])
+    first = 3 / (1 * 2) * (2 * (0.5 + 0.6) / 2)  # both tokens choose expert 0
+    second = 3 / (1 * 2) * (1 * (0.7 + 0.1) / 2 + 1 * (0.1 + 0.8) / 2)
+    assert load_balance_loss(routing(scores, 1)).item() == pytest.approx((first + second) / 2)
+    assert load_balance_loss(routing(scores * 7, 1)).item() == pytest.approx((first + second) / 2)  # normalized
+
+
+def test_load_balance_loss_has_the_stated_bounds() -> None:
+    uniform = torch.full((1, 4, 4), 0.25)
+    rotated = torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]])
+    assert load_balance_loss(Routing(uniform, rotated, uniform)).item() == pytest.approx(1.0)
+    certain = torch.zeros(1, 4, 4)
+    certain[..., :2] = 0.5
+    assert load_balance_loss(routing(certain, 2)).item() == pytest.approx(4 / 2)
+
+
+def test_losses_do_not_depend_on_how_sequences_are_batched() -> None:
+    module = mixture(n_experts=5)
+    x = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    logits = module.router(x)
+    rows = [load_balance_loss(module.router.route(row[None])) for row in logits]
+    assert load_balance_loss(module.router.route(logits)).item() == pytest.approx(torch.stack(rows).mean().item())
+    z = torch.tensor([math.log(sum(math.exp(a) for a in row)) ** 2 for row in logits.flatten(0, 1).tolist()]).mean()
+    assert router_z_loss(logits).item() == pytest.approx(z.item(), rel=1e-6)
+
+
+def test_flops_are_those_of_the_active_parameters() -> None:
+    """All experts have the same size: a token uses 2 of 5, the shared expert and the router."""
+    module = mixture(n_experts=5, n_shared_experts=1)
+    expert = 3 * 6 * WIDTH
+    assert inactive_parameters(module) == 3 * expert
+    assert flops_per_token(module, 100) == 2 * (3 * expert + 5 * WIDTH)
+    net = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=WIDTH, feed_forward="moe", ffn_dim=6, n_experts=5), 20, 8)
+    assert inactive_parameters(net) == 3 * 3 * expert
+
+
+def test_default_width_keeps_the_active_parameters_of_swiglu() -> None:
+    sizes = {
+        settings: 3 * n * 192 * GPTConfig(feed_forward="moe", experts_per_token=k, n_shared_experts=shared).ffn_width
+        for settings, n, k, shared in (("2", 2, 2, 0), ("4 and 1 shared", 5, 4, 1))
+    }
+    dense = 3 * 192 * GPTConfig().ffn_width
+    assert all(size == pytest.approx(dense, rel=0.07) for size in sizes.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "keep_matmuls"])
+def test_each_forward_pass_records_the_router_logits_of_each_block(checkpointing: Any) -> None:
+    net = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, feed_forward="moe", initialisation="normal"), 20, 8)
+    net.activation_checkpointing = checkpointing
+    ids = torch.randint(20, (2, 8))
+    net(ids)
+    net.recorded_router_logits = []
+    loss = net(ids).sum() + net(ids).sum()
+    recorded = list(net.recorded_router_logits)
+    (loss + sum(logits.square().mean() for logits in recorded)).backward()  # recomputes the blocks
+    assert [tuple(logits.shape) for logits in net.recorded_router_logits] == [(2, 8, 8)] * 6
+    assert all(torch.equal(a, b) for a, b in zip(net.recorded_router_logits[:3], recorded[3:], strict=True))
+    assert all(block.feed_forward.router.weight.grad.abs().sum() > 0 for block in net.blocks)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_record_the_same_logits_and_gradients(checkpointing: bool) -> None:
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, feed_forward="moe", initialisation="normal")
+    ids, gradients = torch.randint(20, (2, 8)), []
+    for compiled in (False, True):
+        net = GPT(config, 20, 8, seed=1)
+        net.activation_checkpointing = checkpointing
+        if compiled:
+            net.blocks[0].compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        net.recorded_router_logits = []
+        (net(ids).square().sum() + net.recorded_router_logits[0].square().sum()).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_experts": 4, "experts_per_token": 5}, "experts_per_token is 5, but model.gpt.n_experts is 4; lower"),
+        ({"experts_per_token": 1}, "experts_per_token is 1, for which model.gpt.normalize_gates makes every gate 1"),
+        ({"load_balance_loss": -0.1}, "load_balance_loss is -0.1; it must be 0 or more"),
+        ({"router_z_loss": math.inf}, "router_z_loss is inf; it must be 0 or more, and finite"),
+        ({"expert_bias_rate": math.nan}, "expert_bias_rate is nan; it must be 0 or more"),
+        ({"router_scores": "relu"}, "router_scores is relu; it must be one of softmax, sigmoid"),
+        ({"n_experts": 0}, "n_experts is 0; it must be positive"),
+        ({"n_experts": 10**9}, "n_experts is 1000000000; it must be at most 16384"),
+        ({"n_shared_experts": -1}, "n_shared_experts is -1; it must be 0 or more"),
+    ],
+)
+def test_invalid_settings_are_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GPTConfig(feed_forward="moe", **settings)
