@@ -23,9 +23,11 @@ from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, open_tensors, valid
 from lit_gpt_scratch.interop.llama_family import (
     LlamaFamily,
     MistralFamily,
+    MixtralFamily,
     Olmo2Family,
     Qwen2Family,
     Qwen3Family,
+    Qwen3MoEFamily,
     SmolLM3Family,
 )
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
@@ -49,6 +51,8 @@ FAMILIES: Final[dict[str, ModelFamily]] = {
         Qwen2Family(),
         Olmo2Family(),
         SmolLM3Family(),
+        MixtralFamily(),
+        Qwen3MoEFamily(),
         GPT2Family(),
     )
 }

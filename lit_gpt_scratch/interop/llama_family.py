@@ -1,6 +1,7 @@
 """Convert model families with the Llama architecture: rotary position embeddings, RMSNorm, SwiGLU."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, ClassVar
 
 from typing_extensions import override
@@ -25,6 +26,7 @@ LINEAR_NAMES = {
 """Map from the Hugging Face names of a block's linear layers to the names in this package."""
 NO_PADDING = {"pad_token_id": None}
 """Overrides the default of some families; the embedding of that token would otherwise receive no gradient."""
+ATTENTION_NAMES = {hf_name: name for hf_name, name in LINEAR_NAMES.items() if hf_name.startswith("self_attn")}
 QKV_NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 """Hugging Face names of the projections to queries, keys and values."""
 
@@ -40,6 +42,9 @@ class LlamaLikeFamily(ModelFamily):
         default_norm_eps: Epsilon of the norms if ``config.json`` does not specify it.
         default_theta: Base of the rotation frequencies if ``config.json`` does not specify it.
         norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
+        linear_names: Map from the Hugging Face names of a block's linear layers to the names in this package.
+        expert_names: Map from the Hugging Face names of an expert's linear layers, with ``{}`` for its index, to the
+            names in this package.
     """
 
     prefix = "model."
@@ -51,6 +56,8 @@ class LlamaLikeFamily(ModelFamily):
         "input_layernorm.weight": "attention_norm.weight",
         "post_attention_layernorm.weight": "feed_forward_norm.weight",
     }
+    linear_names: ClassVar[dict[str, str]] = LINEAR_NAMES
+    expert_names: ClassVar[dict[str, str]] = {}
     fixed: ClassVar[dict[str, Any]] = {
         "position": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "feed_forward": "swiglu", "bias": False,
         "qkv_bias": False, "qk_norm": False, "sliding_window": None, "rotary_share": 1.0,
@@ -95,12 +102,17 @@ class LlamaLikeFamily(ModelFamily):
     @override
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
         biased = [*LINEAR_NAMES] if gpt.bias else QKV_NAMES if gpt.qkv_bias else []
-        linear = {f"{hf_name}.weight": f"{name}.weight" for hf_name, name in LINEAR_NAMES.items()}
+        linear = {f"{hf_name}.weight": f"{name}.weight" for hf_name, name in self.linear_names.items()}
         linear |= {f"{hf_name}.bias": f"{LINEAR_NAMES[hf_name]}.bias" for hf_name in biased}
         yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
             for hf_name, names in map_layer_names("model.layers.{}.", layer, {**self.norm_names, **linear}):
                 yield TensorMapping(hf_name, names)
+            for expert, (hf_name, ours) in product(range(gpt.n_experts), self.expert_names.items()):
+                hf_name = f"model.layers.{layer}.{hf_name.format(expert)}.weight"
+                yield TensorMapping(
+                    hf_name, (f"blocks.{layer}.feed_forward.experts.{ours}.weight",), stack_index=expert
+                )
         yield TensorMapping("model.norm.weight", (NORM,))
 
 
@@ -173,7 +185,7 @@ class Qwen3Family(Qwen2Family):
     """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalize queries and keys per head."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
-    default_head_dim = 128
+    default_head_dim: ClassVar[int | None] = 128
     norm_names = {  # noqa: RUF012 - annotated as a ClassVar in LlamaLikeFamily
         **LlamaLikeFamily.norm_names,
         "self_attn.q_norm.weight": "attention.query_norm.weight",
@@ -189,6 +201,82 @@ class Qwen3Family(Qwen2Family):
     @override
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
         return super().build_config(shape) | {"attention_bias": False}
+
+
+class MixtralFamily(MistralFamily):
+    """Mixtral models (https://arxiv.org/abs/2401.04088): Mistral with a mixture of experts."""
+
+    model_type, architecture = "mixtral", "MixtralForCausalLM"
+    default_norm_eps = 1e-5
+    default_theta = 1_000_000.0
+    reads = frozenset({"num_local_experts"})
+    linear_names: ClassVar[dict[str, str]] = ATTENTION_NAMES | {"block_sparse_moe.gate": "feed_forward.router"}
+    expert_names: ClassVar[dict[str, str]] = {
+        "block_sparse_moe.experts.{}.w1": "gate",
+        "block_sparse_moe.experts.{}.w2": "output",
+        "block_sparse_moe.experts.{}.w3": "input",
+    }
+    fixed = MistralFamily.fixed | {"feed_forward": "moe"}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("router_jitter_noise", 0)
+        unlimited = fields.values.get("sliding_window") is None
+        return super().parse_config(fields) | {
+            "sliding_window": None if unlimited else fields.positive_int("sliding_window"),
+            "n_experts": fields.positive_int("num_local_experts", 8),
+            "experts_per_token": fields.positive_int("num_experts_per_tok", 2),
+            "load_balance_loss": fields.number("router_aux_loss_coef", 0.001),
+        }
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {
+            "num_local_experts": shape.gpt.n_experts,
+            "num_experts_per_tok": shape.gpt.experts_per_token,
+            "router_aux_loss_coef": shape.gpt.load_balance_loss,
+            "router_jitter_noise": 0.0,
+        }
+
+
+class Qwen3MoEFamily(Qwen3Family):
+    """Qwen3 models with a mixture of experts in every block (https://arxiv.org/abs/2505.09388)."""
+
+    model_type, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
+    default_kv_heads = 4
+    default_head_dim = None
+    reads = frozenset({"num_experts", "num_local_experts"})
+    linear_names: ClassVar[dict[str, str]] = ATTENTION_NAMES | {"mlp.gate": "feed_forward.router"}
+    expert_names: ClassVar[dict[str, str]] = {
+        "mlp.experts.{}.gate_proj": "gate", "mlp.experts.{}.down_proj": "output", "mlp.experts.{}.up_proj": "input",
+    }  # fmt: skip
+    fixed = Qwen3Family.fixed | {"feed_forward": "moe"}
+    configurable = Qwen3Family.configurable | {"normalize_gates"}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("decoder_sparse_step", 1)
+        fields.allow_only("mlp_only_layers", [])
+        count = "num_experts" if fields.values.get("num_experts") is not None else "num_local_experts"
+        return super().parse_config(fields) | {
+            "n_experts": fields.positive_int(count, 128),
+            "experts_per_token": fields.positive_int("num_experts_per_tok", 8),
+            "ffn_dim": fields.positive_int("moe_intermediate_size", 768),
+            "normalize_gates": fields.boolean("norm_topk_prob", False),
+            "load_balance_loss": fields.number("router_aux_loss_coef", 0.001),
+        }
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {
+            "num_experts": shape.gpt.n_experts,
+            "num_experts_per_tok": shape.gpt.experts_per_token,
+            "moe_intermediate_size": shape.gpt.ffn_width,
+            "norm_topk_prob": shape.gpt.normalize_gates,
+            "router_aux_loss_coef": shape.gpt.load_balance_loss,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
 
 
 class Olmo2Family(LlamaLikeFamily):

@@ -17,7 +17,7 @@ from lit_gpt_scratch.model import GPTConfig
 COMMON_FIELDS: Final = frozenset({
     "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tied_embeddings", "vocab_multiple", "initialisation",
     "dropout", "attention_backend", "rotary_base", "rotary_factor", "rotary_trained_context", "rotary_slow",
-    "rotary_fast",
+    "rotary_fast", "n_experts", "experts_per_token", "load_balance_loss", "router_z_loss",
 })  # fmt: skip
 """``GPTConfig`` fields that every family can express, or that do not affect a trained model's output."""
 NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
@@ -37,11 +37,13 @@ class TensorMapping(NamedTuple):
         hf_name: Name in the Hugging Face file.
         names: Names in this package's state dict; if there are several, the tensors are concatenated along dimension 0.
         transposed: Whether the file stores the weight as (in_features, out_features), like Conv1D in GPT-2.
+        stack_index: Index along dimension 0 of the tensor of this package, or None if the tensor is a whole one.
     """
 
     hf_name: str
     names: tuple[str, ...]
     transposed: bool = False
+    stack_index: int | None = None
 
 
 class ModelShape(NamedTuple):
@@ -65,6 +67,7 @@ class ModelFamily(ABC):
         fixed: Map from the ``GPTConfig`` fields that have a single supported value to that value. Fields that are in
             none of ``fixed``, ``configurable`` and ``COMMON_FIELDS`` must have their default values.
         configurable: ``GPTConfig`` fields that the family can express in addition to ``COMMON_FIELDS``.
+        reads: Fields in ``NEUTRAL_VALUES`` whose other values the family supports, too.
     """
 
     model_type: ClassVar[str]
@@ -75,6 +78,7 @@ class ModelFamily(ABC):
     has_dropout: ClassVar[bool] = False
     fixed: ClassVar[dict[str, Any]]
     configurable: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def read_config(self, fields: HFConfigReader) -> ModelShape:
         """Convert a ``config.json`` to a ``ModelShape``.
@@ -83,7 +87,8 @@ class ModelFamily(ABC):
             UserError: A field is missing or invalid, or its value is not supported.
         """
         for name, neutral in NEUTRAL_VALUES.items():
-            fields.allow_only(name, *neutral)
+            if name not in self.reads:
+                fields.allow_only(name, *neutral)
         config = self.parse_config(fields)
         layer_type = "full_attention" if config.get("sliding_window") is None else "sliding_attention"
         layers = fields.values.get("layer_types")
@@ -128,7 +133,10 @@ class ModelFamily(ABC):
     def to_hf_weights(self, gpt: GPTConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Convert a state dict of ``GPT``, one tensor at a time, to the family's tensor names and layouts."""
         for mapping in self.all_tensor_mappings(gpt):
-            parts = [weights[name] for name in mapping.names]
+            parts = [
+                weights[name] if mapping.stack_index is None else weights[name][mapping.stack_index]
+                for name in mapping.names
+            ]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield mapping.hf_name, (tensor.T if mapping.transposed else tensor).contiguous()
 
@@ -137,15 +145,21 @@ class ModelFamily(ABC):
 
         The state dict includes the head even if it is tied to the embedding.
         """
-        mappings = self.all_tensor_mappings(gpt)
-        source = {name: (mapping, part) for mapping in mappings for part, name in enumerate(mapping.names)}
+        source: dict[str, list[tuple[TensorMapping, int]]] = {}
+        for mapping in self.all_tensor_mappings(gpt):
+            for part, name in enumerate(mapping.names):
+                source.setdefault(name, []).append((mapping, part))
         if gpt.tied_embeddings:
             source[HEAD] = source[EMBEDDING]
 
         def convert(name: str, weights: Mapping[str, Tensor]) -> Tensor:
-            mapping, part = source[name]
-            tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
-            return tensor.chunk(len(mapping.names))[part].clone(memory_format=torch.contiguous_format)
+            tensors = []
+            for mapping, part in source[name]:
+                tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
+                tensors.append(tensor.chunk(len(mapping.names))[part])
+            if source[name][0][0].stack_index is not None:
+                return torch.stack(tensors)
+            return tensors[0].clone(memory_format=torch.contiguous_format)
 
         shapes = {name: convert(name, weights.on_meta) for name in source}
         return LazyTensors(shapes, lambda name: convert(name, weights))

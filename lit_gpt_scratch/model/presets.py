@@ -1,4 +1,4 @@
-"""Architecture presets: six published model families, and three small models that can be trained on a laptop."""
+"""Architecture presets: published model families, and three small models that can be trained on a laptop."""
 
 from dataclasses import replace
 from typing import Final
@@ -39,6 +39,15 @@ PRESETS: Final[dict[str, GPTConfig]] = {
     "qwen3_0.6b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=1024, ffn_dim=3072, tied_embeddings=True),
     "qwen3_1.7b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=2048, ffn_dim=6144, tied_embeddings=True),
     "qwen3_8b": _QWEN3,
+    "qwen3_moe_30b": replace(
+        _QWEN3, n_layer=48, n_embd=2048, n_kv_head=4, feed_forward="moe", ffn_dim=768, n_experts=128,
+        experts_per_token=8, load_balance_loss=0.001,
+    ),
+    "mixtral_8x7b": GPTConfig(
+        n_layer=32, n_head=32, n_embd=4096, n_kv_head=8, feed_forward="moe", ffn_dim=14_336, n_experts=8,
+        experts_per_token=2, load_balance_loss=0.02, qk_norm=False, rotary_base=1_000_000.0, norm_eps=1e-5,
+        initialisation="normal",
+    ),
     "qwen2.5_0.5b": GPTConfig(
         n_layer=24, n_head=14, n_embd=896, n_kv_head=2, ffn_dim=4864, qk_norm=False, qkv_bias=True,
         rotary_base=1_000_000.0, tied_embeddings=True, initialisation="normal",
@@ -62,8 +71,11 @@ Parameter counts for the published vocabulary size and, if positions are learned
   vocabulary of 50,257 tokens and a context of 1024 tokens (Radford et al. 2019, https://github.com/openai/gpt-2).
 - ``llama3_1b`` 1,235,814,400 (Llama 3.2), ``llama3_8b`` 8,030,261,248 and ``llama3_70b`` 70,553,706,496 (Llama 3.1,
   https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and a context extended to 131,072 tokens.
-- ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with a vocabulary of 151,936
-  tokens (https://arxiv.org/abs/2505.09388).
+- ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360 and ``qwen3_moe_30b``
+  30,532,122,624, of which a token uses 3,353,032,704 (Qwen3-30B-A3B), with a vocabulary of 151,936 tokens
+  (https://arxiv.org/abs/2505.09388).
+- ``mixtral_8x7b`` 46,702,792,704, of which a token uses 12,879,925,248, with a vocabulary of 32,000 tokens
+  (https://arxiv.org/abs/2401.04088).
 - ``qwen2.5_0.5b`` 494,032,768, with the same vocabulary (https://arxiv.org/abs/2412.15115).
 - ``olmo2_1b`` 1,484,916,736, with a vocabulary of 100,352 tokens (https://arxiv.org/abs/2501.00656).
 - ``smollm3_3b`` 3,075,098,624, with Llama 3's vocabulary (https://huggingface.co/HuggingFaceTB/SmolLM3-3B).

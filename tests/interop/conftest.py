@@ -60,6 +60,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2, tied": ("Olmo2", LLAMA | NO_PADDING | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "smollm3": ("SmolLM3", LLAMA | NO_PADDING | {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
     "smollm3, untied": ("SmolLM3", LLAMA | NO_PADDING | {"num_hidden_layers": 4, "tie_word_embeddings": False}),
+    "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16},
+    ),
+    "qwen3_moe, normalized, tied": (
+        "Qwen3Moe",
+        LLAMA
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
     "mistral, no window": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 16}),
 }

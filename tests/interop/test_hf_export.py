@@ -31,7 +31,7 @@ def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Portabl
 def any_config(seed: int) -> GPTConfig:
     """A random config that some family can express."""
     rng = random.Random(seed)
-    kind = ("gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3")[seed % 7]
+    kind = ("gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe")[seed % 9]
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
     settings: dict[str, Any] = {
         "n_layer": rng.randint(1, 3), "n_head": heads * group, "n_embd": heads * group * width,
@@ -44,7 +44,13 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True, "qk_norm": False}
         return GPTConfig(**settings, dropout=rng.choice([0.0, 0.2]))
     settings |= {"n_kv_head": heads, "head_dim": rng.choice([None, 6, 16]), "rotary_base": rng.choice([100.0, 1e4])}
-    settings["qk_norm"] = kind in ("qwen3", "olmo2")
+    settings["qk_norm"] = kind in ("qwen3", "qwen3_moe", "olmo2")
+    if kind in ("mixtral", "qwen3_moe"):
+        chosen = rng.randint(2, 4)
+        settings |= {"feed_forward": "moe", "n_experts": rng.randint(chosen, 6), "experts_per_token": chosen}
+        settings["n_embd"] = heads * group * 8  # grouped matrix products in transformers require this
+    if kind == "qwen3_moe":
+        settings["normalize_gates"] = rng.random() < 0.5
     if kind == "olmo2":
         settings |= {"norm_placement": "output", "qk_norm_joint": True, "head_dim": None}
     elif kind == "qwen2":
@@ -65,7 +71,7 @@ def any_config(seed: int) -> GPTConfig:
     return GPTConfig(**settings)
 
 
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(90))
 def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
@@ -95,6 +101,8 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False, "qkv_bias": True, "bias": True}, "LlamaForCausalLM"),
         ({"qk_norm_joint": True, "norm_placement": "output"}, "Olmo2ForCausalLM"),
         ({"qk_norm": False, "rotary_skip_every": 1}, "SmolLM3ForCausalLM"),
+        ({"qk_norm": False, "feed_forward": "moe"}, "MixtralForCausalLM"),
+        ({"feed_forward": "moe"}, "Qwen3MoeForCausalLM"),
         (
             {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
             "GPT2LMHeadModel",

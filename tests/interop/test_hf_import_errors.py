@@ -88,7 +88,7 @@ def error_message(folder: Path) -> str:
         (
             "llama",
             {"model_type": "gemma2"},
-            ["model_type is gemma2; it must be one of gpt2, llama, mistral, olmo2, qwen2, qwen3, smollm3"],
+            ["model_type is gemma2; it must be one of gpt2, llama, mistral, mixtral, olmo2, qwen2, qwen3, qwen3_moe,"],
         ),
         ("llama", {"model_type": ...}, ["has no model_type; it must be one of gpt2"]),
     ],

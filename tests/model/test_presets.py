@@ -7,20 +7,24 @@ import torch
 from torch import nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.module_metadata import inactive_parameters
 from lit_gpt_scratch.model.positions import rotary_frequencies
 from lit_gpt_scratch.model.presets import PRESETS
 
 VOCABULARY = {
     "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
+    "mixtral": 32_000,
 }  # fmt: skip
 FAMILIES = {
     "gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3", "qwen2.5": "Qwen2", "olmo2": "Olmo2", "smollm3": "SmolLM3",
+    "mixtral": "Mixtral",
 }  # fmt: skip
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
     "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496,
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
     "qwen2.5_0.5b": 494_032_768, "olmo2_1b": 1_484_916_736, "smollm3_3b": 3_075_098_624,
+    "qwen3_moe_30b": 30_532_122_624, "mixtral_8x7b": 46_702_792_704,
 }  # fmt: skip
 
 # From the published config.json files.
@@ -62,6 +66,18 @@ THEIRS: dict[str, dict[str, Any]] = {
         "head_dim": 128, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
     },
+    "qwen3_moe_30b": QWEN | {
+        "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    },
+    "mixtral_8x7b": {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 32_000, "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    },
     "qwen2.5_0.5b": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 151_936, "max_position_embeddings": 32_768,
@@ -99,10 +115,17 @@ def test_preset_has_the_published_parameter_count(name: str) -> None:
     assert size(on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(("name", "active"), [("qwen3_moe_30b", 3.35e9), ("mixtral_8x7b", 12.88e9)])
+def test_active_parameters(name: str, active: float) -> None:
+    """Published as "3.3B" and "12.9B"."""
+    net = on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])
+    assert size(net) - inactive_parameters(net) == pytest.approx(active, rel=2e-3)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    family = FAMILIES[name.split("_")[0]]
+    family = "Qwen3Moe" if name == "qwen3_moe_30b" else FAMILIES[name.split("_")[0]]
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     config = getattr(transformers, f"{family}Config")(**THEIRS[name])
     with torch.device("meta"):
@@ -121,16 +144,20 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
         assert type(block.attention_norm) is type(other.ln_1) is nn.LayerNorm
         return
     shapes = [sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])]
+    if ours.feed_forward == "moe":  # which has gate and input in one tensor
+        experts, width, hidden = ours.n_experts, ours.n_embd, ours.ffn_width
+        shapes[1] = sorted([*shapes[1], *2 * [(experts, hidden, width)]])
+        shapes[1].remove((experts, 2 * hidden, width))
     assert shapes[0] == shapes[1]
     assert (ours.n_head, ours.kv_heads, ours.head_width) == (
         config.num_attention_heads, config.num_key_value_heads,
-        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )  # fmt: skip
     rotates = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in theirs.model.layers]
     skip_every = ours.rotary_skip_every or ours.n_layer + 1
     assert rotates == [(layer + 1) % skip_every != 0 for layer in range(ours.n_layer)]
     assert ours.norm_eps == config.rms_norm_eps
-    assert (ours.feed_forward, config.hidden_act) == ("swiglu", "silu")
+    assert (ours.feed_forward in ("swiglu", "moe"), config.hidden_act) == (True, "silu")
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
     rotary = type(theirs.model.rotary_emb)(config)  # not on the meta device: its values are compared
     expected, factor = rotary.inv_freq, rotary.attention_scaling
