@@ -301,20 +301,18 @@ def simulate_activations(
 
 
 def local_config(setup: TrainingSetup) -> GPTConfig:
-    """Return the architecture of the heads and hidden channels that one tensor-parallel rank computes."""
+    """Return the architecture of the heads and hidden channels that one tensor-parallel rank computes.
+
+    Experts are distributed as a whole, and each rank allocates memory for the case that all tokens choose its experts.
+    """
     config, size = setup.config, setup.tensor_parallel
     return replace(
         config,
         n_head=config.n_head // size,
         n_kv_head=config.kv_heads // size,
         head_dim=config.head_width,
-        ffn_dim=config.ffn_width // size,
+        ffn_dim=config.ffn_width // (1 if config.feed_forward == "moe" else size),
     )
-
-
-def local_network(setup: TrainingSetup) -> GPT:
-    """Build a network of one block with the shapes of ``local_config`` on the meta device."""
-    return build_on_meta(replace(local_config(setup), n_layer=1), setup.vocab_size, setup.block_size)
 
 
 def rank_memory(setup: TrainingSetup, sizes: LayoutSizes) -> Counter[str]:

@@ -6,18 +6,18 @@ steps of small models are slower than predicted.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.module_metadata import flops_per_token, linear_flops_per_token
+from lit_gpt_scratch.profiling.flops_and_memory import build_on_meta
 from lit_gpt_scratch.profiling.layout_sizes import (
     SHARDED,
     LayoutSizes,
     TrainingSetup,
     gathered_bytes_per_weight,
     local_config,
-    local_network,
     simulate_activations,
 )
 
@@ -82,11 +82,11 @@ class StepTime:
 
 def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
     """Predict the duration of an optimizer step."""
-    net, n_layer, tokens = local_network(setup), setup.config.n_layer, setup.tokens_per_rank
-    block = net.blocks[0]
-    linear = flops_per_token(block, 0)
+    net = build_on_meta(replace(setup.config, n_layer=1), setup.vocab_size, setup.block_size)
+    block, n_layer, tokens = net.blocks[0], setup.config.n_layer, setup.tokens_per_rank
+    linear = flops_per_token(block, 0) / setup.tensor_parallel
     visible = min(0.5, (setup.config.sliding_window or setup.block_size) / setup.block_size)  # kernels skip the rest
-    scores = visible * (flops_per_token(block, setup.block_size) - linear)
+    scores = visible * (flops_per_token(block, setup.block_size) / setup.tensor_parallel - linear)
     head = linear_flops_per_token(net.head) / setup.tensor_parallel
     speed = _matmul_flops(setup)
     matmul, matmul_blocks = (tokens * flops / speed for flops in (n_layer * linear + head, n_layer * linear))

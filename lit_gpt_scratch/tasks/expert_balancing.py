@@ -62,11 +62,13 @@ class ExpertBalancing:
 
     @torch.no_grad()
     def update_biases(self) -> None:
-        """Raise the biases of experts whose load was below the mean of their block, and lower those of the others."""
+        """Raise the biases of experts whose load was below the mean of their block, and lower those of the others.
+
+        The biases of frozen routers do not change.
+        """
         rate = self.net.config.expert_bias_rate
-        if rate:
-            for router, load in zip(self.routers, self.load.double(), strict=True):
-                assert router.balance_bias is not None
+        for router, load in zip(self.routers, self.load.double(), strict=True):
+            if rate and router.balance_bias is not None and router.weight.requires_grad:
                 router.balance_bias += rate * (load.mean() - load).sign().to(router.balance_bias.dtype)
 
     def metrics(self) -> dict[str, Tensor]:

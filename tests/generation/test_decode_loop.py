@@ -42,7 +42,12 @@ def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
 OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qkv_bias=True, rotary_skip_every=2)
 
 
-@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI, OLMO2], ids=["plain", "looks-back", "alibi", "olmo2"])
+EXPERTS = replace(TINY, feed_forward="moe", n_shared_experts=1, expert_bias_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, LOOKS_BACK, ALIBI, OLMO2, EXPERTS], ids=["plain", "looks-back", "alibi", "olmo2", "experts"]
+)
 def test_cached_and_uncached_tokens_are_equal(config: GPTConfig) -> None:
     """Prompts of different lengths, one that fills the context, and texts that exceed it more than once."""
     model = randomised(config).double()
@@ -58,7 +63,7 @@ def test_short_contexts(context: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI], ids=["looks-back", "alibi"])
+@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI, EXPERTS], ids=["looks-back", "alibi", "experts"])
 def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(config).double()
