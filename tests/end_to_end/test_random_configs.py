@@ -99,7 +99,10 @@ def assert_causal(config: GPTConfig) -> None:
     with torch.no_grad():
         before, after = model(ids), model(changed)
     assert before.shape == (1, CONTEXT, VOCAB)
-    assert torch.equal(before[:, :7], after[:, :7])
+    if config.feed_forward == "moe":  # the products of an expert depend on its number of tokens in their last bits
+        torch.testing.assert_close(before[:, :7], after[:, :7], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7], after[:, 7])
 
 
