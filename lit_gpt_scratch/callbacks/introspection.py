@@ -283,6 +283,8 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
 
 MAX_PLOTTED_LAYERS: Final = 4
 """Maximum number of layers shown in plots: the first, the last, and evenly spaced layers in between."""
+MAX_PLOTTED_EXPERTS: Final = 32
+"""Maximum number of experts shown per layer."""
 MAX_PLOTTED_HEADS: Final = 4
 """Maximum number of attention heads shown per layer."""
 LENS_POSITIONS: Final = 8
@@ -318,7 +320,7 @@ class ActivationPlots:
         for board in tensorboard_writers(trainer):
             step = trainer.global_step - 1  # step at which Lightning logs validation metrics
             self._log_attention(board, captured.layers, step)
-            if task.expert_balancing is not None:
+            if task.expert_balancing is not None and task.expert_balancing.load.any():
                 self._log_expert_load(board, task.expert_balancing.load, step)
             if lens is not None:
                 board.add_text("views/logit_lens", lens, step)
@@ -333,14 +335,16 @@ class ActivationPlots:
 
     def _log_expert_load(self, board: SummaryWriter, load: Tensor, step: int) -> None:
         """Plot the load of each expert in the last step, of shape (n_layer, n_experts), relative to its mean."""
-        relative = (load / load.double().mean(-1, keepdim=True)).cpu().numpy()
+        experts = load.size(1)
+        relative = (load[:, :MAX_PLOTTED_EXPERTS] / load.double().mean(-1, keepdim=True)).cpu().numpy()
+        shown = "" if experts <= MAX_PLOTTED_EXPERTS else f" (the first {MAX_PLOTTED_EXPERTS} of {experts})"
         picture = plotting.heat_map(
             relative / max(1.0, relative.max()),
             [[f"{value:.1f}" for value in row] for row in relative],
             [f"layer {number}" for number in range(1, len(relative) + 1)],
-            [f"expert {number}" for number in range(1, relative.shape[1] + 1)],
-            title="load of each expert, relative to the mean",
-            cell=48,
+            [f"{number}" for number in range(1, relative.shape[1] + 1)],
+            title=f"load of each expert, relative to the mean{shown}",
+            cell=36,
         )
         board.add_image("views/expert_load", picture, step, dataformats="HWC")
 

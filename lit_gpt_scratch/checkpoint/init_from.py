@@ -21,7 +21,10 @@ from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
-MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
+MAY_DIFFER: Final = (
+    "dropout", "attention_backend", "initialisation", "load_balance_loss", "router_z_loss", "classes", "pooling",
+    "rewards", "block_size",
+)  # fmt: skip
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
 
 

@@ -7,11 +7,10 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MAX_DEAD_UNITS: Final = 0.5
 """Fraction of dead feed-forward units above which a problem is reported."""
-MIN_LOAD_ENTROPY: Final = 0.75
-"""Entropy of the load of a block's experts, relative to that of an equal load, below which a problem is reported.
-
-Healthy runs have 0.9 to 1, and an AdamW run without balancing whose learning rate is ten times too large has 0.4.
-"""
+MIN_LOAD_ENTROPY: Final = 0.5
+"""Entropy of the load of a block's experts (1 if it is equal, 0 if all tokens choose the same experts) below which a
+problem is reported. Healthy runs have 0.9 to 1, and an AdamW run without balancing whose learning rate is ten times too
+large has 0.1."""
 MAX_SINK: Final = 0.7
 """Fraction of attention on the first token, averaged over all heads, above which a problem is reported."""
 MAX_REPETITION: Final = 0.5
@@ -36,7 +35,8 @@ def expert_collapse(e: MetricHistory) -> Finding | None:
     if len(entropy) < 3 or not max(entropy.values[-3:]) < MIN_LOAD_ENTROPY:
         return None
     return Finding(
-        f"the load of the experts of a block has {entropy.last:.0%} of the entropy of an equal load; "
+        f"the evenness of the load of a block's experts is {entropy.last:.2f} (1 if equal, 0 if all tokens choose the "
+        f"same experts); "
         f"{e.latest('experts/unused'):.0%} of all experts receive no tokens",
         "the router sends most tokens to a few experts, and the others are not trained",
         "--model.gpt.load_balance_loss 0.1",

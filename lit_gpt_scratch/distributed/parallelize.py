@@ -12,6 +12,7 @@ as those of a machine, and replicates it across groups, so that only gradients a
 import inspect
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from typing import Final
 
 import torch
@@ -105,7 +106,11 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         raise UserError("model.lora is not supported with tensor parallelism; choose fsdp2 or ddp")
     divided = {"n_head": config.n_head, "n_kv_head": config.kv_heads, "ffn_dim": config.ffn_width}
     if config.feed_forward == "moe":
-        divided |= {"n_experts": config.n_experts, "ffn_dim": config.ffn_width * config.n_shared_experts}
+        del divided["ffn_dim"]
+        divided |= {
+            "n_experts": config.n_experts,
+            "n_shared_experts * ffn_dim": config.n_shared_experts * config.ffn_width,
+        }
     for name, number in divided.items():
         if number % size:
             raise UserError(
@@ -209,12 +214,30 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str, cpu_offload: bool = 
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+        shard_dimension = partial(_shard_dimension, n_shards=fsdp_mesh(mesh).size())
         for block in net.blocks:
-            fully_shard(block, mesh=data_mesh, mp_policy=policy, offload_policy=offload)
+            fully_shard(
+                block,
+                mesh=data_mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                shard_placement_fn=shard_dimension,
+            )
         # By default, weights outside the blocks stay gathered until the backward pass, so the loss can use the head.
         fully_shard(net, mesh=data_mesh, offload_policy=offload)
         for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
             register_fsdp_forward_method(net, method)
+
+
+def _shard_dimension(parameter: nn.Parameter, n_shards: int) -> Shard | None:
+    """Return the dimension along which FSDP2 shards a parameter, if it is not the first one.
+
+    Experts are sharded within each expert if their number is not divisible, because FSDP2 would pad them.
+    """
+    sizes = to_local(parameter).shape
+    if len(sizes) < 3 or sizes[0] % n_shards == 0:
+        return None
+    return next((Shard(dim) for dim, size in enumerate(sizes) if size % n_shards == 0), None)
 
 
 @torch.no_grad()

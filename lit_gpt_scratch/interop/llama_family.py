@@ -226,7 +226,6 @@ class MixtralFamily(MistralFamily):
             "sliding_window": None if unlimited else fields.positive_int("sliding_window"),
             "n_experts": fields.positive_int("num_local_experts", 8),
             "experts_per_token": fields.positive_int("num_experts_per_tok", 2),
-            "load_balance_loss": fields.number("router_aux_loss_coef", 0.001),
         }
 
     @override
@@ -234,7 +233,6 @@ class MixtralFamily(MistralFamily):
         return super().build_config(shape) | {
             "num_local_experts": shape.gpt.n_experts,
             "num_experts_per_tok": shape.gpt.experts_per_token,
-            "router_aux_loss_coef": shape.gpt.load_balance_loss,
             "router_jitter_noise": 0.0,
         }
 
@@ -263,7 +261,6 @@ class Qwen3MoEFamily(Qwen3Family):
             "experts_per_token": fields.positive_int("num_experts_per_tok", 8),
             "ffn_dim": fields.positive_int("moe_intermediate_size", 768),
             "normalize_gates": fields.boolean("norm_topk_prob", False),
-            "load_balance_loss": fields.number("router_aux_loss_coef", 0.001),
         }
 
     @override
@@ -273,7 +270,6 @@ class Qwen3MoEFamily(Qwen3Family):
             "num_experts_per_tok": shape.gpt.experts_per_token,
             "moe_intermediate_size": shape.gpt.ffn_width,
             "norm_topk_prob": shape.gpt.normalize_gates,
-            "router_aux_loss_coef": shape.gpt.load_balance_loss,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }

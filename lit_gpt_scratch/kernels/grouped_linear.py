@@ -1,7 +1,8 @@
 """Linear layers with one weight per group of rows, such as the experts of a mixture of experts.
 
-On GPUs, all groups are multiplied by one kernel; elsewhere, by one matrix product per group, which is as fast. Both are
-custom operators, because PyTorch cannot compile its own kernel in float32.
+Where PyTorch has a kernel for all groups (in bfloat16 on recent GPUs), it is used; elsewhere, each group is a matrix
+product, which requires the sizes of the groups on the host. On a CPU, the latter is as fast. The operators are custom
+ones, because PyTorch cannot compile its own in float32.
 """
 
 from typing import Any, Final
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-GROUPED_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that PyTorch's grouped matrix product supports."""
+MIN_CAPABILITY: Final = (9, 0)
+"""Compute capability of the GPUs for which all supported versions of PyTorch have a kernel for all groups."""
 ALIGNMENT: Final = 16
 """Number of bytes of which it requires the rows of all matrices to be a multiple."""
 
@@ -20,7 +21,7 @@ ALIGNMENT: Final = 16
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply consecutive groups of rows by one weight per group.
 
-    Under autocast, the inputs are cast as in ``torch.nn.functional.linear``.
+    Under autocast, float32 inputs are cast as in ``torch.nn.functional.linear``.
 
     Args:
         x: Rows, sorted by group, of shape (N, K).
@@ -31,7 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         The products ``x[n] @ weight[g].T`` for each row n of group g, of shape (N, M); 0 for rows of no group.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     out: Tensor = grouped_product(x, weight, ends)
@@ -56,7 +57,9 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Compute ``a[rows].T @ b[rows]`` for the rows of each group; a: (N, M), b: (N, K) -> (G, M, K)."""
     if _has_grouped_kernel(a, (a.size(1), b.size(1))):
-        return F.grouped_mm(a.mT, b, offs=ends)
+        out = F.grouped_mm(a.mT, b, offs=ends)
+        is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return out.masked_fill_(is_empty[:, None, None], 0)  # https://github.com/pytorch/pytorch/issues/172439
     out = a.new_empty(len(ends), a.size(1), b.size(1))
     starts = [0, *ends.tolist()]
     for product, start, end in zip(out, starts, starts[1:], strict=False):
@@ -65,8 +68,10 @@ def grouped_outer_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_kernel(x: Tensor, sizes: tuple[int, ...]) -> bool:
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+        return False
     is_aligned = all(size * x.element_size() % ALIGNMENT == 0 for size in sizes)
-    return x.device.type == "cuda" and x.dtype in GROUPED_DTYPES and is_aligned
+    return is_aligned and torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY
 
 
 @grouped_product.register_fake

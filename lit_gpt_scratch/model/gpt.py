@@ -147,8 +147,8 @@ class GPT(nn.Module):
         self.activation_checkpointing: ActivationCheckpointing = False
         """What each block stores for the backward pass in training."""
         self.recorded_router_logits: list[Tensor] | None = None
-        """List to which each forward pass appends the router logits of each block, of shape (B, T, n_experts), if the
-        blocks are mixtures of experts; None disables recording."""
+        """List to which each forward pass with gradients appends the router logits of each block, of shape
+        (B, T, n_experts), if the blocks are mixtures of experts; None disables recording."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -355,7 +355,7 @@ class GPT(nn.Module):
             layer_cache = None if cache is None else (cache, layer)
             own = unrotated if skip_every is not None and (layer + 1) % skip_every == 0 else layout
             x, router_logits = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
-            if router_logits is not None and self.recorded_router_logits is not None:
+            if router_logits is not None and self.recorded_router_logits is not None and torch.is_grad_enabled():
                 self.recorded_router_logits.append(router_logits)
         out: Tensor = self.norm(x)
         return out

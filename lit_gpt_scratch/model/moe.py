@@ -4,12 +4,13 @@ Each token chooses its experts, and no token is dropped, however uneven the load
 combines the parts.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lit_gpt_scratch.kernels.grouped_linear import grouped_linear
 from lit_gpt_scratch.model.local_shard import to_local
@@ -40,8 +41,8 @@ class Router(nn.Linear):
     """Linear layer that scores the experts for each token; it runs in float32, because the choice is discontinuous.
 
     Attributes:
-        balance_bias: Values that are added to the scores when experts are chosen, but not to the gates, float tensor of
-            shape (n_experts,); None without ``expert_bias_rate``.
+        balance_bias: Values that are added to the scores when experts are chosen, but not to the gates, tensor of shape
+            (n_experts,) in at least float32, in which small changes are not rounded; None without ``expert_bias_rate``.
     """
 
     optimizer_group: ClassVar[OptimizerGroup] = "tables"  # one vector per expert
@@ -55,7 +56,17 @@ class Router(nn.Linear):
     def init_buffers(self) -> None:
         """Register the bias that balances the load."""
         balances = self.config.expert_bias_rate is not None
-        self.register_buffer("balance_bias", torch.zeros(self.config.n_experts) if balances else None)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        bias = torch.zeros(self.config.n_experts, dtype=dtype) if balances else None
+        self.register_buffer("balance_bias", bias)
+
+    @override
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Apply a function such as ``to``, but keep the bias in at least float32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        if self.balance_bias is not None:
+            self.balance_bias = self.balance_bias.to(torch.promote_types(self.balance_bias.dtype, torch.float32))
+        return self
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -138,7 +149,24 @@ class Experts(nn.Module):
         return mixed
 
 
-def load_balance_loss(routing: Routing) -> Tensor:
+def count_choices(experts: Tensor, n_experts: int, is_token: Tensor | None = None) -> Tensor:
+    """Count how often the tokens of each sequence choose each expert.
+
+    Args:
+        experts: Chosen experts, int64 tensor of shape (B, T, experts_per_token).
+        n_experts: Number of experts.
+        is_token: Bool tensor of shape (B, T) that is False at padding; None if there is no padding.
+
+    Returns:
+        The counts, int64 tensor of shape (B, n_experts).
+    """
+    chosen = experts[..., None] == torch.arange(n_experts, device=experts.device)  # (B, T, k, n_experts)
+    if is_token is not None:
+        chosen = chosen & is_token[:, :, None, None]
+    return chosen.sum((1, 2))
+
+
+def load_balance_loss(routing: Routing, is_token: Tensor | None = None) -> Tensor:
     """Return the load-balancing loss of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, equations 17 to 20).
 
     It is computed for each sequence, so that it does not depend on how sequences are distributed across micro-batches
@@ -147,24 +175,32 @@ def load_balance_loss(routing: Routing) -> Tensor:
 
     Args:
         routing: Routing of sequences, whose experts have shape (B, T, experts_per_token).
+        is_token: See ``count_choices``.
 
     Returns:
-        The mean over the sequences, a scalar.
+        The mean over the sequences that have tokens, a scalar.
     """
-    n_experts = routing.scores.size(-1)
-    chosen = F.one_hot(routing.experts, n_experts).sum(-2)  # (B, T, n_experts)
-    load = chosen.to(routing.scores.dtype).mean(1) * n_experts / routing.experts.size(-1)  # (B, n_experts)
-    share = (routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)).mean(1)  # (B, n_experts)
-    return (load * share).sum(-1).mean()
+    B, T, k = routing.experts.shape
+    scores, n_experts = routing.scores, routing.scores.size(-1)
+    counts = count_choices(routing.experts, n_experts, is_token)  # (B, n_experts)
+    if is_token is None:
+        is_token = torch.ones(B, T, dtype=torch.bool, device=scores.device)
+    lengths = is_token.sum(1, keepdim=True)  # (B, 1)
+    load = counts / lengths.clamp(min=1) * (n_experts / k)  # (B, n_experts)
+    share = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # (B, T, n_experts)
+    mean_share = (share * is_token[..., None]).sum(1) / lengths.clamp(min=1)  # (B, n_experts)
+    return (load * mean_share).sum() / (lengths > 0).sum().clamp(min=1)
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
+def router_z_loss(logits: Tensor, is_token: Tensor | None = None) -> Tensor:
     """Return the router z-loss of ST-MoE (https://arxiv.org/abs/2202.08906), which keeps the logits small.
 
     Args:
-        logits: Router logits, of shape (..., n_experts).
+        logits: Router logits, of shape (B, T, n_experts).
+        is_token: See ``count_choices``.
 
     Returns:
         The mean of the squared log-sum-exp over the tokens, a scalar.
     """
-    return logits.logsumexp(-1).square().mean()
+    squares = logits.logsumexp(-1).square()  # (B, T)
+    return squares.mean() if is_token is None else (squares * is_token).sum() / is_token.sum().clamp(min=1)

@@ -41,11 +41,11 @@ PRESETS: Final[dict[str, GPTConfig]] = {
     "qwen3_8b": _QWEN3,
     "qwen3_moe_30b": replace(
         _QWEN3, n_layer=48, n_embd=2048, n_kv_head=4, feed_forward="moe", ffn_dim=768, n_experts=128,
-        experts_per_token=8, load_balance_loss=0.001,
+        experts_per_token=8,
     ),
     "mixtral_8x7b": GPTConfig(
         n_layer=32, n_head=32, n_embd=4096, n_kv_head=8, feed_forward="moe", ffn_dim=14_336, n_experts=8,
-        experts_per_token=2, load_balance_loss=0.02, qk_norm=False, rotary_base=1_000_000.0, norm_eps=1e-5,
+        experts_per_token=2, qk_norm=False, rotary_base=1_000_000.0, norm_eps=1e-5,
         initialisation="normal",
     ),
     "qwen2.5_0.5b": GPTConfig(

@@ -306,12 +306,14 @@ def local_config(setup: TrainingSetup) -> GPTConfig:
     Experts are distributed as a whole, and each rank allocates memory for the case that all tokens choose its experts.
     """
     config, size = setup.config, setup.tensor_parallel
+    is_mixture = config.feed_forward == "moe"
     return replace(
         config,
         n_head=config.n_head // size,
         n_kv_head=config.kv_heads // size,
         head_dim=config.head_width,
-        ffn_dim=config.ffn_width // (1 if config.feed_forward == "moe" else size),
+        ffn_dim=config.ffn_width // (1 if is_mixture else size),
+        n_experts=max(config.n_experts // size, config.experts_per_token) if is_mixture else config.n_experts,
     )
 
 

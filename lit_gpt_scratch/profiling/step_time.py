@@ -204,8 +204,12 @@ def _optimizer(setup: TrainingSetup, sizes: LayoutSizes) -> tuple[float, float]:
     ranks = setup.machine.devices if setup.strategy in SHARDED else 1
     replicated = getattr(setup.optimizer, "row_beta", None) is not None  # NorMuon gathers all matrices on every rank
     flops = sum(
-        newton_schulz_flops(*shape[-2:]) * (n if replicated else math.ceil(n / ranks))
-        for shape, n in ((shape, count * math.prod(shape[:-2])) for shape, count in sizes.matrices.items())
+        newton_schulz_flops(*shape[-2:]) * (n if replicated else math.ceil(n / sharers))
+        for shape, n, sharers in (
+            # the groups of hybrid sharding repeat the updates of stacks, which are not gathered
+            (shape, count * math.prod(shape[:-2]), ranks if len(shape) == 2 else max(1, ranks // setup.groups))
+            for shape, count in sizes.matrices.items()
+        )
     )
     accelerator = setup.machine.accelerator
     seconds += flops / (MATMUL_SHARE * accelerator.max_matmul_share * accelerator.tensor_core_flops)

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
-from lit_gpt_scratch.model.moe import load_balance_loss, router_z_loss
+from lit_gpt_scratch.model.moe import count_choices, load_balance_loss, router_z_loss
 
 
 class ExpertBalancing:
@@ -26,31 +28,35 @@ class ExpertBalancing:
         self.net = net
         self.routers = [module.router for module in net.modules() if isinstance(module, MixtureOfExperts)]
         self._load = self.load = torch.zeros(len(self.routers), net.config.n_experts, dtype=torch.int64)
-        self._balance = self._entropy = torch.zeros(())
+        self._scores: list[Tensor] = []
+        self._is_token: Tensor | None = None
 
     def record(self) -> None:
         """Record the router logits of the forward passes until ``loss`` is called."""
         self.net.recorded_router_logits = []
 
-    def loss(self) -> Tensor:
+    def loss(self, is_token: Tensor | None = None) -> Tensor:
         """Add the recorded forward passes of a micro-batch to the load, and return their mean auxiliary loss.
+
+        Args:
+            is_token: Bool tensor of shape (B, T) that is False at padding, which is not counted; None if unknown.
 
         Returns:
             The sum of the blocks' auxiliary losses, multiplied by their coefficients, a scalar.
         """
-        recorded, self.net.recorded_router_logits = self.net.recorded_router_logits, None
-        if not recorded:
-            return torch.zeros((), device=self._load.device)
+        recorded, self.net.recorded_router_logits = self.net.recorded_router_logits or [], None
         config, n_layer = self.net.config, len(self.routers)
-        routings = [self.routers[n % n_layer].route(logits) for n, logits in enumerate(recorded)]
-        counts = [torch.bincount(routing.experts.flatten(), minlength=config.n_experts) for routing in routings]
-        self._load = self._load.to(counts[0].device) + torch.stack(counts).view(-1, *self._load.shape).sum(0)
-        balance = torch.stack([load_balance_loss(routing) for routing in routings]).mean()
-        shares = [routing.scores / routing.scores.sum(-1, keepdim=True) for routing in routings]
-        self._balance = balance.detach()
-        self._entropy = torch.stack([torch.special.entr(share).sum(-1).mean() for share in shares]).mean().detach()
-        z_loss = torch.stack([router_z_loss(logits) for logits in recorded]).mean()
-        return n_layer * (config.load_balance_loss * balance + config.router_z_loss * z_loss)
+        total = torch.zeros((), device=recorded[0].device if recorded else None)
+        self._load, self._scores, self._is_token = self._load.to(total.device), [], is_token
+        for n, logits in enumerate(recorded):
+            routing = self.routers[n % n_layer].route(logits)
+            self._load[n % n_layer] += count_choices(routing.experts, config.n_experts, is_token).sum(0)
+            self._scores.append(routing.scores.detach())
+            if config.load_balance_loss:
+                total = total + config.load_balance_loss * load_balance_loss(routing, is_token)
+            if config.router_z_loss:
+                total = total + config.router_z_loss * router_z_loss(logits, is_token)
+        return total * n_layer / max(1, len(recorded))
 
     def end_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Complete the load of an optimizer step.
@@ -76,19 +82,38 @@ class ExpertBalancing:
 
         - ``max_load``: Load of the expert with the most tokens, relative to the mean load of its block.
         - ``unused``: Fraction of the experts that no token chose.
-        - ``load_entropy``: Entropy of the load of the block where it is least even, relative to that of equal loads.
-        - ``router_entropy``: Entropy of a token's scores, averaged over tokens and blocks, relative to that of equal
-          scores.
-        - ``load_balance_loss``: The loss without its coefficient, averaged over the blocks.
-
-        The last two are those of the last micro-batch of this process.
+        - ``load_entropy``: Entropy of the load of the block where it is least even: 1 if the loads are equal, 0 if all
+          tokens chose the same experts.
+        - ``router_entropy``: Entropy of a token's scores relative to that of equal scores, averaged over the blocks and
+          the tokens of this process in the last micro-batch.
         """
-        share = self.load.double() / self.load.sum(-1, keepdim=True)  # (n_layer, n_experts)
-        largest = math.log(max(2, share.size(-1)))
-        return {
-            "max_load": share.max() * share.size(-1),
+        n_experts, k = self.net.config.n_experts, self.net.config.experts_per_token
+        share = self.load.double() / self.load.sum(-1, keepdim=True).clamp(min=1)  # (n_layer, n_experts)
+        entropy = torch.special.entr(share).sum(-1).min()
+        least, largest = math.log(k), math.log(n_experts)
+        found = {
+            "max_load": share.max() * n_experts,
             "unused": (share == 0).double().mean(),
-            "load_entropy": torch.special.entr(share).sum(-1).min() / largest,
-            "router_entropy": self._entropy / largest,
-            "load_balance_loss": self._balance,
+            "load_entropy": (entropy - least) / (largest - least) if k < n_experts else torch.ones(()),
         }
+        if self._scores and n_experts > 1:
+            scores = torch.stack(self._scores)  # (forward passes * n_layer, B, T, n_experts)
+            normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            entropies = torch.special.entr(normalized).sum(-1)
+            tokens = torch.ones_like(entropies) if self._is_token is None else self._is_token.expand_as(entropies)
+            found["router_entropy"] = (entropies * tokens).sum() / tokens.sum().clamp(min=1) / largest
+        return found
+
+
+def find_tokens(batch: Any) -> Tensor | None:
+    """Return where the rows of a batch have tokens, not padding: bool tensor of shape (B, T), or None if unknown.
+
+    Without ``lengths``, tokens after the last label of a row are padding.
+    """
+    if "input_ids" not in batch:  # an RL policy generates its own inputs
+        return None
+    if "lengths" in batch:
+        lengths: Tensor = batch["lengths"]
+        return torch.arange(batch["input_ids"].size(1), device=lengths.device) < lengths[:, None]
+    labels: Tensor = batch["labels"]
+    return (labels != IGNORE_INDEX).int().flip(1).cummax(1).values.flip(1).bool()

@@ -47,7 +47,7 @@ from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
 from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
-from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing
+from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing, find_tokens
 
 log = logging.getLogger(__name__)
 
@@ -408,6 +408,7 @@ class GPTModule(L.LightningModule):
         """Build the optimizer and the learning-rate scheduler, which is stepped after every optimizer step."""
         optimizer = self.optimizer.build(self.trained_module)
         optimizer.register_load_state_dict_pre_hook(validate_optimizer_state)
+        optimizer.register_step_post_hook(self._on_optimizer_step)
         self.configured_groups = [dict(group) for group in optimizer.param_groups]
         """Parameter groups as configured, independent of the optimizer state in a checkpoint."""
         self.ema.attach(optimizer, lambda: self.trainer.global_step)
@@ -426,7 +427,7 @@ class GPTModule(L.LightningModule):
         self.total_steps = planned_steps(self.trainer)
         self._apply_configured_hyperparameters()
         self._loss_sum = torch.zeros((), device=self.device)
-        self._starts = True
+        self._starts, self._rejects_step = True, False
 
     def _apply_configured_hyperparameters(self) -> None:
         """Replace the optimizer hyperparameters of a checkpoint with the configured ones.
@@ -463,7 +464,7 @@ class GPTModule(L.LightningModule):
         # loss over all labels of the step, however unevenly they are distributed.
         self._labels_per_rank = torch.where(step_count > 0, step_count, 1.0) / layout.replicas
         loss = loss_sum / (self._labels_per_rank / accumulate)
-        return loss if self.expert_balancing is None else loss + self.expert_balancing.loss()
+        return loss if self.expert_balancing is None else loss + self.expert_balancing.loss(find_tokens(batch))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Complete tensor-parallel gradients, log the loss, learning rate and gradient norm, and notify callbacks.
@@ -483,7 +484,8 @@ class GPTModule(L.LightningModule):
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
             self.log("train/gradient_norm", total_grad_norm(gradients_of(self)))
         if self.expert_balancing is not None:
-            self.expert_balancing.end_step(lambda load: self.trainer.strategy.reduce(load, reduce_op="sum"))
+            copies = self.trainer.world_size // self.data_info.layout.replicas  # processes with the same tokens
+            self.expert_balancing.end_step(lambda load: self.trainer.strategy.reduce(load, reduce_op="sum") // copies)
             if self.is_log_step:
                 self.log_dict({f"experts/{name}": value for name, value in self.expert_balancing.metrics().items()})
         self._loss_sum.zero_()
@@ -519,8 +521,13 @@ class GPTModule(L.LightningModule):
         has_filter = self.step_filter is not None and self.step_loss is not None and norm is not None
         if has_filter and not self.step_filter(self.step_loss, norm):  # type: ignore[misc, arg-type]  # none is None
             optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
-        elif self.expert_balancing is not None:
+            self._rejects_step = True
+
+    def _on_optimizer_step(self, *_: Any) -> None:
+        """Update the biases of experts after an optimizer step that is neither rejected nor skipped by a scaler."""
+        if self.expert_balancing is not None and not self._rejects_step:
             self.expert_balancing.update_biases()
+        self._rejects_step = False
 
     def on_train_end(self) -> None:
         """Replace the weights with their moving averages, if averaging is enabled."""

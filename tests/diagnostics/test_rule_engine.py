@@ -55,7 +55,7 @@ CASES: dict[str, Curves] = {
     "slow loader": {"throughput/data": [(9, 0.5), (19, 0.6), (29, 0.5)]},
     "rewound": {"guard/rewound_to": [(300, 250.0)]},
     "dead units": {"dynamics/dead_units": [(0, 0.8), (99, 0.8)]},
-    "expert collapse": {"experts/load_entropy": [(9, 0.7), (19, 0.5), (29, 0.4)], "experts/unused": [(29, 0.5)]},
+    "expert collapse": {"experts/load_entropy": [(9, 0.4), (19, 0.3), (29, 0.1)], "experts/unused": [(29, 0.5)]},
     "attention sink": {"attention/sink": [(0, 0.8), (99, 0.8)]},
     "repetition": {"samples/repetition": [(99, 0.8), (199, 0.9)]},
     "labels out of place": {"run/labels_next": [(0, 0.1)], "run/labels_own": [(0, 1.0)]},

@@ -45,6 +45,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     },
     "norms of outputs": {"norm_placement": "output", "qkv_bias": True, "rotary_skip_every": 2},
     "experts": {"feed_forward": "moe", "n_experts": 8, "n_shared_experts": 2, "expert_bias_rate": 0.001},
+    "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal"},
     "joint norms": {"qk_norm_joint": True},
     "sinusoidal positions": {"position": "sinusoidal", "initialisation": "normal", "norm_placement": "post"},
 }  # fmt: skip
@@ -75,7 +76,7 @@ def check_networks() -> None:
         is_split = MESHES[layout][1] > 1
         if name == "joint norms" and is_split:
             continue  # not supported
-        if layout != "fsdp2_tp" and name not in ("tied", "additions", "joint norms"):
+        if layout != "fsdp2_tp" and name not in ("tied", "additions", "joint norms", "experts, not divisible"):
             continue
         gpt, mesh = config(**changes), build_mesh("cpu", *MESHES[layout])
         whole, sharded = GPT(gpt, VOCAB, BLOCK_SIZE, seed=SEED), on_meta(gpt)

@@ -13,7 +13,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
 from lit_gpt_scratch.model.module_metadata import flops_per_token, inactive_parameters
-from lit_gpt_scratch.model.moe import Routing, load_balance_loss, router_z_loss
+from lit_gpt_scratch.model.moe import Routing, count_choices, load_balance_loss, router_z_loss
 
 WIDTH = 8
 
@@ -148,6 +148,39 @@ def test_losses_do_not_depend_on_how_sequences_are_batched() -> None:
     assert router_z_loss(logits).item() == pytest.approx(z.item(), rel=1e-6)
 
 
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=3).filter(any))
+@settings(max_examples=20)
+def test_losses_and_counts_ignore_padding(lengths: list[int]) -> None:
+    """They are those of the sequences without it; sequences without tokens do not count."""
+    module = mixture(n_experts=5)
+    x = torch.randn(len(lengths), 6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    logits = module.router(x)
+    is_token = torch.arange(6) < torch.tensor(lengths)[:, None]
+    routing = module.router.route(logits)
+    rows = [row[None, :length] for row, length in zip(logits, lengths, strict=True) if length]
+    expected = torch.stack([load_balance_loss(module.router.route(row)) for row in rows]).mean()
+    torch.testing.assert_close(load_balance_loss(routing, is_token), expected)
+    tokens = torch.cat([row[0] for row in rows])[None]
+    torch.testing.assert_close(router_z_loss(logits, is_token), router_z_loss(tokens))
+    counts = count_choices(routing.experts, 5, is_token)
+    assert counts.sum(1).tolist() == [2 * length for length in lengths]
+    chosen = module.router.route(tokens).experts
+    assert counts.sum(0).tolist() == torch.bincount(chosen.flatten(), minlength=5).tolist()
+
+
+def test_bias_is_not_rounded_by_16_bit_weights() -> None:
+    """In bfloat16, adding 0.001 to 0.5 changes nothing."""
+    module = mixture(expert_bias_rate=0.001).float().bfloat16()
+    assert module.router.weight.dtype == torch.bfloat16
+    assert module.router.balance_bias.dtype == torch.float32
+    module.router.balance_bias.fill_(0.5)
+    state = module.state_dict()
+    state["router.balance_bias"] += 0.001
+    module.load_state_dict(state)
+    assert module.router.balance_bias[0].item() == pytest.approx(0.501)
+    assert module.double().router.balance_bias.dtype == torch.float64
+
+
 def test_flops_are_those_of_the_active_parameters() -> None:
     """All experts have the same size: a token uses 2 of 5, the shared expert and the router."""
     module = mixture(n_experts=5, n_shared_experts=1)
@@ -168,12 +201,14 @@ def test_default_width_keeps_the_active_parameters_of_swiglu() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "keep_matmuls"])
-def test_each_forward_pass_records_the_router_logits_of_each_block(checkpointing: Any) -> None:
+def test_each_forward_pass_with_gradients_records_the_router_logits_of_each_block(checkpointing: Any) -> None:
     net = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, feed_forward="moe", initialisation="normal"), 20, 8)
     net.activation_checkpointing = checkpointing
     ids = torch.randint(20, (2, 8))
     net(ids)
     net.recorded_router_logits = []
+    with torch.no_grad():
+        net(ids)  # not recorded
     loss = net(ids).sum() + net(ids).sum()
     recorded = list(net.recorded_router_logits)
     (loss + sum(logits.square().mean() for logits in recorded)).backward()  # recomputes the blocks

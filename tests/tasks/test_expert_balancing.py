@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.tasks import LanguageModel
-from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing
+from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing, find_tokens
 
 Build = Callable[..., L.Trainer]
 BATCH, CONTEXT, N_EXPERTS, PER_TOKEN = 4, 32, 5, 2
@@ -145,4 +146,35 @@ def test_metrics_by_hand() -> None:
     metrics = {name: float(value) for name, value in balancing.metrics().items()}
     assert metrics["max_load"] == pytest.approx(2.0)
     assert metrics["unused"] == pytest.approx(1 / 8)
-    assert metrics["load_entropy"] == pytest.approx(1.5 / 2)  # in bits
+    assert metrics["load_entropy"] == pytest.approx((1.5 - 1) / (2 - 1))  # in bits: 1 for two experts, 2 for four
+    assert "router_entropy" not in metrics  # nothing was recorded
+    balancing.load = torch.tensor([[8, 8, 0, 0], [4, 4, 4, 4]])
+    assert float(balancing.metrics()["load_entropy"]) == pytest.approx(0.0)
+
+
+def test_router_entropy_excludes_padding() -> None:
+    """The only token is the first one, whose scores are equal; those of the padding are not."""
+    net = GPT(config(n_experts=4, n_layer=1), 20, 8)
+    balancing = ExpertBalancing(net)
+    balancing.record()
+    net.recorded_router_logits.append(torch.tensor([[[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]]]))
+    balancing.loss(torch.tensor([[True, False]]))
+    balancing.end_step(lambda load: load)
+    assert float(balancing.metrics()["router_entropy"]) == pytest.approx(1.0)
+    assert balancing.load.sum() == PER_TOKEN
+
+
+def test_all_experts_per_token_is_an_equal_load() -> None:
+    balancing = ExpertBalancing(GPT(config(n_experts=1, experts_per_token=1, normalize_gates=False), 20, 8))
+    assert float(balancing.metrics()["load_entropy"]) == 1.0
+
+
+def test_find_tokens() -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    ignored = IGNORE_INDEX
+    labels = torch.tensor([[ignored, 5, ignored, ignored], [ignored, ignored, ignored, 7]])  # prompts, then a reply
+    expected = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    assert torch.equal(find_tokens({"input_ids": ids, "labels": labels}), expected)
+    lengths = torch.tensor([2, 4])
+    assert torch.equal(find_tokens({"input_ids": ids, "labels": torch.tensor([0, 1]), "lengths": lengths}), expected)
+    assert find_tokens({"indices": lengths}) is None
