@@ -74,7 +74,7 @@ def check_networks() -> None:
     """Compare the shards of this process with parts of a network that was built as a whole."""
     for layout, (name, changes) in product(MESHES, CONFIGS.items()):
         is_split = MESHES[layout][1] > 1
-        if name == "joint norms" and is_split:
+        if (name == "joint norms" and is_split) or (name == "experts, not divisible" and layout == "tp"):
             continue  # not supported
         if layout != "fsdp2_tp" and name not in ("tied", "additions", "joint norms", "experts, not divisible"):
             continue
