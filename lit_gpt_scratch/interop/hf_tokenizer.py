@@ -8,6 +8,7 @@ from typing import Any, Final
 from typing_extensions import TypedDict
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.hf_config import shorten
 from lit_gpt_scratch.schema import read_json, validate
 from lit_gpt_scratch.text.published_settings import FlatValue, PublishedSettings
 from lit_gpt_scratch.text.template_process import MAX_TEMPLATE
@@ -50,7 +51,10 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
         where = folder / GENERATION_FILE
         if generation is not None:
             validate(generation.get("eos_token_id"), int | list[int] | None, "eos_token_id")  # type: ignore[arg-type]
-            fields["generation_config"] = {name: value for name, value in generation.items() if _is_flat(value)}
+            flat = {name: value for name, value in generation.items() if _is_flat(value)}
+            fields["generation_config"] = flat
+            if left_out := sorted(generation.keys() - flat):
+                log.warning("%s: these fields are not imported: %s", where, ", ".join(map(shorten, left_out)))
         where = folder / SETTINGS_FILE
         found = {name: _token_text((settings or {}).get(name)) for name in NAMED_TOKENS}
         fields["tokens"] = {name: validate(text, str, name) for name, text in found.items() if text is not None}
@@ -135,11 +139,11 @@ def _read_template(folder: Path, configured: str | list[NamedTemplate] | None) -
         path = folder / SETTINGS_FILE
         if isinstance(configured, list):
             templates = {each["name"]: each["template"] for each in configured}
-            template = templates.get(DEFAULT_TEMPLATE)
+            template = templates.pop(DEFAULT_TEMPLATE, None)
             if template is None:
-                log.warning(
-                    "%s has no chat template named %s; other templates are not imported", path, DEFAULT_TEMPLATE
-                )
+                log.warning("%s has no chat template named %s", path, DEFAULT_TEMPLATE)
+            if templates:
+                log.warning("%s: these chat templates are not imported: %s", path, ", ".join(map(shorten, templates)))
         else:
             template = configured
     except (OSError, UnicodeDecodeError) as error:

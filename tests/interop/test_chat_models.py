@@ -115,7 +115,8 @@ def test_settings_survive_a_round_trip(chat_model: Path, tmp_path: Path, suffix:
     assert after.special_tokens_map == before.special_tokens_map
     assert after.apply_chat_template(TALK, return_dict=False) == before.apply_chat_template(TALK, return_dict=False)
     generation = transformers.AutoModelForCausalLM.from_pretrained(again).generation_config
-    assert generation.eos_token_id == settings(chat_model, "generation_config.json")["eos_token_id"]
+    assert generation.to_dict() == transformers.GenerationConfig.from_pretrained(chat_model).to_dict()
+    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.6, 0.9)
 
 
 def test_generation_stops_at_each_of_the_tokens(chat_model: Path) -> None:
@@ -218,6 +219,7 @@ def test_without_a_default_template_that_of_this_package_is_used(
     with caplog.at_level("WARNING", "lit_gpt_scratch"):
         tokenizer = read_hf_checkpoint(chat_model).tokenizer
     assert "no chat template named default" in caplog.text
+    assert "these chat templates are not imported: tool_use" in caplog.text
     assert type(load_chat_template(tokenizer)) is ChatTemplate
 
 
@@ -274,11 +276,13 @@ def portable(loaded: LoadedModel) -> PortableModel:
     return PortableModel(shape, loaded.net.state_dict(), loaded.tokenizer)
 
 
-def test_nested_settings_are_not_kept(chat_model: Path) -> None:
+def test_nested_settings_are_not_kept(chat_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     change(
         chat_model / "generation_config.json", watermarking={"a": {}}, suppress_tokens=[1, 2], deep=[[1]], big=10**30
     )
-    published = read_hf_checkpoint(chat_model).tokenizer.published
+    with caplog.at_level("WARNING", "lit_gpt_scratch"):
+        published = read_hf_checkpoint(chat_model).tokenizer.published
+    assert "generation_config.json: these fields are not imported: big, deep, watermarking" in caplog.text
     assert published is not None
     assert published.generation_config is not None
     assert published.generation_config["suppress_tokens"] == [1, 2]
