@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.family_differences import describe_differences
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
 from lit_gpt_scratch.interop.hf_config import HFConfigReader, shorten
 from lit_gpt_scratch.interop.hf_tokenizer import (
@@ -83,9 +84,10 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     config = _read_config(folder)
     family = FAMILIES.get(config.values["model_type"])
     if family is None:
+        differences = describe_differences(config, _find_tensor_names(folder), [*FAMILIES.values()])
         raise UserError(
             f"{config.path}: model_type is {shorten(config.values['model_type'])}; it must be one of "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{', '.join(sorted(FAMILIES))}{differences and '; '}{differences}"
         )
     shape = family.read_config(config)
     tokenizer = _read_tokenizer(folder, family, read_published_settings(folder, config.values, config.path))
@@ -200,6 +202,14 @@ def _build_json_files(
         },
         **build_settings_files(model.tokenizer, shape.block_size),
     }
+
+
+def _find_tensor_names(folder: Path) -> list[str]:
+    """Return the names of all tensors in a folder, or an empty list if its files cannot be read."""
+    try:
+        return [*open_tensors(folder)]
+    except UserError:
+        return []
 
 
 def _omit_tied_head(found: LazyTensors, embedding: str, folder: Path) -> LazyTensors:

@@ -41,7 +41,7 @@ def open_tensors(folder: Path) -> LazyTensors:
     found = select(found, {name: name for name in found if not DERIVED_BUFFERS.search(name)})
     shapes = found.on_meta
     if quantized := [f"{name} is {tensor.dtype}" for name, tensor in shapes.items() if not _is_plain_float(tensor)]:
-        raise UserError(f"{folder} contains quantized weights: {_list_some(quantized)}; use the unquantized model")
+        raise UserError(f"{folder} contains quantized weights: {list_some(quantized)}; use the unquantized model")
     return found
 
 
@@ -66,7 +66,7 @@ def _open_shards(folder: Path) -> LazyTensors:
     )
     if missing := sorted(set(file_of) - set(found)):
         raise UserError(
-            f"{path} lists tensors that are missing from all files: {_list_some(missing)}; download the folder again"
+            f"{path} lists tensors that are missing from all files: {list_some(missing)}; download the folder again"
         )
     return found
 
@@ -101,7 +101,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         name for name in expected if name in found and expected[name].is_floating_point() > _is_plain_float(found[name])
     ]
     differences = [
-        f"{problem}: {_list_some(names)}"
+        f"{problem}: {list_some(names)}"
         for problem, names in (
             ("missing", [name for name in expected if name not in found]),
             ("unexpected", [name for name in found if name not in expected]),
@@ -121,6 +121,7 @@ def _is_plain_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1  # 8-bit weights have scales in other tensors
 
 
-def _list_some(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
+    """Join the first ``MAX_LISTED`` names, and count the others."""
     more = len(names) - MAX_LISTED
     return ", ".join(map(shorten, names[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
