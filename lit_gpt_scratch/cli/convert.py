@@ -40,10 +40,19 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-hf",
         help="export a folder for Hugging Face transformers",
         description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
-        "matches the model: GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3.",
+        "matches the model: GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3. The folder includes a model card "
+        "with the training data, procedure and results that the run folder of the checkpoint records.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
     to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be empty if it exists")
+    to_hf.add_argument("--license", metavar="ID", help="license in the model card, such as apache-2.0")
+    to_hf.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder to this model repository on the Hugging Face Hub, with the token in HF_TOKEN or of "
+        "`hf auth login`",
+    )
+    to_hf.add_argument("--public", action="store_true", help="make a new repository public instead of private")
     to_adapter = formats.add_parser(
         "to-adapter",
         help="export the LoRA adapters of a run",
@@ -128,14 +137,32 @@ def _to_safetensors(given: Namespace) -> None:
 
 
 def _to_hf(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.loading import load_lazily
+    from lit_gpt_scratch.checkpoint.model_card import RunRecord, build_model_card
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
     from lit_gpt_scratch.interop.hf_checkpoint import write_hf_checkpoint
+    from lit_gpt_scratch.interop.hub_upload import require_hub_access, upload_model
 
     if given.folder.suffix == SAFETENSORS_SUFFIX:
         raise UserError(f"argument FOLDER: to-hf writes a folder; to write the file {given.folder}, use to-safetensors")
-    architecture = write_hf_checkpoint(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
+    if given.public and given.push is None:
+        raise UserError("argument --public: the model is not uploaded; add --push owner/name")
+    if given.push is not None:
+        require_hub_access(given.push)
+    path = find_checkpoint(given.checkpoint, Path(), None)
+    checkpoint = load_lazily(path)
+    model = _open_model(checkpoint, path)
+    run = RunRecord.read(path, checkpoint.get("global_step"))
+
+    def build_card(architecture: str, parameters: int) -> str:
+        name = given.push or given.folder.name
+        return build_model_card(name, model.shape, model.tokenizer, run, architecture, parameters, given.license)
+
+    architecture = write_hf_checkpoint(model, given.folder, build_card)
     log.info("%s contains a %s", given.folder, architecture)
+    if given.push is not None:
+        log.info("uploaded to %s", upload_model(given.folder, given.push, given.public))
 
 
 def _from_hf(given: Namespace) -> None:
@@ -152,15 +179,14 @@ def _from_hf(given: Namespace) -> None:
         save_checkpoint(load_checkpoint(given.folder), given.checkpoint)
 
 
-def _open_model(path: Path) -> "PortableModel":
+def _open_model(checkpoint: dict[str, Any], path: Path) -> "PortableModel":
     """Open a model whose weights are read when they are accessed; weights without adapters keep their dtype."""
-    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_lazily
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
     from lit_gpt_scratch.interop.tensor_stream import strip_prefix
 
-    checkpoint = load_lazily(path)
     if attention := CheckpointMetadata.from_checkpoint(checkpoint).gpt.get("attention"):
         raise UserError(
             f"{path} has the custom attention class {attention}, which no published architecture supports; "

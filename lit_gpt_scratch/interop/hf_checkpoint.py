@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -59,6 +59,7 @@ FAMILIES: Final[dict[str, ModelFamily]] = {
 }
 """Supported model families, keyed by ``model_type``. The first family that supports a config is used for export."""
 CONFIG_FILE: Final = "config.json"
+CARD_FILE: Final = "README.md"
 
 
 class PortableModel(NamedTuple):
@@ -113,12 +114,14 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
-def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
+def write_hf_checkpoint(model: PortableModel, folder: Path, build_card: Callable[[str, int], str] | None = None) -> str:
     """Write a folder that can be loaded with ``AutoModelForCausalLM`` and ``AutoTokenizer`` from ``transformers``.
 
     Args:
         model: Model to export. Padding rows are removed from its embedding and head.
         folder: Path to the folder to create. The folder is written atomically and must be empty if it exists.
+        build_card: Function that returns the model card from the name of the ``transformers`` class and the number of
+            parameters; None to write no card.
 
     Returns:
         Name of the ``transformers`` class that can load the model.
@@ -152,6 +155,9 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
         if (published := model.tokenizer.published) and published.chat_template is not None:
             (place / TEMPLATE_FILE).write_bytes(published.chat_template.encode())
+        if build_card is not None:
+            card = build_card(family.architecture, sum(tensor.numel() for tensor in hf_shapes.values()))
+            (place / CARD_FILE).write_text(card, encoding="utf-8")
         with (place / WEIGHTS_FILE).open("xb") as file:
             write_safetensors(file, hf_shapes, family.to_hf_weights(shape.gpt, unpadded), {"format": "pt"})
 
