@@ -19,6 +19,19 @@ METADATA_KEY: Final = "lit_gpt_scratch"
 
 
 @dataclass(frozen=True)
+class MergeSource:
+    """One of the checkpoints whose weights were averaged.
+
+    Attributes:
+        sha256: SHA-256 digest of its weights, with merged adapters, converted to float32.
+        weight: Its weight in the average; the weights of all checkpoints sum to 1.
+    """
+
+    sha256: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class CheckpointMetadata:
     """Model config and tokenizer as plain data, so that the weights can be used without the run's other files.
 
@@ -39,6 +52,7 @@ class CheckpointMetadata:
         max_windows: Maximum number of windows into which a classifier splits a text.
         published: Fields of the ``PublishedSettings`` if this model was imported from a published model or fine-tuned
             from an imported model; otherwise None.
+        merged_from: The checkpoints of which these weights are the average, or None if they are not an average.
     """
 
     gpt: dict[str, Any]
@@ -55,6 +69,7 @@ class CheckpointMetadata:
     window_size: int | None = None
     max_windows: int = 1
     published: dict[str, Any] | None = None
+    merged_from: list[MergeSource] | None = None
 
     @property
     def windows(self) -> Windows:

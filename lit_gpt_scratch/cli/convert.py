@@ -1,7 +1,8 @@
 """``convert``: convert checkpoints to and from Hugging Face folders and safetensors files."""
 
 import logging
-from argparse import Namespace
+import math
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +78,22 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     to_file.add_argument("checkpoint", **checkpoint)
     to_file.add_argument("file", metavar="FILE", type=Path, help="output file, which must not exist")
+    merge = formats.add_parser(
+        "merge",
+        help="average the weights of several checkpoints",
+        description="Average the weights of several checkpoints of the same architecture and tokenizer (model soups), "
+        "such as runs with other seeds, or steps of one run, and write one .safetensors file, which generate, evaluate "
+        "and fit --model.init_from read. LoRA adapters are first merged into the weights. One tensor is held in memory "
+        "at a time.",
+    )
+    merge.add_argument("checkpoints", metavar="CKPT", nargs="+", help="checkpoint files or run folders, at least two")
+    merge.add_argument(
+        "file", **{**file, "help": "output file, which must not exist; its name must end with .safetensors"}
+    )
+    merge.add_argument(
+        "--weights", metavar="W,W,...", type=_parse_weights, help="weights of the checkpoints (default: all equal)"
+    )
+    merge.add_argument("--trust", **TRUST)
     from_hf = formats.add_parser(
         "from-hf",
         help="import a folder from Hugging Face transformers",
@@ -92,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     convert = {
         "to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf,
-        "to-sharded": _to_sharded, "to-file": _to_file,
+        "to-sharded": _to_sharded, "to-file": _to_file, "merge": _merge,
     }  # fmt: skip
     convert[given.format](given)
 
@@ -117,6 +134,35 @@ def _to_adapter(given: Namespace) -> None:
 
     _require_safetensors_suffix(given.file)
     save_adapter(find_checkpoint(given.checkpoint, Path(), None), given.file)
+
+
+def _parse_weights(text: str) -> list[float]:
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = [0.0]
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ArgumentTypeError(f"{text} is not a list of positive numbers, such as 3,1")
+    return weights
+
+
+def _merge(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX
+    from lit_gpt_scratch.checkpoint.merge_checkpoints import merge_checkpoints
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+    from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors
+
+    _require_safetensors_suffix(given.file)
+    count = len(given.checkpoints)
+    if count < 2:
+        raise UserError(f"argument CKPT: merge requires at least two checkpoints before the output file {given.file}")
+    weights = given.weights or [1.0] * count
+    if len(weights) != count:
+        raise UserError(f"argument --weights: there are {len(weights)} weights for {count} checkpoints")
+    if given.file.exists():
+        raise UserError(f"argument FILE: {given.file} already exists; pass another file, or delete it")
+    paths = [find_checkpoint(checkpoint, Path(), None) for checkpoint in given.checkpoints]
+    export_safetensors(merge_checkpoints(paths, weights, given.trust), STATE_PREFIX, given.file)
 
 
 def _require_safetensors_suffix(file: Path) -> None:

@@ -149,3 +149,23 @@ def test_a_chat_model_is_fine_tuned_and_exported(command: Command, small: list[s
         answered = command("generate", place, *asked)
         assert answered.code == 0, answered.err
         assert json.loads(answered.out)["text"] == expected
+
+
+def test_runs_are_merged_and_used_like_a_checkpoint(command: Command, small: list[str], corpus: Path) -> None:
+    for seed in (0, 1):
+        assert command("fit", *small, "--trainer.max_steps=2", f"--seed_everything={seed}").code == 0
+    runs = [f"runs/pretrain/version_{n}" for n in range(2)]
+    outcome = command("convert", "merge", *runs, "soup.safetensors", "--weights", "3,1")
+    assert outcome.code == 0, outcome.err
+    nets = [load_model(Path(run, "checkpoints", "last.ckpt"))[0].state_dict() for run in runs]
+    soup = load_model(Path("soup.safetensors"))[0].state_dict()
+    for name, weight in soup.items():
+        expected = 0.75 * nets[0][name].double() + 0.25 * nets[1][name].double()
+        torch.testing.assert_close(weight, expected.float(), rtol=1e-6, atol=0)
+    scored = command("evaluate", "soup.safetensors", "--data.source", corpus / "01.txt", "--json")
+    assert scored.code == 0, scored.err
+    assert command("generate", "soup.safetensors", "--max_new_tokens=4").code == 0
+    own = ("--data.vocab_size", "--model.gpt")
+    flags = [flag for flag in small if not flag.startswith(own)]
+    continued = command("fit", *flags, "--trainer.max_steps=1", "--model.init_from=soup.safetensors")
+    assert continued.code == 0, continued.err
