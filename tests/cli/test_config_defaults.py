@@ -46,6 +46,7 @@ NULLS = {
     "model.init_args.gpt.rotary_skip_every": "off: all blocks rotate queries and keys",
     # task
     "model.init_args.optimizer.init_args.row_beta": "off",
+    "model.init_args.schedule.stages": "off: belongs to multistep",
     "model.init_args.init_from": "off: random weights",
     "model.init_args.lora": "off",
     "model.init_args.train_layers": "all",
@@ -131,6 +132,7 @@ def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, c
     assert swapped["model.init_args.optimizer.init_args.lr"] == 3e-3
     assert swapped["model.init_args.optimizer.init_args.weight_decay"] == 0.1
     assert swapped["model.init_args.schedule.decay_share"] == 1.0
+    assert swapped["model.init_args.schedule.stages"] is None
     given = parsed(f"--config={path}", "--model.optimizer=AdamW", "--model.optimizer.lr=0.02")
     assert given["model.init_args.optimizer.init_args.lr"] == 0.02
 
@@ -138,6 +140,24 @@ def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, c
     assert data["data.init_args.source"] is data["data.init_args.vocab_size"] is None
     assert data["data.init_args.validation_share"] == 0.05
     assert data["data.init_args.test_share"] == 0.1
+
+
+def test_stages_of_a_schedule_are_saved_and_given_up_with_it(tmp_path: Path, cache: Path) -> None:
+    def parse(*flags: str) -> FitCLI:
+        return FitCLI([*flags, f"--data.cache={cache}", "--trainer.accelerator=cpu"])
+
+    path = tmp_path / "config.yaml"
+    for flags, expected in (
+        (["--model.schedule.decay=multistep"], [[0.8, 0.316], [0.9, 0.1]]),
+        (["--model.schedule.decay=multistep", "--model.schedule.stages=[[0.5, 0.25]]"], [[0.5, 0.25]]),
+    ):
+        cli = parse(*flags)
+        path.write_text(cli.parser.dump(cli.config, skip_unset=False))
+        assert yaml.safe_load(path.read_text())["model"]["init_args"]["schedule"]["stages"] == expected
+        assert parse(f"--config={path}").model.schedule.stages == tuple(map(tuple, expected))
+    cli = parse("--model.schedule.decay=multistep")
+    path.write_text(cli.parser.dump(cli.config, skip_unset=False))
+    assert parse(f"--config={path}", "--model.schedule.decay=wsd").model.schedule == Schedule(decay_share=0.4)
 
 
 class OwnMuon(Muon):
@@ -157,9 +177,8 @@ def test_classes_built_by_hand_use_the_same_defaults() -> None:
         part = Namespace(class_path=f"lit_gpt_scratch.optim.{kind.__name__}", init_args=Namespace())  # type: ignore[no-untyped-call]
         defaults = class_defaults(part)
         assert defaults == {name: getattr(kind(), name) for name in defaults}
-    for decay in ("wsd", "linear", "cosine"):
-        [share] = Schedule.default_arguments({"decay": decay}).values()
-        explicit = Schedule(decay=decay, decay_share=share)
+    for decay in ("wsd", "linear", "cosine", "multistep"):
+        explicit = Schedule(decay=decay, **Schedule.default_arguments({"decay": decay}))
         assert [explicit.factor(step, 100) for step in range(100)] == [
             Schedule(decay=decay).factor(step, 100) for step in range(100)
         ]

@@ -29,6 +29,7 @@ FLAGS = {
     "--model.gpt.position": TEXTS, "--model.gpt": TEXTS, "--model.gpt.bigram_rows": NUMBERS, "--model.compile": TEXTS,
     "--model.optimizer": TEXTS, "--model.optimizer.lr": NUMBERS, "--model.optimizer.weight_decay": NUMBERS,
     "--model.schedule.warmup_steps": NUMBERS, "--model.schedule.decay": TEXTS, "--model.schedule.decay_share": NUMBERS,
+    "--model.schedule.stages": [*TEXTS, "[[0.5, 0.1]]", "[[1, 2, 3]]"],
     "--model": TEXTS, "--data": TEXTS, "--data.source": TEXTS, "--data.tokenizer": TEXTS, "--data.cache": TEXTS,
     "--data.vocab_size": NUMBERS, "--data.block_size": NUMBERS, "--data.batch_size": NUMBERS,
     "--data.tokens_per_step": NUMBERS, "--data.validation_share": NUMBERS, "--data.num_workers": NUMBERS,

@@ -66,6 +66,20 @@ def test_decay_matches_torch_schedulers(final: float) -> None:
         assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_multistep_matches_the_paper_and_torch() -> None:
+    """DeepSeek LLM: the peak until 80% of the run, 31.6% of it until 90%, and then 10%."""
+    found = factors(Schedule(decay="multistep", warmup_steps=5))
+    assert found[:5] == [(step + 1) / 6 for step in range(5)]
+    assert found[5:] == [1.0] * 75 + [0.316] * 10 + [0.1] * 11
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = lr_scheduler.MultiStepLR(optimizer, [25, 50, 55], gamma=0.5)
+    schedule = Schedule(decay="multistep", warmup_steps=0, stages=((0.25, 0.5), (0.5, 0.25), (0.55, 0.125)))
+    for step in range(TOTAL + 1):
+        assert schedule.factor(step, TOTAL) == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+
 @pytest.mark.parametrize("warmup", [1, 10])
 def test_schedules_match_transformers(warmup: int) -> None:
     """Those of transformers start one step earlier, at zero; ours ends its decay with the run."""
@@ -116,6 +130,12 @@ def test_factor_is_between_0_and_1_and_rises_only_in_warmup(
         ({"warmup_steps": -1}, "model.schedule.warmup_steps is -1"),
         ({"decay_share": 1.5}, "model.schedule.decay_share is 1.5"),
         ({"final": -0.5}, "model.schedule.final is -0.5"),
+        ({"stages": ((0.5, 0.1),)}, "model.schedule.stages requires model.schedule.decay multistep, but it is wsd"),
+        ({"decay": "multistep", "stages": ((0.5, 0.5), (0.5, 0.1))}, "starts must increase between 0 and 1"),
+        ({"decay": "multistep", "stages": ((0.0, 0.5),)}, "starts must increase between 0 and 1"),
+        ({"decay": "multistep", "stages": ((0.5, 1.5),)}, "rates must decrease between 1 and 0"),
+        ({"decay": "multistep", "stages": ((0.5, 0.1), (0.6, 0.2))}, "rates must decrease between 1 and 0"),
+        ({"decay": "multistep", "stages": ((0.5, math.nan),)}, "rates must decrease between 1 and 0"),
     ],
 )
 def test_invalid_schedule_is_an_error(settings: dict[str, object], message: str) -> None:
