@@ -181,10 +181,8 @@ def _data_rows(run: RunRecord) -> Iterator[tuple[str, Any]]:
     if source := _arguments(run.data).get("source"):
         named = "the source code of the Python standard library" if source == STDLIB else _public_path(source)
         yield "source", named
-    for name in ("store", "mixture"):
-        if place := _arguments(run.data).get(name):
-            yield name, _public_path(place) if isinstance(place, str) else _describe(place)
-    for name in (*(("config", "split") if run.hub_datasets else ()), "cleaning", "packing", "validation_share"):
+    on_hub = ("config", "split") if run.hub_datasets else ()
+    for name in (*on_hub, "store", "mixture", "cleaning", "packing", "validation_share"):
         if (value := _arguments(run.data).get(name)) not in (None, []):
             yield name.replace("_", " "), _describe(value)
 
@@ -246,13 +244,13 @@ def _table(header: str, rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """Describe an object in a config by its class and its arguments, without those that are null."""
+    """Describe a value in a config: paths without their folders, and objects without arguments that are null."""
     if isinstance(value, list):
         return ", ".join(map(_describe, value))
     if not isinstance(value, Mapping):
-        return str(value)
+        return _public_path(value) if isinstance(value, str) and "/" in value else str(value)
     arguments = _arguments(value) if "class_path" in value else value
-    named = ", ".join(f"{name} {_describe(each)}" for name, each in arguments.items() if each is not None)
+    named = ", ".join(f"{_describe(name)} {_describe(each)}" for name, each in arguments.items() if each is not None)
     name = _class_name(value.get("class_path", ""))
     return f"{name} ({named})" if name and named else name or named
 

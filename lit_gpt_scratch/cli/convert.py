@@ -202,7 +202,7 @@ def _to_hf(given: Namespace) -> None:
     run = RunRecord.read(path, checkpoint.get("global_step"))
 
     def build_card(architecture: str, parameters: int) -> str:
-        name = given.push or given.folder.name
+        name = given.push or given.folder.resolve().name
         return build_model_card(name, model.shape, model.tokenizer, run, architecture, parameters, given.license)
 
     architecture = write_hf_checkpoint(model, given.folder, build_card)

@@ -137,6 +137,12 @@ def test_results_of_another_step_are_omitted(run: Path, tokenizer: Tokenizer) ->
 def test_folders_of_the_machine_are_not_published(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     change(run, "data", "init_args", "source", value=str(tmp_path / "secret" / "texts.jsonl"))
     assert str(tmp_path) not in str(card(RunRecord.read(run, 40), tokenizer))
+    step = {"class_path": "a.Decontaminate", "init_args": {"against": ["/secret/benchmark.jsonl"], "share": 0.5}}
+    change(run, "data", "init_args", "cleaning", value=[step])
+    stated = rows(card(RunRecord.read(run, 40), tokenizer).text)
+    assert stated["cleaning"] == "Decontaminate (against benchmark.jsonl, share 0.5)"
+    change(run, "data", "init_args", "mixture", value={"/secret/code": 0.25, "/secret/web": 0.75})
+    assert rows(card(RunRecord.read(run, 40), tokenizer).text)["mixture"] == "code 0.25, web 0.75"
     change(run, "model", "init_args", "init_from", value="/secret/runs/pretrain/version_0")
     built = card(RunRecord.read(run, 40), tokenizer)
     assert "fine-tuned from pretrain/version_0" in built.text
