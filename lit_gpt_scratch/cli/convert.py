@@ -82,9 +82,9 @@ def main(args: Sequence[str] | None = None) -> None:
         "merge",
         help="average the weights of several checkpoints",
         description="Average the weights of several checkpoints of the same architecture and tokenizer (model soups), "
-        "such as runs with other seeds, or steps of one run, and write one .safetensors file, which generate, evaluate "
-        "and fit --model.init_from read. LoRA adapters are first merged into the weights. One tensor is held in memory "
-        "at a time.",
+        "such as runs fine-tuned from one model, or steps of one run, and write one .safetensors file, which generate, "
+        "evaluate and fit --model.init_from read. LoRA adapters are first merged into the weights. One tensor of each "
+        "checkpoint is held in memory at a time.",
     )
     merge.add_argument("checkpoints", metavar="CKPT", nargs="+", help="checkpoint files or run folders, at least two")
     merge.add_argument(

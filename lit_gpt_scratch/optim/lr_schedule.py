@@ -26,8 +26,7 @@ class Schedule:
             holds the peak and then decays linearly to ``final``; ``linear`` and ``cosine``
             (https://arxiv.org/abs/1608.03983) decay to ``final`` from the end of warmup; ``multistep`` drops to a lower
             constant at the start of each of the ``stages`` (DeepSeek LLM, https://arxiv.org/abs/2401.02954);
-            ``inverse_sqrt`` decays with
-            the inverse square root of the step and is suitable for runs of unknown length
+            ``inverse_sqrt`` decays with the inverse square root of the step and is suitable for runs of unknown length
             (https://arxiv.org/abs/1706.03762, section 5.3); ``constant`` does not decay.
         warmup_steps: Number of optimizer steps over which the learning rate rises linearly to its peak.
         decay_share: Fraction of the optimizer steps, at the end of the run, over which ``wsd``, ``linear`` or
