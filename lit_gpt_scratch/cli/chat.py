@@ -35,6 +35,7 @@ def chat_session(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
+    sink_tokens: int | None = None,
 ) -> Iterator[str]:
     """Reply to each line, using the conversation so far as context.
 
@@ -50,6 +51,7 @@ def chat_session(
         max_new_tokens: Maximum number of tokens per reply.
         sampling: Sampling parameters.
         seed: Seed for the reply to the first message; it is increased by 1 for each further message.
+        sink_tokens: Number of sink tokens with which replies exceed the context; see ``generate``.
 
     Yields:
         Parts of the replies as they are generated, and an empty string after each complete reply.
@@ -68,7 +70,10 @@ def chat_session(
             turns = turns[2:]
         prompt = template.render_prompt([*head, *turns])
         reply = ""
-        for _, piece in stream_text(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
+        pieces = stream_text(
+            model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn], sink_tokens=sink_tokens
+        )
+        for _, piece in pieces:
             reply += piece
             if piece:
                 yield piece

@@ -66,6 +66,13 @@ def main(args: Sequence[str] | None = None) -> None:
         action="store_true",
         help="compile the decoding step; generation starts later but is faster, which suits long texts",
     )
+    flags.add_argument(
+        "--sink_tokens",
+        metavar="N",
+        type=int,
+        help="when a text exceeds the context, keep its first N tokens (4 is usual) and the most recent ones in a "
+        "rolling cache; by default, the last half of the context is encoded again",
+    )
     flags.add_argument("--json", action="store_true", help="print one JSON object per text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
@@ -85,6 +92,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     if given.rank and (given.chat or given.json or given.stop or given.compile or given.samples > 1):
         raise UserError("argument --rank cannot be combined with --chat, --json, --stop, --samples or --compile")
+    if given.rank and given.sink_tokens is not None:
+        raise UserError("argument --rank cannot be combined with --sink_tokens; omit one of them")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = load_language_model(given)
@@ -101,12 +110,20 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if interactive:
         for piece in chat_session(
-            model, tokenizer, given.system, read_stdin_lines(), given.max_new_tokens, sampling, given.seed
+            model,
+            tokenizer,
+            given.system,
+            read_stdin_lines(),
+            given.max_new_tokens,
+            sampling,
+            given.seed,
+            given.sink_tokens,
         ):
             write_generated(piece or "\n")
         return
     asked = build_chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
-    pieces = stream_text(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
+    more = given.stop, given.compile, given.sink_tokens
+    pieces = stream_text(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, *more)
     if given.json:
         for row, text in _collect_texts(pieces, len(prompts)):
             print(dump_json({"prompt": prompts[row], "text": text, "seed": seeds[row]}), flush=True)

@@ -12,7 +12,7 @@ from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.attention import build_attention_layout
+from lit_gpt_scratch.model.attention import Attention, build_attention_layout, resolve_attention_class
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import device_of
 
@@ -33,6 +33,7 @@ def generate(
     done: Callable[[int, int], bool] | None = None,
     compile: bool = False,
     logprobs: Sequence[list[float]] | None = None,
+    sink_tokens: int | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Generate tokens for any number of prompts, one per row, until every row has ended.
 
@@ -40,7 +41,7 @@ def generate(
     most ``MAX_BATCH_ROWS`` rows and ``MAX_CACHE_BYTES`` of cache. The tokens of a row depend only on its prompt and
     seed, up to rounding: the batch size affects the order of floating-point additions, which rarely changes a token in
     float32, but may do so in bfloat16. Keys and values are cached. When a row exceeds the context length, generation
-    continues from the last half of its context.
+    continues from the last half of its context, which is encoded again, or with a rolling cache (``sink_tokens``).
 
     Args:
         model: The language model, in evaluation mode.
@@ -57,12 +58,17 @@ def generate(
         logprobs: If given, one list per prompt, to which the log-probability of each sampled token in nats is appended,
             including that of the end-of-text token. Log-probabilities are computed at the sampling temperature (1 for
             greedy decoding), before the repetition penalty, top-k, top-p and min-p are applied.
+        sink_tokens: If given, a row that exceeds the context length continues with a rolling cache of its first
+            ``sink_tokens`` tokens and its most recent tokens (StreamingLLM, https://arxiv.org/abs/2309.17453); see
+            ``KVCache``. The authors keep 4 sink tokens; 0 keeps only the most recent tokens. Within the context, the
+            output does not depend on it.
 
     Yields:
         The index of a prompt and its next token, or None instead of a token when the row has ended.
 
     Raises:
-        UserError: A prompt is empty or longer than the context, ``max_new_tokens`` is negative, or the compiler fails.
+        UserError: A prompt is empty or longer than the context, ``max_new_tokens`` is negative, ``sink_tokens`` is out
+            of range or not supported by the model, or the compiler fails.
     """
     for prompt in prompts:
         if not 0 < len(prompt) <= model.block_size:
@@ -72,10 +78,29 @@ def generate(
             )
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if sink_tokens is not None:
+        _validate_sink_tokens(model, sink_tokens)
     if not prompts or max_new_tokens == 0:
         return ((row, None) for row in range(len(prompts)))
     ends = {end_of_text} if isinstance(end_of_text, int) else set(end_of_text)
-    return _generate(model, prompts, max_new_tokens, sampling, seeds, ends, done, compile, logprobs)
+    return _generate(model, prompts, max_new_tokens, sampling, seeds, ends, done, compile, logprobs, sink_tokens)
+
+
+def _validate_sink_tokens(model: GPT, sink_tokens: int) -> None:
+    if not 0 <= sink_tokens < model.block_size:
+        raise UserError(
+            f"sink_tokens is {sink_tokens}; it must be 0 or more, and below the context length, {model.block_size}"
+        )
+    if model.position.embeds_positions:
+        raise UserError(
+            f"sink_tokens is {sink_tokens}, but the model has {model.config.position} positions, which cached tokens "
+            f"cannot change when they move in a rolling cache; omit sink_tokens"
+        )
+    if resolve_attention_class(model.config.attention).forward is not Attention.forward:
+        raise UserError(
+            f"sink_tokens is {sink_tokens}, but {model.config.attention} defines forward, which may cache keys that "
+            f"are already rotated; omit sink_tokens"
+        )
 
 
 def max_batch_rows(model: GPT, capacity: int) -> int:
@@ -96,6 +121,7 @@ def _generate(
     done: Callable[[int, int], bool] | None,
     compile: bool,
     logprobs: Sequence[list[float]] | None,
+    sink_tokens: int | None,
 ) -> Iterator[tuple[int, int | None]]:
     capacity = max(map(len, prompts)) + max_new_tokens
     if compile:  # round up to a power of two, because each cache size is compiled separately
@@ -113,7 +139,7 @@ def _generate(
                 rows.append(row)
                 texts[row], generators[row] = list(prompts[-1]), random.Random(0)
                 ended.add(row)
-        cache, logits = prefill(model, [texts[row] for row in rows], capacity, fixed=compile)
+        cache, logits = prefill(model, [texts[row] for row in rows], capacity, compile, sink_tokens)
         seen = _mark_seen_tokens([texts[row] for row in rows], logits) if sampling.repetition_penalty != 1 else None
         for n in range(1, max_new_tokens + 1):
             tokens = sampling.sample(logits, [generators[row].random() for row in rows], seen)  # (B,)
@@ -140,12 +166,14 @@ def _generate(
                 seen = seen[active] if seen is not None else None
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], value=True)
-            if cache.max_length == model.block_size:
+            if sink_tokens is None and cache.max_length == model.block_size:
                 _truncate_full_rows(model, [[] if row in ended else texts[row] for row in rows], cache)
             logits = step(tokens[:, None], cache)
 
 
-def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
+def prefill(
+    model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False, sink_tokens: int | None = None
+) -> tuple[KVCache, Tensor]:
     """Fill a KV cache with token sequences of different lengths in a single forward pass.
 
     Args:
@@ -153,6 +181,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
         texts: Token sequences, each with at least one token id.
         capacity: Number of tokens that each row of the cache can hold.
         fixed: Whether to keep tensor shapes constant for a compiled step; see ``KVCache``.
+        sink_tokens: Number of sink tokens of a rolling cache, or None for a cache that does not roll.
 
     Returns:
         The cache, and the logits after the last token of each sequence, of shape (B, vocab_size).
@@ -163,7 +192,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
     # Sequences are right-padded: no token attends to padding, and its cache entries are overwritten later.
     padded = [text + [0] * (max(counts) - len(text)) for text in texts]
     ids = torch.tensor(padded, device=device)  # (B, T)
-    cache = KVCache(len(texts), capacity, device, weight.dtype, fixed)
+    cache = KVCache(len(texts), capacity, device, weight.dtype, fixed, sink_tokens)
     with torch.compiler.set_stance("force_eager"):  # otherwise, each prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         if fixed:

@@ -18,6 +18,7 @@ def stream_text(
     seeds: Sequence[int],
     stop: Sequence[str] = (),
     compile: bool = False,
+    sink_tokens: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Generate text for a batch of prompts and yield it piece by piece.
 
@@ -32,12 +33,13 @@ def stream_text(
         stop: Strings that end the generated text, which is truncated before the first stop string. Stop strings in the
             prompt have no effect.
         compile: Whether to compile the decoding step; see ``generate``.
+        sink_tokens: Number of sink tokens with which texts exceed the context; see ``generate``.
 
     Yields:
         The index of a prompt and the next piece of its generated text; an empty string marks the end.
 
     Raises:
-        UserError: A prompt is longer than the context, or a stop string is empty.
+        UserError: A stop string is empty, or an argument of ``generate`` is invalid.
     """
     if "" in stop:
         raise UserError("a stop string is empty; remove it or use a non-empty string")
@@ -47,7 +49,15 @@ def stream_text(
     ]
     texts = [_StopStringBuffer(tokenizer.stream_decoder(prompt[1:]), tuple(stop)) for prompt in ids]
     tokens = generate(
-        model, ids, max_new_tokens, sampling, seeds, tokenizer.stop_ids, lambda row, _: texts[row].stopped, compile
+        model,
+        ids,
+        max_new_tokens,
+        sampling,
+        seeds,
+        tokenizer.stop_ids,
+        lambda row, _: texts[row].stopped,
+        compile,
+        sink_tokens=sink_tokens,
     )
     return _emit_pieces(tokens, texts)
 

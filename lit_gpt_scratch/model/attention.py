@@ -41,11 +41,14 @@ class AttentionLayout(NamedTuple):
         mask: The attention mask; None means a causal mask. A dense mask is either a bool tensor of shape
             (1 or B, 1, T, S) that is True where attention is allowed, or a float tensor of shape
             (1 or B, 1 or n_head, T, S) that is added to the scores. FlexAttention uses a ``BlockMask``.
+        key_cos_sin: With a rolling ``KVCache``, the output of ``PositionEncoding.cos_sin`` for the positions of all
+            keys in the cache, which are rotated after they are read. None if only the new keys are rotated.
     """
 
     positions: Tensor
     cos_sin: tuple[Tensor, Tensor] | None
     mask: Tensor | BlockMask | None
+    key_cos_sin: tuple[Tensor, Tensor] | None = None
 
 
 def build_attention_layout(
@@ -69,10 +72,13 @@ def build_attention_layout(
     index = torch.arange(T, device=device)
     if cache is not None:
         positions, needs_mask, S = cache.positions, cache.needs_mask, cache.visible_length
+        key_positions = cache.key_positions  # (S,) or (B, S)
     else:
+        key_positions = index
         positions = index if document_ids is None else document_positions(document_ids, index)
         needs_mask, S = document_ids is not None, T
     cos_sin = position.cos_sin(positions)
+    key_cos_sin = position.cos_sin(key_positions) if cache is not None and cache.rolling else None
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
 
     use_flex = config.attention_backend == "flex" or (
@@ -83,10 +89,10 @@ def build_attention_layout(
     if use_flex and cache is None:
         return AttentionLayout(positions, cos_sin, _build_block_mask(input_ids, document_ids, window))
     if not (needs_mask or window is not None or position.has_score_bias):
-        return AttentionLayout(positions, cos_sin, None)
+        return AttentionLayout(positions, cos_sin, None, key_cos_sin)
 
     query = positions if cache is not None else index  # (T,) or (B, T)
-    distance = query[..., None] - torch.arange(S, device=device)  # (T, S) or (B, T, S)
+    distance = query[..., None] - key_positions[..., None, :]  # (T, S) or (B, T, S)
     distance = distance.view(-1, 1, T, S)  # (1 or B, 1, T, S)
     visible = distance >= 0
     if document_ids is not None:
@@ -94,10 +100,10 @@ def build_attention_layout(
     if window is not None:
         visible = visible & (distance < window)
     if not position.has_score_bias:
-        return AttentionLayout(positions, cos_sin, visible)
+        return AttentionLayout(positions, cos_sin, visible, key_cos_sin)
     heads = torch.arange(config.n_head, device=device).view(1, -1, 1, 1)
     bias = position.score_bias(heads, distance)  # (1 or B, n_head, T, S)
-    return AttentionLayout(positions, cos_sin, bias.masked_fill(~visible, float("-inf")))
+    return AttentionLayout(positions, cos_sin, bias.masked_fill(~visible, float("-inf")), key_cos_sin)
 
 
 def document_positions(document_ids: Tensor, index: Tensor) -> Tensor:
@@ -333,10 +339,13 @@ class Attention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        q, k = position.rotate(q, layout.cos_sin), position.rotate(k, layout.cos_sin)
+        q = position.rotate(q, layout.cos_sin)
+        if layout.key_cos_sin is None:
+            k = position.rotate(k, layout.cos_sin)
         if layer_cache is not None:
             cache, layer = layer_cache
             k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, head_dim)
+        k = position.rotate(k, layout.key_cos_sin)
         y = self.attend(q, k, v, position, layout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         out: Tensor = self.output(y)  # (B, T, n_embd)

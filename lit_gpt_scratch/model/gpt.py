@@ -327,7 +327,7 @@ class GPT(nn.Module):
             UserError: The number of tokens exceeds the context length or the capacity of the cache.
         """
         length, max_length = input_ids.size(1), self.block_size
-        if cache is not None:
+        if cache is not None and not (cache.rolling and length == 1):  # a rolling cache has room for one more token
             length, max_length = length + cache.max_length, min(cache.capacity, max_length)
         if length > max_length:
             raise UserError(f"{length} tokens do not fit into a context of {max_length} tokens; shorten the input")
@@ -349,7 +349,7 @@ class GPT(nn.Module):
             x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
         x = x0 = self.dropout(x)
         checkpointing = self.training and self.activation_checkpointing
-        skip_every, unrotated = self.config.rotary_skip_every, layout._replace(cos_sin=None)
+        skip_every, unrotated = self.config.rotary_skip_every, layout._replace(cos_sin=None, key_cos_sin=None)
         for layer, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
             value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             layer_cache = None if cache is None else (cache, layer)

@@ -11,6 +11,12 @@ class KVCache:
     tensor parallelism, each process stores only its own heads. Call ``begin_forward`` before and ``end_forward`` after
     each forward pass; in between, each block appends its keys and values once.
 
+    A rolling cache (StreamingLLM, https://arxiv.org/abs/2309.17453) never runs out of slots: in a full row, each new
+    token replaces the oldest token that is not a sink token. Positions are counted inside the cache, so that they never
+    exceed those of the context: the sink tokens keep the first positions, the other tokens follow in the order of the
+    text, and each replacement moves them by one position. Keys are therefore stored before they are rotated. The cost
+    of a token and the size of the cache do not depend on the length of the text.
+
     Args:
         rows: Batch size.
         capacity: Maximum number of tokens per row.
@@ -19,23 +25,38 @@ class KVCache:
         fixed: Whether to return all ``capacity`` slots when a single token is appended, and to require a mask over the
             unused slots. Tensor shapes then do not change from token to token, so that ``torch.compile`` compiles the
             decoding step only once.
+        sink_tokens: Number of sink tokens of a rolling cache, which are the first tokens of each row and are never
+            replaced; must be below ``capacity``. None creates a cache that does not roll.
 
     Attributes:
-        lengths: Number of tokens stored in each row.
+        lengths: Number of tokens appended to each row; in a rolling cache, it may exceed ``capacity``.
         capacity: Maximum number of tokens per row.
-        positions: Slots of the new tokens, int64 tensor of shape (B, T) if ``ragged`` is True, otherwise (T,).
+        rolling: Whether the cache rolls. Its keys must then be rotated by ``key_positions`` after they are read.
+        positions: Positions of the new tokens, int64 tensor of shape (B, T) if ``ragged`` is True, otherwise (T,).
+        key_positions: Position of the token in each of the first S = ``visible_length`` slots, int64 tensor of shape
+            (B, S) or (S,). In slots that are not used yet, it is greater than all ``positions`` of the row.
         visible_length: Number of slots that attention reads, starting with the first slot.
         needs_mask: Whether attention requires an explicit mask over the first ``visible_length`` slots.
         ragged: Whether the slots of the new tokens are specified separately for each row.
     """
 
-    def __init__(self, rows: int, capacity: int, device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        fixed: bool = False,
+        sink_tokens: int | None = None,
+    ) -> None:
         self._dtype = dtype
         self._keys: list[Tensor] = []  # one per block, (B, n_kv_head, capacity, head_dim)
         self._values: list[Tensor] = []
         self._previous: dict[str, Tensor] = {}  # id or embedding of each row's last token, (B, 1, ...)
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
+        self._sinks = sink_tokens or 0
+        self.rolling = sink_tokens is not None
         self.lengths = [0] * rows
         self.capacity = capacity
         self.begin_forward(0)
@@ -49,20 +70,33 @@ class KVCache:
         """Prepare for a forward pass on new tokens.
 
         Args:
-            tokens: Number of new tokens per row (T), including padding.
+            tokens: Number of new tokens per row (T), including padding; must be 1 if tokens are to be replaced.
             counts: Number of new tokens in each row, excluding padding; T by default.
         """
         self._tokens, self._counts = tokens, counts
-        self._start, self.visible_length = self.max_length, self.max_length + tokens
         device = self._rows.device
+        replaced = [max(0, n + tokens - self.capacity) if self.rolling else 0 for n in self.lengths]
+        firsts = [n - gone for n, gone in zip(self.lengths, replaced, strict=True)]
+        start = max(firsts)
+        self.visible_length = start + tokens
         self.ragged = len(set(self.lengths)) > 1
-        self.needs_mask = self._start > 0 and (tokens > 1 or self.ragged)
-        if self._fixed and tokens == 1 and self._start > 0:
+        self.needs_mask = start > 0 and (tokens > 1 or self.ragged)
+        if self._fixed and tokens == 1 and start > 0:
             self.needs_mask = self.ragged = True
             self.visible_length = self.capacity
-        offset = torch.arange(tokens, device=device)
-        first = torch.tensor(self.lengths, device=device)[:, None] if self.ragged else self._start
-        self.positions = offset + first
+
+        def per_row(numbers: list[int]) -> Tensor | int:
+            return torch.tensor(numbers, device=device)[:, None] if self.ragged else numbers[0]
+
+        # A full row stores its next token in the slot of the oldest token that is not a sink token.
+        ring = self.capacity - self._sinks
+        slots = [self._sinks + (gone - 1) % ring if gone else n for n, gone in zip(firsts, replaced, strict=True)]
+        offset, key_slots = torch.arange(tokens, device=device), torch.arange(self.visible_length, device=device)
+        self._slots, self.positions, self._start = offset + per_row(slots), offset + per_row(firsts), slots[0]
+        self.key_positions = key_slots
+        if self.rolling:
+            rolled = self._sinks + (key_slots - self._sinks - per_row(replaced)) % ring
+            self.key_positions = torch.where(key_slots < self._sinks, key_slots, rolled)
         self._last = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,14 +117,15 @@ class KVCache:
                 tensors.append(torch.zeros(B, heads, self.capacity, width, device=k.device, dtype=self._dtype))
         keys, values = self._keys[layer], self._values[layer]
         if self.ragged and len(self.lengths) == 1:  # same result as below, but faster
-            keys.index_copy_(2, self.positions[0], k.type_as(keys))
-            values.index_copy_(2, self.positions[0], v.type_as(values))
+            keys.index_copy_(2, self._slots[0], k.type_as(keys))
+            values.index_copy_(2, self._slots[0], v.type_as(values))
         elif self.ragged:
-            keys[self._rows, :, self.positions] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
-            values[self._rows, :, self.positions] = v.transpose(1, 2).type_as(values)
+            keys[self._rows, :, self._slots] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
+            values[self._rows, :, self._slots] = v.transpose(1, 2).type_as(values)
         else:
-            keys[:, :, self._start : self.visible_length] = k
-            values[:, :, self._start : self.visible_length] = v
+            new = slice(self._start, self._start + self._tokens)
+            keys[:, :, new] = k
+            values[:, :, new] = v
         return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class PositionEncoding(nn.Module):
 
     has_score_bias: bool = False
     """Whether the encoding defines ``score_bias``."""
+    embeds_positions: bool = False
+    """Whether the encoding defines ``embed``; all keys and values of a token then depend on its position."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__()
@@ -80,6 +82,8 @@ class PositionEncoding(nn.Module):
 class LearnedPositions(PositionEncoding):
     """Learned position embeddings, added to the token embeddings (GPT-2)."""
 
+    embeds_positions = True
+
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__(config, block_size)
         self.table = nn.Embedding(block_size, config.n_embd)
@@ -100,6 +104,7 @@ class SinusoidalPositions(PositionEncoding):
     Channel 2i is the sine and channel 2i + 1 the cosine of ``position / 10000 ** (2i / n_embd)``.
     """
 
+    embeds_positions = True
     table: Tensor
 
     @override

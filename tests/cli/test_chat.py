@@ -18,7 +18,9 @@ def test_a_message_that_is_too_long_leaves_the_conversation_as_it_is(
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=128)
     seen: list[str] = []
 
-    def write(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *_: Any) -> Iterator[tuple[int, str]]:
+    def write(
+        _: Any, tokenizer: Tokenizer, prompts: list[list[int]], *__: Any, **more: Any
+    ) -> Iterator[tuple[int, str]]:
         seen.append(tokenizer.decode(prompts[0]))
         yield 0, "Yes."
 

@@ -45,11 +45,26 @@ def test_generation_stops_before_a_stop_string(command: Command) -> None:
 
 
 @pytest.mark.usefixtures("model")
-@pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--top_p=0.5", "--min_p=0.1"]])
+@pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--top_p=0.5", "--min_p=0.1"], ["--sink_tokens=4"]])
 def test_other_flags_generate_text(command: Command, flags: list[str]) -> None:
     outcome = command("generate", "--max_new_tokens=40", "--prompt=the", *flags)  # longer than the context of 32
     assert outcome.code == 0, outcome.err
     assert len(outcome.out) > len("the\n")
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sink_tokens=32"], "sink_tokens is 32; it must be 0 or more, and below the context length, 32"),
+        (["--sink_tokens=4", "--rank=answers.jsonl"], "argument --rank cannot be combined with --sink_tokens"),
+    ],
+)
+def test_wrong_numbers_of_sink_tokens(command: Command, flags: list[str], message: str) -> None:
+    outcome = command("generate", "--prompt=the", *flags)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 @pytest.mark.usefixtures("model")

@@ -1,15 +1,19 @@
 """The cached generation loop against a loop without a cache."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation import decode_loop
 from lit_gpt_scratch.generation.decode_loop import generate, prefill
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.attention import Attention, AttentionLayout
 from lit_gpt_scratch.model.kv_cache import KVCache
 from tests.conftest import TINY, randomised
 
@@ -84,6 +88,17 @@ def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode_loop, "MAX_BATCH_ROWS", 3)
             assert texts(model, [*prompts, [7], [8, 9]], 40, compile=True)[:3] == free
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI], ids=["looks-back", "alibi"])
+def test_compiled_step_with_a_rolling_cache(config: GPTConfig, rows: int) -> None:
+    """One compiled program serves every step, before and after rows exceed the context."""
+    model, prompts = randomised(config).double(), [[3, 1, 4], [1] * 11, [2]][:rows]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert texts(model, prompts, 60, compile=True, sink_tokens=4) == texts(model, prompts, 60, sink_tokens=4)
 
 
 def test_row_is_independent_of_the_rest_of_the_batch() -> None:
@@ -185,6 +200,20 @@ def test_invalid_arguments() -> None:
         generate(model, [[1], [1] * 25], 1, Sampling(), [0, 0], 0)
     with pytest.raises(UserError, match="max_new_tokens is -1"):
         generate(model, [[1]], -1, Sampling(), [0], 0)
+    for sink_tokens in (-1, 24):
+        with pytest.raises(UserError, match=f"sink_tokens is {sink_tokens}; .* below the context length, 24"):
+            generate(model, [[1]], 1, Sampling(), [0], 0, sink_tokens=sink_tokens)
+    for position in ("learned", "sinusoidal"):
+        with pytest.raises(UserError, match=f"sink_tokens is 4, but the model has {position} positions"):
+            generate(randomised(replace(TINY, position=position)), [[1]], 1, Sampling(), [0], 0, sink_tokens=4)
+    custom = randomised(replace(TINY, attention=f"{__name__}.OwnForward"))
+    with pytest.raises(UserError, match=r"sink_tokens is 4, but .*OwnForward defines forward"):
+        generate(custom, [[1]], 1, Sampling(), [0], 0, sink_tokens=4)
+
+
+class OwnForward(Attention):
+    def forward(self, *arguments: Any) -> Tensor:
+        return super().forward(*arguments)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -205,3 +234,146 @@ def test_logprobs_equal_those_of_a_full_forward_pass(config: GPTConfig, temperat
         logits = model(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :] / (temperature or 1.0)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(whole[len(prompt) :])[:, None]).flatten()
         torch.testing.assert_close(torch.tensor(chances), expected, rtol=0, atol=1e-5)
+
+
+class AttentionByHand(nn.Module):
+    """Attention of one query at a time to the keys of chosen tokens, which are stored before they are rotated."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.visible: Sequence[int] = ()
+        """Indices of the tokens to which the query attends, in order; their positions are 0, 1, 2, ..."""
+
+    def forward(self, x: Tensor, position: Any, layout: AttentionLayout, value_embedding: Any, _: Any) -> Tensor:
+        own, config, D = self.attention, self.attention.config, self.attention.head_dim
+        q, k, v = own.query(x[0, 0]), own.key(x[0, 0]), own.value(x[0, 0])
+        if config.qk_norm_joint:
+            q, k = own.query_norm(q).view(-1, D), own.key_norm(k).view(-1, D)
+        else:
+            q, k = own.query_norm(q.view(-1, D)), own.key_norm(k.view(-1, D))  # (heads, head_dim)
+        self.keys.append(k)
+        self.values.append((v if value_embedding is None else v + value_embedding[0, 0]).view(-1, D))
+        n, group = len(self.visible), own.n_head // own.n_kv_head
+        keys = torch.stack([self.keys[token] for token in self.visible], 1).repeat_interleave(
+            group, 0
+        )  # (n_head, n, D)
+        values = torch.stack([self.values[token] for token in self.visible], 1).repeat_interleave(group, 0)
+        if layout.cos_sin is not None:
+            q = position.rotate(q[None, :, None], position.cos_sin(torch.tensor([n - 1])))[0, :, 0]
+            keys = position.rotate(keys[None], position.cos_sin(torch.arange(n)))[0]
+        scores = torch.einsum("hd,hnd->hn", q, keys) / D**0.5
+        if config.attention_softcap:
+            scores = config.attention_softcap * (scores / config.attention_softcap).tanh()
+        distance = n - 1 - torch.arange(n)
+        if config.position == "alibi":
+            scores = (
+                scores
+                - torch.tensor([2.0 ** (-8 / own.n_head * (h + 1)) for h in range(own.n_head)])[:, None] * distance
+            )
+        if config.sliding_window:
+            scores = scores.masked_fill(distance >= config.sliding_window, float("-inf"))
+        out: Tensor = own.output(torch.einsum("hn,hnd->hd", scores.softmax(-1), values).flatten())
+        return out[None, None]
+
+
+@torch.no_grad()
+def logits_by_hand(config: GPTConfig, text: list[int], sink_tokens: int) -> Tensor:
+    """Logits after each token, which attends to exactly the sink tokens and the most recent ones."""
+    model = randomised(config).double()
+    hands = [AttentionByHand(block.attention) for block in model.blocks]  # type: ignore[arg-type]  # built-in attention
+    for block, hand in zip(model.blocks, hands, strict=True):
+        block.attention = hand
+    previous = KVCache(1, 1, torch.device("cpu"), torch.float64)  # only for smear and bigrams
+    found = []
+    for t, token in enumerate(text):
+        recent = range(max(0, t + 1 - model.block_size + sink_tokens), t + 1)
+        visible = [*range(sink_tokens), *recent] if t >= model.block_size else range(t + 1)
+        assert len(visible) == min(t + 1, model.block_size)
+        for hand in hands:
+            hand.visible = visible
+        positions = torch.tensor([len(visible) - 1])
+        layout = AttentionLayout(positions, model.position.cos_sin(positions), None)
+        found.append(model.apply_head(model.forward_blocks(torch.tensor([[token]]), layout, previous))[0, 0])
+    return torch.stack(found)
+
+
+SKIPS = replace(OLMO2, rotary_share=0.5, n_kv_head=1)
+ROLLS = {
+    "plain": TINY,
+    "looks-back": LOOKS_BACK,
+    "alibi": ALIBI,
+    "skips": SKIPS,
+    "none": replace(TINY, position="none"),
+}
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 1, 4, 23])
+@pytest.mark.parametrize("config", ROLLS.values(), ids=ROLLS)
+def test_rolling_cache_attends_to_exactly_the_sink_tokens_and_the_most_recent_ones(
+    config: GPTConfig, sink_tokens: int
+) -> None:
+    """In float64, for four contexts of text, with prompts of different lengths in one batch, of which one is full."""
+    model = randomised(config).double()
+    prompts, n = [[3, 1, 4], [1] * 11, list(range(24))], 90
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    sampling = Sampling(temperature=1.0, top_k=None)
+    found = texts(model, prompts, n, sampling, sink_tokens=sink_tokens, logprobs=logprobs)
+    for prompt, text, values in zip(prompts, found, logprobs, strict=True):
+        whole = [*prompt, *text]
+        expected = logits_by_hand(config, whole[:-1], sink_tokens).log_softmax(-1)[len(prompt) - 1 :]
+        expected = expected.gather(1, torch.tensor(text)[:, None]).flatten()
+        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", ROLLS.values(), ids=ROLLS)
+def test_rolling_cache_changes_nothing_within_the_context(config: GPTConfig) -> None:
+    """Bitwise, in float32 and bfloat16; afterwards, the texts differ from those of each other way."""
+    for model in (randomised(config), randomised(config).bfloat16()):
+        prompts = [[3, 1, 4], [1] * 9, [2]]
+        assert texts(model, prompts, 15) == texts(model, prompts, 15, sink_tokens=4)
+        logprobs: list[list[list[float]]] = [[[] for _ in prompts] for _ in range(2)]
+        texts(model, prompts, 15, logprobs=logprobs[0])
+        texts(model, prompts, 15, sink_tokens=4, logprobs=logprobs[1])
+        assert logprobs[0] == logprobs[1]
+
+
+def test_sink_tokens_change_what_follows_the_context() -> None:
+    model, hot = randomised(TINY).double(), Sampling(temperature=1.0, top_k=None)
+    ways = [texts(model, [[3, 1, 4]], 90, hot, sink_tokens=sinks)[0] for sinks in (None, 0, 4)]
+    assert ways[0][:21] == ways[1][:21] == ways[2][:21]
+    assert len({tuple(way) for way in ways}) == 3
+
+
+def test_rolling_cache_has_constant_size_and_cost() -> None:
+    """After 20 contexts, the tensors are those of the start, and a step processes one token."""
+    model = randomised(LOOKS_BACK)
+    with torch.no_grad():
+        cache, _ = prefill(model, [[1] * 24, [2]], 24, sink_tokens=4)
+        before = [keys.data_ptr() for keys in cache._keys]
+        for _ in range(20 * 24):
+            model.hidden_states(torch.tensor([[5], [6]]), cache=cache)
+            assert cache.visible_length == cache.key_positions.size(-1) == 24
+            assert sorted(cache.key_positions[0].tolist()) == list(range(24))
+        assert [keys.data_ptr() for keys in cache._keys] == before
+        assert cache.lengths == [21 * 24, 20 * 24 + 1]
+        with pytest.raises(UserError, match="do not fit"):
+            model.hidden_states(torch.tensor([[5, 5], [6, 6]]), cache=cache)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_short_contexts_roll(context: int) -> None:
+    model = randomised(TINY, block_size=context).double()
+    for sinks in range(context):
+        assert len(texts(model, [[1]], 12, sink_tokens=sinks)[0]) == 12
+
+
+def test_rows_of_a_rolling_cache_end_independently() -> None:
+    model = randomised(TINY).double()
+    prompts = [[3, 1, 4], [1] * 11, [2]]
+    free = texts(model, prompts, 60, sink_tokens=4)
+    assert free == [texts(model, [prompt], 60, sink_tokens=4)[0] for prompt in prompts]
+    ended = texts(model, prompts, 60, sink_tokens=4, done=lambda row, token: row == 1 and token == free[1][30])
+    assert ended == [free[0], free[1][: free[1].index(free[1][30]) + 1], free[2]]

@@ -49,7 +49,7 @@ def test_streamed_texts_equal_the_decoded_tokens(monkeypatch: pytest.MonkeyPatch
         whole[row] += piece
     script = {row: list(text.encode()) for row, text in enumerate(["one. two. three", "été. x", "no end"])}
 
-    def scripted(model: object, ids: list[list[int]], *_: object) -> object:
+    def scripted(model: object, ids: list[list[int]], *_: object, sink_tokens: object) -> object:
         assert [tokenizer.decode(prompt[1:]) for prompt in ids] == prompts
         done = _[-2]
         for row, text in script.items():
