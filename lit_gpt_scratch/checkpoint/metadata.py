@@ -1,7 +1,7 @@
 """Metadata that this package adds to a Lightning checkpoint: model config, tokenizer and adapter settings."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -126,7 +126,7 @@ class CheckpointMetadata:
             raise UserError("the checkpoint was not written by lit_gpt_scratch; use a checkpoint written by fit")
         try:
             metadata = validate(checkpoint[METADATA_KEY], cls, "metadata")
-            validate_fields(metadata.gpt, GPTConfig, "metadata.gpt")
+            metadata = replace(metadata, gpt=validate_fields(metadata.gpt, GPTConfig, "metadata.gpt"))
             if metadata.lora is not None:
                 validate_fields(metadata.lora, LoRA, "metadata.lora")
             if metadata.published is not None:

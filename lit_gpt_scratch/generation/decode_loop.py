@@ -169,6 +169,12 @@ def _generate(
             if sink_tokens is None and cache.max_length == model.block_size:
                 _truncate_full_rows(model, [[] if row in ended else texts[row] for row in rows], cache)
             logits = step(tokens[:, None], cache)
+            for index, row in enumerate(rows):
+                length = cache.lengths[index]
+                if row not in ended and length <= capacity and model.position.changes_at(length):
+                    encoded, own = prefill(model, [texts[row][-length:]], capacity, sink_tokens=sink_tokens)
+                    cache.replace_row(index, encoded)
+                    logits = torch.cat((logits[:index], own, logits[index + 1 :]))
 
 
 def prefill(

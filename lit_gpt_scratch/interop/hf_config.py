@@ -66,6 +66,19 @@ class HFConfigReader:
             self._raise_invalid(name, "a number")
         return float(value)
 
+    def positive_numbers(self, name: str) -> tuple[float, ...]:
+        """Return the value of a field that must be a list of positive finite numbers.
+
+        Raises:
+            UserError: The value is not such a list.
+        """
+        values = self.values.get(name)
+        if not isinstance(values, list) or not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= sys.float_info.max for n in values
+        ):
+            self._raise_invalid(name, "a list of positive numbers")
+        return tuple(map(float, values))
+
     def boolean(self, name: str, default: bool) -> bool:
         """Return the value of a field that must be true or false; null is treated as missing.
 

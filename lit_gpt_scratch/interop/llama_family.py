@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
-from lit_gpt_scratch.interop.hf_rope import DEFAULT_THETA, read_rope, write_rope
+from lit_gpt_scratch.interop.hf_rope import DEFAULT_THETA, read_rope, write_context, write_rope
 from lit_gpt_scratch.interop.model_family import (
     EMBEDDING,
     NORM,
@@ -93,7 +93,7 @@ class LlamaLikeFamily(ModelFamily):
             "num_key_value_heads": gpt.kv_heads,
             "head_dim": gpt.head_width,
             "hidden_act": "silu",
-            "max_position_embeddings": shape.block_size,
+            "max_position_embeddings": write_context(gpt, shape.block_size),
             "rms_norm_eps": gpt.norm_eps,
             "rope_parameters": write_rope(gpt),
             "attention_dropout": 0.0,

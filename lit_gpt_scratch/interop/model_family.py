@@ -11,13 +11,15 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.hf_rope import read_context
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors
 from lit_gpt_scratch.model import GPTConfig
 
 COMMON_FIELDS: Final = frozenset({
     "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tied_embeddings", "vocab_multiple", "initialisation",
     "dropout", "attention_backend", "rotary_base", "rotary_factor", "rotary_trained_context", "rotary_slow",
-    "rotary_fast", "n_experts", "experts_per_token", "load_balance_loss", "router_z_loss",
+    "rotary_fast", "rotary_short_factors", "rotary_long_factors", "n_experts", "experts_per_token", "load_balance_loss",
+    "router_z_loss",
 })  # fmt: skip
 """``GPTConfig`` fields that every family can express, or that do not affect a trained model's output."""
 NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
@@ -98,7 +100,8 @@ class ModelFamily(ABC):
         vocab_size, block_size = fields.positive_int("vocab_size"), fields.positive_int(self.context_field)
         fields.raise_if_unsupported()
         try:
-            return ModelShape(GPTConfig(**config), vocab_size, block_size)
+            gpt = GPTConfig(**config)
+            return ModelShape(gpt, vocab_size, read_context(gpt, block_size))
         except UserError as error:
             raise UserError(f"{fields.path} describes a model that is not supported: {error}") from error
 

@@ -72,13 +72,13 @@ def build_attention_layout(
     index = torch.arange(T, device=device)
     if cache is not None:
         positions, needs_mask, S = cache.positions, cache.needs_mask, cache.visible_length
-        key_positions = cache.key_positions  # (S,) or (B, S)
+        key_positions, lengths = cache.key_positions, cache.row_lengths  # (S,) or (B, S)
     else:
-        key_positions = index
+        key_positions, lengths = index, [T]
         positions = index if document_ids is None else document_positions(document_ids, index)
         needs_mask, S = document_ids is not None, T
-    cos_sin = position.cos_sin(positions)
-    key_cos_sin = position.cos_sin(key_positions) if cache is not None and cache.rolling else None
+    cos_sin = position.cos_sin(positions, lengths)
+    key_cos_sin = position.cos_sin(key_positions, lengths) if cache is not None and cache.rolling else None
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
 
     use_flex = config.attention_backend == "flex" or (

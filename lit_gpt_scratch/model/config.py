@@ -71,16 +71,21 @@ class GPTConfig:
         rotary_skip_every: Every ``rotary_skip_every``-th block does not rotate its queries and keys (SmolLM3 with 4;
             https://arxiv.org/abs/2501.18795). By default, all blocks do.
         rotary_scaling: Method for extending rotary position embeddings beyond the original context length: ``linear``,
-            ``ntk``, ``llama3`` or ``yarn`` (see ``model.positions``). By default, the frequencies are not scaled.
+            ``ntk``, ``llama3``, ``yarn``, ``dynamic`` or ``longrope`` (see ``model.positions``). By default, the
+            frequencies are not scaled. With ``dynamic`` and ``longrope``, the frequencies depend on the length of the
+            text; when they change during generation, the text is encoded again, at each token with ``dynamic``.
         rotary_factor: Ratio of the extended context length to the original context length.
         rotary_trained_context: Original context length in tokens, with which the model was trained before the
-            extension; required for ``llama3`` and ``yarn``.
+            extension; required for ``llama3``, ``yarn``, ``dynamic`` and ``longrope``.
         rotary_slow: For ``llama3`` and ``yarn``, the number of rotations over the original context length
             (``rotary_trained_context``) below which the frequency of a channel pair is divided by ``rotary_factor``;
             1 by default. Hugging Face configs call it ``low_freq_factor`` (``llama3``) or ``beta_slow`` (``yarn``).
         rotary_fast: For ``llama3`` and ``yarn``, the number of rotations over the original context length above which
             the frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``. Hugging
             Face configs call it ``high_freq_factor`` (``llama3``) or ``beta_fast`` (``yarn``).
+        rotary_short_factors: For ``longrope``, the divisor of the frequency of each channel pair in texts up to the
+            original context length (``rotary_trained_context``).
+        rotary_long_factors: For ``longrope``, the same for longer texts.
         norm: Type of normalization layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
             (https://arxiv.org/abs/1607.06450).
         norm_eps: Value added to the mean square or variance in normalization layers for numerical stability.
@@ -161,6 +166,8 @@ class GPTConfig:
     rotary_trained_context: int | None = None
     rotary_slow: float | None = None
     rotary_fast: float | None = None
+    rotary_short_factors: tuple[float, ...] | None = None
+    rotary_long_factors: tuple[float, ...] | None = None
     norm: NormName = "rmsnorm"
     norm_eps: float = 1e-6
     norm_placement: PlacementName = "pre"

@@ -35,6 +35,7 @@ class KVCache:
         positions: Positions of the new tokens, int64 tensor of shape (B, T) if ``ragged`` is True, otherwise (T,).
         key_positions: Position of the token in each of the first S = ``visible_length`` slots, int64 tensor of shape
             (B, S) or (S,). In slots that are not used yet, it is greater than all ``positions`` of the row.
+        row_lengths: Number of tokens in each row after the forward pass, or one number if all rows have the same.
         visible_length: Number of slots that attention reads, starting with the first slot.
         needs_mask: Whether attention requires an explicit mask over the first ``visible_length`` slots.
         ragged: Whether the slots of the new tokens are specified separately for each row.
@@ -97,6 +98,8 @@ class KVCache:
         if self.rolling:
             rolled = self._sinks + (key_slots - self._sinks - per_row(replaced)) % ring
             self.key_positions = torch.where(key_slots < self._sinks, key_slots, rolled)
+        lengths = [min(n + new, self.capacity) for n, new in zip(self.lengths, self._new_tokens(), strict=True)]
+        self.row_lengths = lengths if self.ragged or len(set(lengths)) > 1 else lengths[:1]
         self._last = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +147,11 @@ class KVCache:
 
     def end_forward(self) -> None:
         """Add the new tokens to ``lengths``, after all blocks have appended their keys and values."""
-        counts = self._counts or [self._tokens] * len(self.lengths)
-        self.lengths = [n + new for n, new in zip(self.lengths, counts, strict=True)]
+        self.lengths = [n + new for n, new in zip(self.lengths, self._new_tokens(), strict=True)]
+
+    def _new_tokens(self) -> list[int]:
+        """Return the number of new tokens in each row, excluding padding."""
+        return self._counts or [self._tokens] * len(self.lengths)
 
     def mark_static(self) -> None:
         """Promise CUDA graphs that keys and values stay where they are, because a graph cannot modify other inputs.

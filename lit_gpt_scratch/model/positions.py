@@ -1,6 +1,7 @@
 """Position encodings. To add another, subclass ``PositionEncoding`` and add the class to ``POSITION_ENCODINGS``."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -14,7 +15,11 @@ from lit_gpt_scratch.model.weight_sampler import WeightSampler
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
-ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
+ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn", "dynamic", "longrope")
+SCALINGS_BY_LENGTH: Final = ("dynamic", "longrope")
+"""Scalings whose frequencies depend on the length of the text, and not only on the model."""
+SCALINGS_FROM_TRAINED_CONTEXT: Final = ("llama3", "yarn", *SCALINGS_BY_LENGTH)
+"""Scalings that require ``rotary_trained_context``."""
 DEFAULT_ROTARY_SLOW: Final = 1.0
 DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
 """Default values of ``rotary_slow`` and ``rotary_fast``, in rotations over the original context length."""
@@ -49,7 +54,9 @@ class PositionEncoding(nn.Module):
         Raises:
             UserError: Two settings contradict each other.
         """
-        unset = dict.fromkeys(("skip_every", "scaling", "trained_context", "slow", "fast"))
+        unset = dict.fromkeys(
+            ("skip_every", "scaling", "trained_context", "slow", "fast", "short_factors", "long_factors")
+        )
         for name, default in {"share": 1.0, "factor": 1.0, **unset}.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
@@ -61,9 +68,22 @@ class PositionEncoding(nn.Module):
         """Add position embeddings to token embeddings of shape (B, T, n_embd)."""
         return x
 
-    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the cosines and sines for ``rotate``, computed once for all blocks, or None if nothing is rotated."""
+    def cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines for ``rotate``, computed once for all blocks, or None if nothing is rotated.
+
+        Args:
+            positions: Positions of the queries or keys.
+            lengths: Number of tokens in each row, including cached tokens, or one number if all rows have the same. In
+                a padded batch without a cache, this is the length of the padded rows.
+        """
         return None
+
+    def changes_at(self, length: int) -> bool:
+        """Return whether cached keys and values become invalid when a text grows to a length.
+
+        This is the case if its positions are encoded in another way than those of a text that is one token shorter.
+        """
+        return False
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         """Rotate queries or keys of shape (B, H, T, head_dim) by their positions; None leaves them unchanged."""
@@ -146,11 +166,17 @@ class RotaryPositions(PositionEncoding):
     @override
     def init_buffers(self) -> None:
         self.width = self.config.rotary_width
-        frequency, factor = rotary_frequencies(self.config, self.width)
-        angle = torch.outer(torch.arange(self.block_size, dtype=torch.float32), frequency)  # (T, width / 2)
-        cos, sin = factor * angle.cos(), factor * angle.sin()
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
+        if self.config.rotary_scaling not in SCALINGS_BY_LENGTH:
+            cos, sin = self._cos_sin(torch.arange(self.block_size), [self.block_size])  # (1, T, width)
+            self.register_buffer("cos", cos[0], persistent=False)
+            self.register_buffer("sin", sin[0], persistent=False)
+
+    def _cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        frequencies, factors = zip(*(rotary_frequencies(self.config, self.width, n) for n in lengths), strict=True)
+        frequency = torch.stack(frequencies).to(positions.device)  # (1 or B, width / 2)
+        angle = positions[..., None].float() * frequency[:, None]  # (1 or B, T, width / 2)
+        cos, sin = factors[0] * angle.cos(), factors[0] * angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (1 or B, T, width)
 
     @staticmethod
     @override
@@ -164,8 +190,19 @@ class RotaryPositions(PositionEncoding):
         validate_rotary_scaling(config)
 
     @override
-    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1, T, width) or (B, 1, T, width)
+    def cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if self.config.rotary_scaling in SCALINGS_BY_LENGTH:
+            cos, sin = self._cos_sin(positions, lengths)
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        return cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, width) or (1 or B, 1, T, width)
+
+    @override
+    def changes_at(self, length: int) -> bool:
+        trained = self.config.rotary_trained_context
+        if self.config.rotary_scaling == "longrope":
+            return length - 1 == trained
+        return self.config.rotary_scaling == "dynamic" and trained is not None and length > trained
 
     @override
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -179,7 +216,7 @@ class RotaryPositions(PositionEncoding):
         return rotated if self.width == x.size(-1) else torch.cat((rotated, x[..., self.width :]), dim=-1)
 
 
-def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
+def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tuple[Tensor, float]:
     """Return the rotation angle per position for each channel pair, with ``config.rotary_scaling`` applied.
 
     - ``linear``: all frequencies are divided by ``rotary_factor`` (https://arxiv.org/abs/2306.15595).
@@ -193,10 +230,17 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
     - ``yarn``: like ``llama3``, but the scale is interpolated linearly in the index of the pair, and attention logits
       are scaled up (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4). In Hugging Face configs, ``rotary_slow``
       is called ``beta_slow`` and ``rotary_fast`` is called ``beta_fast``.
+    - ``dynamic``: like ``ntk``, for texts that exceed the original context length only: for a text of
+      ``rotary_factor`` times that length, the lowest frequency is divided by ``rotary_factor ** 2 - rotary_factor + 1``
+      (Transformers).
+    - ``longrope``: the frequency of each pair is divided by its own factor: that in ``rotary_short_factors`` for texts
+      up to the original context length, and that in ``rotary_long_factors`` for longer texts. Attention logits are
+      scaled up for all texts (https://arxiv.org/abs/2402.13753).
 
     Args:
         config: The architecture.
         width: Number of rotated channels per head.
+        length: Number of tokens in the text; used only by the ``SCALINGS_BY_LENGTH``.
 
     Returns:
         The frequencies in radians per position, (width / 2,) float32, and a factor by which the cosines and sines are
@@ -211,16 +255,24 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         return plain / factor, 1.0
     if kind == "ntk":
         return 1.0 / (config.rotary_base * factor ** (width / (width - 2))) ** (even / width), 1.0
-    assert config.rotary_trained_context is not None
+    trained = config.rotary_trained_context
+    assert trained is not None
+    if kind == "dynamic":
+        stretch = factor * max(length, trained) / trained - (factor - 1)
+        return 1.0 / (config.rotary_base * stretch ** (width / (width - 2))) ** (even / width), 1.0
+    if kind == "longrope":
+        divisors = torch.tensor(config.rotary_long_factors if length > trained else config.rotary_short_factors)
+        sharpening = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+        return 1.0 / (divisors * config.rotary_base ** (even / width)), sharpening
     slow, fast = _turn_thresholds(config)
     if kind == "llama3":
-        turns = config.rotary_trained_context * plain / (2 * math.pi)
+        turns = trained * plain / (2 * math.pi)
         kept = ((turns - slow) / (fast - slow)).clamp(0, 1)  # (width / 2,), weight of the unscaled frequency
         return plain * kept + plain / factor * (1 - kept), 1.0
 
     def pair_index(turns: float) -> float:
         """Return the fractional index of the pair that makes ``turns`` rotations over the original context length."""
-        wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
+        wavelength = trained / turns / (2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
     first, last = max(math.floor(pair_index(fast)), 0), min(math.ceil(pair_index(slow)), width - 1)
@@ -244,10 +296,29 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
             f"set rotary_scaling to one of {', '.join(ROTARY_SCALINGS)}"
         )
     has_turns = kind in DEFAULT_ROTARY_FAST
-    if has_turns != (trained is not None):
+    if (kind in SCALINGS_FROM_TRAINED_CONTEXT) != (trained is not None):
+        *others, last = SCALINGS_FROM_TRAINED_CONTEXT
         raise UserError(
             f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
-            f"set rotary_trained_context if and only if rotary_scaling is {' or '.join(DEFAULT_ROTARY_FAST)}"
+            f"set rotary_trained_context if and only if rotary_scaling is {', '.join(others)} or {last}"
+        )
+    for name in ("rotary_short_factors", "rotary_long_factors"):
+        factors: tuple[float, ...] | None = getattr(config, name)
+        if (kind == "longrope") != (factors is not None):
+            raise UserError(
+                f"model.gpt.rotary_scaling is {kind}, but model.gpt.{name} is {'set' if factors else factors}; "
+                f"set {name} if and only if rotary_scaling is longrope"
+            )
+        if factors is not None and len(factors) * 2 != config.rotary_width:
+            raise UserError(
+                f"model.gpt.{name} has {len(factors)} numbers, but each head has {config.rotary_width} rotated "
+                f"channels; set it to a list of {config.rotary_width // 2} numbers, one per pair of channels"
+            )
+        if factors is not None and (wrong := [n for n in factors if not 0 < n < math.inf]):
+            raise UserError(f"model.gpt.{name} contains {wrong[0]}; all of its numbers must be positive and finite")
+    if kind == "longrope" and trained == 1:
+        raise UserError(
+            "model.gpt.rotary_trained_context is 1, but model.gpt.rotary_scaling is longrope; set it to 2 or more"
         )
     if not has_turns and (turns := config.rotary_slow or config.rotary_fast):
         name = "slow" if config.rotary_slow else "fast"
@@ -262,9 +333,9 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
                 f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; "
                 "rotary_slow must be below rotary_fast"
             )
-    if kind == "ntk" and config.rotary_width < 4:
+    if kind in ("ntk", "dynamic") and config.rotary_width < 4:
         raise UserError(
-            f"model.gpt.rotary_scaling is ntk, which requires at least 4 rotated channels per head, but there are "
+            f"model.gpt.rotary_scaling is {kind}, which requires at least 4 rotated channels per head, but there are "
             f"{config.rotary_width}; choose another model.gpt.head_dim or rotary_share"
         )
 

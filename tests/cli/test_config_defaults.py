@@ -41,6 +41,8 @@ NULLS = {
     "model.init_args.gpt.rotary_trained_context": "off: belongs to rotary_scaling",
     "model.init_args.gpt.rotary_slow": "off: belongs to rotary_scaling",
     "model.init_args.gpt.rotary_fast": "off: belongs to rotary_scaling",
+    "model.init_args.gpt.rotary_short_factors": "off: belongs to rotary_scaling",
+    "model.init_args.gpt.rotary_long_factors": "off: belongs to rotary_scaling",
     "model.init_args.gpt.logit_softcap": "off",
     "model.init_args.gpt.bigram_rows": "off",
     "model.init_args.gpt.rotary_skip_every": "off: all blocks rotate queries and keys",

@@ -98,6 +98,25 @@ def test_a_checkpoint_runs_user_code_only_with_trust(command: Command, small: li
     assert not Path("exported").exists()
 
 
+def test_lists_of_factors_survive_flags_configs_and_checkpoints(command: Command, small: list[str]) -> None:
+    flags = [
+        "--model.gpt.head_dim=8", "--model.gpt.rotary_scaling=longrope", "--model.gpt.rotary_trained_context=20",
+        "--model.gpt.rotary_factor=1.6", "--model.gpt.rotary_short_factors=[1, 1, 1.5, 2]",
+        "--model.gpt.rotary_long_factors=[1,2.5,3,4]",
+    ]  # fmt: skip
+    assert command("fit", *small, *flags).code == 0
+    assert "rotary_long_factors:\n      - 1.0\n      - 2.5\n" in (RUN / "config.yaml").read_text()
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
+    assert command("fit", f"--config={RUN / 'config.yaml'}", "--trainer.max_steps=1").code == 0
+    long = command("generate", RUN, "--max_new_tokens=40", "--prompt=the", "--temperature=0").out
+    for name in ("model.safetensors", "hf"):
+        assert command("convert", "to-hf" if name == "hf" else "to-safetensors", RUN, name).code == 0
+        assert command("generate", name, "--max_new_tokens=40", "--prompt=the", "--temperature=0").out == long
+    rejected = command("fit", *small, *flags[:-1], "--model.gpt.rotary_long_factors=[1,2]")
+    assert rejected.code == 2
+    assert "model.gpt.rotary_long_factors has 2 numbers" in rejected.err
+
+
 def test_the_last_preset_is_used() -> None:
     assert EarlyFlags.scan([]).get("preset") is EarlyFlags.scan(["--plan"]).get("preset") is None
     assert EarlyFlags.scan(["--preset=nano", "--preset", "mini"]).get("preset") == "mini"

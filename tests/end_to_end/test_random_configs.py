@@ -18,6 +18,7 @@ from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, SCALINGS_FROM_TRAINED_CONTEXT
 from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import randomised
@@ -39,7 +40,10 @@ def configs(draw: st.DrawFn) -> GPTConfig:
     position, scaling = draw(st.sampled_from(choices("position"))), None
     if position == "rotary":
         scaling = draw(st.none() | st.sampled_from(choices("rotary_scaling")))
-    trained = draw(st.integers(4, 64)) if scaling in ("llama3", "yarn") else None
+    trained = draw(st.integers(4, 64)) if scaling in SCALINGS_FROM_TRAINED_CONTEXT else None
+    has_turns = scaling in DEFAULT_ROTARY_FAST
+    share = draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 else 1.0
+    pairs = tuple(1.0 + n for n in range(round(half * share))) if scaling == "longrope" else None
     dropout, softcap = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([None, 5.0]))
     drawn = {
         "n_layer": draw(st.integers(1, 3)),
@@ -55,13 +59,15 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "qk_norm_joint": qk_norm and draw(st.booleans()),
         "position": position,
         "rotary_base": draw(st.sampled_from([100.0, 10_000.0])),
-        "rotary_share": draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 else 1.0,
+        "rotary_share": share,
         "rotary_skip_every": draw(st.sampled_from([None, 1, 2])) if position == "rotary" else None,
         "rotary_scaling": scaling,
         "rotary_factor": draw(st.floats(1.0, 8.0)) if scaling else 1.0,
         "rotary_trained_context": trained,
-        "rotary_slow": draw(st.sampled_from([None, 0.5])) if trained else None,
-        "rotary_fast": draw(st.sampled_from([None, 2.0])) if trained else None,
+        "rotary_slow": draw(st.sampled_from([None, 0.5])) if has_turns else None,
+        "rotary_fast": draw(st.sampled_from([None, 2.0])) if has_turns else None,
+        "rotary_short_factors": pairs,
+        "rotary_long_factors": pairs and pairs[::-1],
         "norm": draw(st.sampled_from(choices("norm"))),
         "norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
         "norm_placement": draw(st.sampled_from(choices("norm_placement"))),

@@ -47,11 +47,19 @@ OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qk
 
 
 EXPERTS = replace(TINY, feed_forward="moe", n_shared_experts=1, expert_bias_rate=0.1)
+DYNAMIC = replace(
+    LOOKS_BACK, n_kv_head=2, rotary_scaling="dynamic", rotary_factor=2.0, rotary_trained_context=13
+)  # fmt: skip
+LONGROPE = replace(
+    DYNAMIC, rotary_scaling="longrope", rotary_short_factors=(1.0,) * 8, rotary_long_factors=(1.5, 3.0) * 4
+)  # fmt: skip
+CACHED = {
+    "plain": TINY, "looks-back": LOOKS_BACK, "alibi": ALIBI, "olmo2": OLMO2, "experts": EXPERTS, "dynamic": DYNAMIC,
+    "longrope": LONGROPE,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "config", [TINY, LOOKS_BACK, ALIBI, OLMO2, EXPERTS], ids=["plain", "looks-back", "alibi", "olmo2", "experts"]
-)
+@pytest.mark.parametrize("config", CACHED.values(), ids=CACHED)
 def test_cached_and_uncached_tokens_are_equal(config: GPTConfig) -> None:
     """Prompts of different lengths, one that fills the context, and texts that exceed it more than once."""
     model = randomised(config).double()
@@ -67,10 +75,10 @@ def test_short_contexts(context: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI, EXPERTS], ids=["looks-back", "alibi", "experts"])
-def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
+@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "longrope"])
+def test_compiled_step_generates_the_same(name: str) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
-    model = randomised(config).double()
+    model = randomised(CACHED[name]).double()
     prompts = [[3, 1, 4], [1] * 11, [2]]
     free = texts(model, prompts, 40)
     torch.compiler.reset()
@@ -262,8 +270,8 @@ class AttentionByHand(nn.Module):
         )  # (n_head, n, D)
         values = torch.stack([self.values[token] for token in self.visible], 1).repeat_interleave(group, 0)
         if layout.cos_sin is not None:
-            q = position.rotate(q[None, :, None], position.cos_sin(torch.tensor([n - 1])))[0, :, 0]
-            keys = position.rotate(keys[None], position.cos_sin(torch.arange(n)))[0]
+            q = position.rotate(q[None, :, None], position.cos_sin(torch.tensor([n - 1]), [n]))[0, :, 0]
+            keys = position.rotate(keys[None], position.cos_sin(torch.arange(n), [n]))[0]
         scores = torch.einsum("hd,hnd->hn", q, keys) / D**0.5
         if config.attention_softcap:
             scores = config.attention_softcap * (scores / config.attention_softcap).tanh()
@@ -295,7 +303,7 @@ def logits_by_hand(config: GPTConfig, text: list[int], sink_tokens: int) -> Tens
         for hand in hands:
             hand.visible = visible
         positions = torch.tensor([len(visible) - 1])
-        layout = AttentionLayout(positions, model.position.cos_sin(positions), None)
+        layout = AttentionLayout(positions, model.position.cos_sin(positions, [len(visible)]), None)
         found.append(model.apply_head(model.forward_blocks(torch.tensor([[token]]), layout, previous))[0, 0])
     return torch.stack(found)
 
@@ -361,6 +369,15 @@ def test_rolling_cache_has_constant_size_and_cost() -> None:
         assert cache.lengths == [21 * 24, 20 * 24 + 1]
         with pytest.raises(UserError, match="do not fit"):
             model.hidden_states(torch.tensor([[5, 5], [6, 6]]), cache=cache)
+
+
+@pytest.mark.parametrize("config", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
+def test_frequencies_do_not_change_while_a_cache_rolls(config: GPTConfig) -> None:
+    """Within the context, texts equal those of a cache that does not roll; beyond, rows do not affect each other."""
+    model, prompts = randomised(config).double(), [[3, 1, 4], [1] * 11, [2]]
+    assert texts(model, prompts, 13, sink_tokens=2) == texts(model, prompts, 13)
+    together = texts(model, prompts, 60, sink_tokens=2)
+    assert together == [texts(model, [prompt], 60, sink_tokens=2)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])

@@ -30,6 +30,10 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 40,
     "low_freq_factor": 1.0, "high_freq_factor": 3.0,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 24,
+    "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 2.5, 4.0, 9.0],
+}  # fmt: skip
 NO_PADDING = {"pad_token_id": None}  # otherwise, the embedding of that token has no gradient
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
@@ -52,6 +56,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         LLAMA | {"rope_parameters": YARN | {"beta_fast": 2.0, "beta_slow": 0.25, "truncate": True}},
     ),
+    "llama, dynamic": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}},
+    ),
+    "llama, longrope": ("Llama", LLAMA | {"rope_parameters": LONGROPE}),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
     "qwen3, tied": ("Qwen3", LLAMA | {"head_dim": 10, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen2": ("Qwen2", LLAMA),

@@ -13,6 +13,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_checkpoint import PortableModel, read_hf_checkpoint, write_hf_checkpoint
 from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, SCALINGS_FROM_TRAINED_CONTEXT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 from tests.interop.conftest import LENGTH, library, network, randomised
@@ -57,17 +58,25 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"qkv_bias": True, "head_dim": None}
     elif kind == "smollm3":
         settings["rotary_skip_every"] = rng.randint(1, settings["n_layer"])
-    scaling = rng.choice([None, "linear", "ntk", "llama3", "yarn"])
-    if scaling:
-        settings |= {"rotary_scaling": scaling, "rotary_factor": rng.choice([1.5, 4.0])}
-    if scaling in ("llama3", "yarn"):
-        settings |= {"rotary_trained_context": rng.choice([12, 32]), "rotary_fast": rng.choice([None, 5.0])}
     if kind == "mistral":
         settings["sliding_window"] = rng.randint(1, 20)
         if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config rejects
             settings |= {"sliding_window": None, "n_embd": settings["n_embd"] + 1, "head_dim": 6, "n_head": 2 * heads}
     elif kind == "llama":
         settings["bias"] = rng.random() < 0.5
+    scaling = rng.choice([None, "linear", "ntk", "llama3", "yarn", "dynamic", "longrope"])
+    if scaling:
+        settings |= {"rotary_scaling": scaling, "rotary_factor": rng.choice([1.5, 4.0])}
+    if scaling in SCALINGS_FROM_TRAINED_CONTEXT:
+        settings["rotary_trained_context"] = rng.choice([12, 32])
+    if scaling == "dynamic":  # as a published config has it, the factor extends the original context to the context
+        settings["rotary_trained_context"] = int(LENGTH / settings["rotary_factor"])
+    if scaling in DEFAULT_ROTARY_FAST:
+        settings["rotary_fast"] = rng.choice([None, 5.0])
+    if scaling == "longrope":
+        pairs = (settings["head_dim"] or settings["n_embd"] // settings["n_head"]) // 2
+        factors = [rng.uniform(1, 20) for _ in range(2 * pairs)]
+        settings |= {"rotary_short_factors": tuple(factors[:pairs]), "rotary_long_factors": tuple(factors[pairs:])}
     return GPTConfig(**settings)
 
 
@@ -172,6 +181,16 @@ def test_unsupported_settings_are_reported(
     for message in messages:
         assert message in str(error.value)
     assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_context_that_a_dynamic_scaling_does_not_extend_to(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """``config.json`` has one field for the original context and none for the context."""
+    gpt = GPTConfig(
+        n_layer=1, n_head=2, n_embd=32, rotary_scaling="dynamic", rotary_factor=2.0, rotary_trained_context=20
+    )
+    with pytest.raises(UserError, match=r"a context of 40 tokens .*, but the context is 48"):
+        write_hf_checkpoint(made(gpt, tokenizer), tmp_path / "hf")
     assert not any(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_checkpoint import read_hf_checkpoint
-from tests.interop.conftest import YARN, Published, change
+from tests.interop.conftest import LONGROPE, YARN, Published, change
 
 
 def error_message(folder: Path) -> str:
@@ -47,10 +47,14 @@ def error_message(folder: Path) -> str:
         ("gpt2", {"attn_pdrop": 0.0}, ["resid_pdrop is 0.1, embd_pdrop is 0.1, attn_pdrop is 0.0"]),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            ["rope_type is dynamic (must be one of default"],
+            {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
+            ["rope_type is proportional (must be one of default"],
         ),
-        ("llama", {"rope_scaling": {"type": "longrope"}}, ["rope_scaling.type is longrope"]),
+        ("llama", {"rope_scaling": {"type": "axial"}}, ["rope_scaling.type is axial"]),
+        ("llama", {"rope_scaling": {"type": "su"}}, ["rope_scaling.short_factor is missing; it must be a list of po"]),
+        ("llama", {"rope_parameters": LONGROPE | {"long_factor": [1, 0]}}, ["long_factor is [1, 0]; it must be a lis"]),
+        ("llama", {"rope_parameters": LONGROPE | {"short_factor": [1.0]}}, ["rotary_short_factors has 1 numbers"]),
+        ("llama", {"rope_parameters": LONGROPE | {"attention_factor": 1.5}}, ["attention_factor is 1.5", "1.10"]),
         ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, ["rope_parameters.mrope_section is"]),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters.attention_factor is 1.5"]),
         ("llama", {"rope_parameters": YARN | {"truncate": False}}, ["rope_parameters.truncate is False"]),

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.generation.decode_loop import generate
+from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read_hf_checkpoint, write_hf_checkpoint
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
 from tests.interop.conftest import CASES, LENGTH, LLAMA3, YARN, Published, change, ids, library, network
@@ -82,6 +84,24 @@ def test_round_trip_is_bitwise_exact(published: Published, tmp_path: Path, case:
     assert loaded.dtype == dtype
     assert not any(loading_info.values()), loading_info
     assert torch.equal(logits(loaded, ids()), logits(load(folder)[0], ids()))
+
+
+@pytest.mark.parametrize("case", ["llama, dynamic", "llama, longrope"])
+def test_rotations_that_depend_on_the_length(published: Published, case: str) -> None:
+    """Texts up to and beyond the original context, and cached decoding across it, which encodes the text again."""
+    reference, folder = published(case)
+    model = read_hf_checkpoint(folder)
+    original, context = (48, 192) if case == "llama, dynamic" else (24, 48)
+    assert (model.shape.gpt.rotary_trained_context, model.shape.block_size) == (original, context)
+    ours = network(model)
+    for length in (1, original - 1, original, original + 1, context - 1, context):
+        x = ids(length)
+        assert (ours(x) - logits(reference, x)).abs().max() <= EXACT, length
+    text = ids(original - 2)[:1]
+    found = generate(ours, text.tolist(), 6, Sampling(temperature=0.0), [0], end_of_text=-1)
+    for token in (token for _, token in found if token is not None):
+        assert token == logits(reference, text)[0, -1].argmax()
+        text = torch.cat((text, torch.tensor([[token]])), 1)
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

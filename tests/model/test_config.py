@@ -7,6 +7,11 @@ import pytest
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 
+LONGROPE = {
+    "head_dim": 4, "rotary_scaling": "longrope", "rotary_trained_context": 64, "rotary_short_factors": (1.0, 2.0),
+    "rotary_long_factors": (1.0, 2.0),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -65,6 +70,29 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
         ({"rotary_share": 0.26}, ("model.gpt.position is rotary", "17 of 64 channels would be", "rotary_share")),
         ({"rotary_share": 1.5}, ("model.gpt.position is rotary", "96 of 64 channels would be", "rotary_share")),
         ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "there are 2")),
+        (
+            {"head_dim": 2, "rotary_scaling": "dynamic", "rotary_trained_context": 64},
+            ("model.gpt.rotary_scaling is dynamic", "there are 2"),
+        ),
+        (
+            {"rotary_scaling": "dynamic", "rotary_factor": 2.0},
+            ("model.gpt.rotary_scaling is dynamic", "model.gpt.rotary_trained_context is None", "yarn, dynamic or lon"),
+        ),
+        (
+            {"rotary_scaling": "longrope", "rotary_trained_context": 64},
+            ("model.gpt.rotary_scaling is longrope", "model.gpt.rotary_short_factors is None"),
+        ),
+        (
+            {"rotary_long_factors": (1.0, 2.0)},
+            ("model.gpt.rotary_scaling is None", "model.gpt.rotary_long_factors is set"),
+        ),
+        (LONGROPE | {"rotary_long_factors": (1.0,) * 3}, ("model.gpt.rotary_long_factors has 3 numbers", "list of 2")),
+        (LONGROPE | {"rotary_short_factors": (1.0, -2.0)}, ("model.gpt.rotary_short_factors contains -2.0",)),
+        (LONGROPE | {"rotary_trained_context": 1}, ("model.gpt.rotary_trained_context is 1", "longrope")),
+        (
+            LONGROPE | {"rotary_fast": 2.0},
+            ("model.gpt.rotary_fast is 2.0", "model.gpt.rotary_scaling is longrope"),
+        ),
         (
             {"rotary_scaling": "linear", "rotary_slow": 2.0},
             ("model.gpt.rotary_slow is 2.0", "model.gpt.rotary_scaling is linear"),

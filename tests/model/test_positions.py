@@ -88,7 +88,7 @@ def test_rotary_angles_match_the_paper() -> None:
     config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
     rotary = RotaryPositions(config, 5)
-    turned = rotary.rotate(x.float(), rotary.cos_sin(torch.arange(5)))
+    turned = rotary.rotate(x.float(), rotary.cos_sin(torch.arange(5), [5]))
     for t in range(5):
         for i in range(4):
             pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
@@ -101,7 +101,7 @@ def test_rotary_angles_match_the_paper() -> None:
 def test_rotary_dot_products_depend_only_on_the_distance() -> None:
     rotary = RotaryPositions(GPTConfig(n_head=1, n_embd=16), 40)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
-    rotation = rotary.cos_sin(torch.arange(40))
+    rotation = rotary.cos_sin(torch.arange(40), [40])
     scores = (rotary.rotate(q, rotation) @ rotary.rotate(k, rotation).mT)[0, 0]
     for distance in range(-5, 6):
         along = scores.diagonal(distance)
@@ -172,7 +172,7 @@ def test_scaled_rotation_matches_llama(changes: dict[str, Any], rope: dict[str, 
     places = torch.arange(24)[None]
     cos, sin = modeling_llama.LlamaRotaryEmbedding(llamas(config, **rope))(q, places)
     rotary = RotaryPositions(config, 24)
-    rotation = rotary.cos_sin(places[0])
+    rotation = rotary.cos_sin(places[0], [24])
     for ours, theirs in zip((q, k), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         torch.testing.assert_close(rotary.rotate(ours, rotation), theirs, atol=1e-5, rtol=1e-5)
 
@@ -204,6 +204,59 @@ def test_ntk_matches_dynamic_scaling_of_transformers(factor: float) -> None:
     torch.testing.assert_close(rotary_frequencies(config, 64)[0], expected, rtol=2e-6, atol=0)
 
 
+SHORT, LONG = tuple(1 + 0.05 * n for n in range(16)), tuple(1.5 + 2.0 * n for n in range(16))
+BY_LENGTH = [  # changes, settings of transformers, and the original context, 64 tokens, once as the context
+    (
+        {"rotary_scaling": "dynamic", "rotary_factor": 4.0, "rotary_trained_context": 64},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ),
+    (
+        {"rotary_scaling": "longrope", "rotary_factor": 2.0, "rotary_trained_context": 32,
+         "rotary_short_factors": SHORT, "rotary_long_factors": LONG},
+        {"rope_type": "longrope", "short_factor": list(SHORT), "long_factor": list(LONG),
+         "original_max_position_embeddings": 32},
+    ),
+    (
+        {"rotary_scaling": "longrope", "rotary_factor": 1.0, "rotary_trained_context": 32,
+         "rotary_short_factors": SHORT, "rotary_long_factors": LONG},
+        {"rope_type": "longrope", "factor": 1.0, "short_factor": list(SHORT), "long_factor": list(LONG),
+         "original_max_position_embeddings": 32},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 64, 65, 100, 256])
+@pytest.mark.parametrize(("changes", "rope"), BY_LENGTH)
+def test_frequencies_by_length_match_transformers(changes: dict[str, Any], rope: dict[str, Any], length: int) -> None:
+    """Both the functions that compute the frequencies, and the rotation that chooses among them."""
+    pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama import modeling_llama
+
+    config = replace(GPTConfig(n_head=2, n_embd=64), **changes)
+    theirs = llamas(config, **rope)
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"), seq_len=length)
+    found, ours = rotary_frequencies(config, 32, length)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    assert ours == pytest.approx(factor)
+    q, k = torch.randn(2, 1, 2, length, 32)
+    places = torch.arange(length)[None]
+    cos, sin = modeling_llama.LlamaRotaryEmbedding(theirs)(q, places)
+    rotary = RotaryPositions(config, 256)
+    rotation = rotary.cos_sin(places[0], [length])
+    for mine, reference in zip((q, k), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(rotary.rotate(mine, rotation), reference, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "_"), BY_LENGTH)
+def test_changes_at_the_lengths_at_which_frequencies_change(changes: dict[str, Any], _: Any) -> None:
+    config = replace(GPTConfig(n_head=2, n_embd=64), **changes)
+    rotary = RotaryPositions(config, 256)
+    for length in range(2, 256):
+        before, after = (rotary_frequencies(config, 32, n)[0] for n in (length - 1, length))
+        assert rotary.changes_at(length) == (not torch.equal(before, after)), length
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_partial_rotation_matches_gpt_neox(share: float) -> None:
     transformers = pytest.importorskip("transformers")
@@ -219,7 +272,7 @@ def test_partial_rotation_matches_gpt_neox(share: float) -> None:
     places = torch.arange(24)[None]
     cos, sin = modeling_gpt_neox.GPTNeoXRotaryEmbedding(theirs)(q, places)
     rotary = RotaryPositions(config, 24)
-    turned = rotary.rotate(q, rotary.cos_sin(places[0]))
+    turned = rotary.rotate(q, rotary.cos_sin(places[0], [24]))
     torch.testing.assert_close(turned, modeling_gpt_neox.apply_rotary_pos_emb(q, k, cos, sin)[0], atol=1e-5, rtol=1e-5)
     kept = round(32 * share)
     assert torch.equal(turned[..., kept:], q[..., kept:])
@@ -248,7 +301,7 @@ def test_rotations_restart_with_each_document() -> None:
             assert torch.equal(of_documents[row, 0, place], whole[0, PLACES[row][place]])
     x = torch.randn(2, 2, 9, 8)
     turned = rotary.rotate(x, placed(config, DOCUMENTS)[1])
-    alone = rotary.rotate(x[:1, :, 3:5], rotary.cos_sin(torch.arange(2)))
+    alone = rotary.rotate(x[:1, :, 3:5], rotary.cos_sin(torch.arange(2), [2]))
     torch.testing.assert_close(turned[:1, :, 3:5], alone)
 
 
