@@ -41,11 +41,18 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-hf",
         help="export a folder for Hugging Face transformers",
         description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
-        "matches the model: GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3. The folder includes a model card "
-        "with the training data, procedure and results that the run folder of the checkpoint records.",
+        "matches the model: GPT-2, Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo 2, SmolLM3 or Phi-3. The folder "
+        "includes a model card with the training data, procedure and results that the run folder of the checkpoint "
+        "records.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
     to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be empty if it exists")
+    to_hf.add_argument(
+        "--model_type",
+        metavar="NAME",
+        help="architecture to export to, such as llama or phi3; by default, that of an imported model, or the first "
+        "that matches",
+    )
     to_hf.add_argument("--license", metavar="ID", help="license in the model card, such as apache-2.0")
     to_hf.add_argument(
         "--push",
@@ -97,8 +104,8 @@ def main(args: Sequence[str] | None = None) -> None:
     from_hf = formats.add_parser(
         "from-hf",
         help="import a folder from Hugging Face transformers",
-        description="Import a folder written by save_pretrained (GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2 or "
-        "SmolLM3) as a checkpoint that generate and evaluate can read. No code in the folder is executed.",
+        description="Import a folder written by save_pretrained (GPT-2, Llama, Mistral, Qwen2, Qwen3, OLMo 2, "
+        "SmolLM3 or Phi-3) as a checkpoint that generate and evaluate can read. No code in the folder is executed.",
     )
     from_hf.add_argument(
         "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors files and tokenizer.json"
@@ -205,7 +212,7 @@ def _to_hf(given: Namespace) -> None:
         name = given.push or given.folder.resolve().name
         return build_model_card(name, model.shape, model.tokenizer, run, architecture, parameters, given.license)
 
-    architecture = write_hf_checkpoint(model, given.folder, build_card)
+    architecture = write_hf_checkpoint(model, given.folder, given.model_type, build_card)
     log.info("%s contains a %s", given.folder, architecture)
     if given.push is not None:
         log.info("uploaded to %s", upload_model(given.folder, given.push, given.public))

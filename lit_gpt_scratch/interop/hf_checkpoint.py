@@ -26,6 +26,7 @@ from lit_gpt_scratch.interop.llama_family import (
     MistralFamily,
     MixtralFamily,
     Olmo2Family,
+    Phi3Family,
     Qwen2Family,
     Qwen3Family,
     Qwen3MoEFamily,
@@ -54,10 +55,11 @@ FAMILIES: Final[dict[str, ModelFamily]] = {
         SmolLM3Family(),
         MixtralFamily(),
         Qwen3MoEFamily(),
+        Phi3Family(),
         GPT2Family(),
     )
 }
-"""Supported model families, keyed by ``model_type``. The first family that supports a config is used for export."""
+"""Supported model families, keyed by ``model_type``. By default, the first one that supports a config exports it."""
 CONFIG_FILE: Final = "config.json"
 CARD_FILE: Final = "README.md"
 
@@ -114,12 +116,19 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
-def write_hf_checkpoint(model: PortableModel, folder: Path, build_card: Callable[[str, int], str] | None = None) -> str:
+def write_hf_checkpoint(
+    model: PortableModel,
+    folder: Path,
+    model_type: str | None = None,
+    build_card: Callable[[str, int], str] | None = None,
+) -> str:
     """Write a folder that can be loaded with ``AutoModelForCausalLM`` and ``AutoTokenizer`` from ``transformers``.
 
     Args:
         model: Model to export. Padding rows are removed from its embedding and head.
         folder: Path to the folder to create. The folder is written atomically and must be empty if it exists.
+        model_type: Key of ``FAMILIES``. By default, a model that was imported keeps its family, if that still supports
+            its settings; otherwise, the first family that does is used.
         build_card: Function that returns the model card from the name of the ``transformers`` class and the number of
             parameters; None to write no card.
 
@@ -127,7 +136,8 @@ def write_hf_checkpoint(model: PortableModel, folder: Path, build_card: Callable
         Name of the ``transformers`` class that can load the model.
 
     Raises:
-        UserError: The folder is not empty or cannot be written, or no model family supports the model's settings.
+        UserError: The folder is not empty or cannot be written, or the model family does not exist or does not support
+            the model's settings.
     """
     shape, shapes = model.shape, dict(on_meta(model.weights))
     try:
@@ -135,7 +145,8 @@ def write_hf_checkpoint(model: PortableModel, folder: Path, build_card: Callable
             raise UserError(f"{folder} already exists and is not an empty folder; use another folder")
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
-    family = _choose_family(shape)
+    published = model.tokenizer.published
+    family = _choose_family(shape, model_type, published.model_type if published else None)
     validate_tensors(shapes, expected_weights(shapes, *shape), "the checkpoint")
     unpadded = LazyTensors(
         {name: _without_padding(name, tensor, shape) for name, tensor in shapes.items()},
@@ -153,7 +164,7 @@ def write_hf_checkpoint(model: PortableModel, folder: Path, build_card: Callable
         for name, content in _build_json_files(family, model, hf_shapes).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
-        if (published := model.tokenizer.published) and published.chat_template is not None:
+        if published and published.chat_template is not None:
             (place / TEMPLATE_FILE).write_bytes(published.chat_template.encode())
         if build_card is not None:
             card = build_card(family.architecture, sum(tensor.numel() for tensor in hf_shapes.values()))
@@ -178,15 +189,26 @@ def _without_padding(name: str, tensor: Tensor, shape: ModelShape) -> Tensor:
     return tensor[: shape.vocab_size] if padded else tensor
 
 
-def _choose_family(shape: ModelShape) -> ModelFamily:
-    unsupported = {family: family.unsupported_settings(shape.gpt) for family in FAMILIES.values()}
-    nearest = min(unsupported, key=lambda family: len(unsupported[family]))
-    if unsupported[nearest]:
+def _choose_family(shape: ModelShape, asked: str | None, imported: str | None) -> ModelFamily:
+    """Return the family to export to; see ``write_hf_checkpoint``.
+
+    Args:
+        shape: Shape of the model.
+        asked: ``model_type`` for which the user asked, or None.
+        imported: ``model_type`` from which the model was imported, or None.
+    """
+    names = ", ".join(sorted(FAMILIES))
+    if asked is not None and asked not in FAMILIES:
+        raise UserError(f"model_type is {shorten(asked)}; it must be one of {names}")
+    unsupported = {name: family.unsupported_settings(shape.gpt) for name, family in FAMILIES.items()}
+    name = asked or min(unsupported, key=lambda name: (len(unsupported[name]), name != imported))
+    if unsupported[name]:
         raise UserError(
-            f"the model cannot be exported to any supported family ({', '.join(sorted(FAMILIES))}); for the closest "
-            f"family, {nearest.model_type}, change these settings of model.gpt: {'; '.join(unsupported[nearest])}"
+            f"the model cannot be exported to {name if asked else f'any supported family ({names})'}; "
+            f"{'' if asked else f'for the closest family, {name}, '}change these settings of model.gpt: "
+            f"{'; '.join(unsupported[name])}"
         )
-    return nearest
+    return FAMILIES[name]
 
 
 def _build_json_files(

@@ -34,13 +34,14 @@ TOLERANCE: Final = 1e-6
 """Relative tolerance for comparing attention scales, whose precision differs between files."""
 
 
-def read_rope(fields: HFConfigReader, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
+def read_rope(fields: HFConfigReader, default_theta: float = DEFAULT_THETA, partial: bool = False) -> dict[str, Any]:
     """Convert rotary position embedding settings to ``GPTConfig`` fields; record unsupported values in ``fields``.
 
     Args:
         fields: Reader for the whole ``config.json``, in which the settings are in ``rope_parameters`` or, in the older
             format, in ``rope_theta`` and ``rope_scaling``.
         default_theta: Value of ``rope_theta`` if it is missing.
+        partial: Whether the family can rotate only a fraction of the channels (``partial_rotary_factor``).
 
     Raises:
         UserError: A number is missing or invalid.
@@ -50,7 +51,11 @@ def read_rope(fields: HFConfigReader, default_theta: float = DEFAULT_THETA) -> d
     name = "rope_type" if "rope_type" in rope.values else "type"
     kind = rope.values.get(name, "default")
     kind = "longrope" if kind == "su" else kind  # the name in the first files
-    rope.allow_only("partial_rotary_factor", 1)
+    if partial:
+        share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+        settings["rotary_share"] = share
+    else:
+        rope.allow_only("partial_rotary_factor", 1)
     for unknown in sorted(rope.values.keys() - KNOWN_FIELDS):
         rope.allow_only(unknown)
     if kind == "default":
@@ -138,6 +143,8 @@ def write_rope(gpt: GPTConfig) -> dict[str, Any]:
         width = gpt.rotary_width
         kind, base = None, base * factor ** (width / (width - 2))
     rope: dict[str, Any] = {"rope_theta": base, "rope_type": kind or "default"}
+    if gpt.rotary_share != 1:
+        rope["partial_rotary_factor"] = gpt.rotary_share
     if kind is not None:
         rope["factor"] = factor
     if kind in (*SCALING_FIELDS, "longrope"):

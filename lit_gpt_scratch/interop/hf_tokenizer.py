@@ -32,7 +32,7 @@ class NamedTemplate(TypedDict):
 
 
 def read_published_settings(folder: Path, config: Mapping[str, Any], config_path: Path) -> PublishedSettings:
-    """Read the special tokens, the generation config and the chat template of a model; all of them are optional.
+    """Read the special tokens, the generation config and the chat template of a model, which are optional.
 
     Args:
         folder: Hugging Face folder.
@@ -44,7 +44,10 @@ def read_published_settings(folder: Path, config: Mapping[str, Any], config_path
     """
     generation, settings = (_read_optional(folder / name) for name in (GENERATION_FILE, SETTINGS_FILE))
     start = config.get("bos_token_id")
-    fields: dict[str, Any] = {"bos_token_id": start if type(start) is int else None}
+    fields: dict[str, Any] = {
+        "model_type": config["model_type"],
+        "bos_token_id": start if type(start) is int else None,
+    }
     try:
         where = config_path
         fields["eos_token_id"] = validate(config.get("eos_token_id"), int | list[int] | None, "eos_token_id")  # type: ignore[arg-type]

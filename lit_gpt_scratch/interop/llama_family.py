@@ -1,6 +1,6 @@
 """Convert model families with the Llama architecture: rotary position embeddings, RMSNorm, SwiGLU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any, ClassVar
 
@@ -42,9 +42,11 @@ class LlamaLikeFamily(ModelFamily):
         default_norm_eps: Epsilon of the norms if ``config.json`` does not specify it.
         default_theta: Base of the rotation frequencies if ``config.json`` does not specify it.
         norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
-        linear_names: Map from the Hugging Face names of a block's linear layers to the names in this package.
+        linear_names: Map from the Hugging Face names of a block's linear layers to the names in this package; several
+            layers of this package may be one layer there.
         expert_names: Map from the Hugging Face names of an expert's linear layers, with ``{}`` for its index, to the
             names in this package.
+        partial_rotation: Whether the family can rotate only a fraction of the channels.
     """
 
     prefix = "model."
@@ -56,8 +58,9 @@ class LlamaLikeFamily(ModelFamily):
         "input_layernorm.weight": "attention_norm.weight",
         "post_attention_layernorm.weight": "feed_forward_norm.weight",
     }
-    linear_names: ClassVar[dict[str, str]] = LINEAR_NAMES
+    linear_names: ClassVar[Mapping[str, tuple[str, ...] | str]] = LINEAR_NAMES
     expert_names: ClassVar[dict[str, str]] = {}
+    partial_rotation: ClassVar[bool] = False
     fixed: ClassVar[dict[str, Any]] = {
         "position": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "feed_forward": "swiglu", "bias": False,
         "qkv_bias": False, "qk_norm": False, "sliding_window": None, "rotary_share": 1.0,
@@ -79,7 +82,7 @@ class LlamaLikeFamily(ModelFamily):
             "ffn_dim": fields.positive_int("intermediate_size"),
             "norm_eps": fields.number("rms_norm_eps", self.default_norm_eps),
             "initialisation": "normal",
-            **read_rope(fields, self.default_theta),
+            **read_rope(fields, self.default_theta, self.partial_rotation),
         }
 
     @override
@@ -102,8 +105,8 @@ class LlamaLikeFamily(ModelFamily):
     @override
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
         biased = [*LINEAR_NAMES] if gpt.bias else QKV_NAMES if gpt.qkv_bias else []
-        linear = {f"{hf_name}.weight": f"{name}.weight" for hf_name, name in self.linear_names.items()}
-        linear |= {f"{hf_name}.bias": f"{LINEAR_NAMES[hf_name]}.bias" for hf_name in biased}
+        linear = {f"{hf_name}.weight": _weight_names(names) for hf_name, names in self.linear_names.items()}
+        linear |= {f"{hf_name}.bias": (f"{LINEAR_NAMES[hf_name]}.bias",) for hf_name in biased}
         yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
             for hf_name, names in map_layer_names("model.layers.{}.", layer, {**self.norm_names, **linear}):
@@ -210,7 +213,9 @@ class MixtralFamily(MistralFamily):
     default_norm_eps = 1e-5
     default_theta = 1_000_000.0
     reads = frozenset({"num_local_experts"})
-    linear_names: ClassVar[dict[str, str]] = ATTENTION_NAMES | {"block_sparse_moe.gate": "feed_forward.router"}
+    linear_names: ClassVar[Mapping[str, tuple[str, ...] | str]] = ATTENTION_NAMES | {
+        "block_sparse_moe.gate": "feed_forward.router"
+    }
     expert_names: ClassVar[dict[str, str]] = {
         "block_sparse_moe.experts.{}.w1": "gate",
         "block_sparse_moe.experts.{}.w2": "output",
@@ -244,7 +249,7 @@ class Qwen3MoEFamily(Qwen3Family):
     default_kv_heads = 4
     default_head_dim = None
     reads = frozenset({"num_experts", "num_local_experts"})
-    linear_names: ClassVar[dict[str, str]] = ATTENTION_NAMES | {"mlp.gate": "feed_forward.router"}
+    linear_names: ClassVar[Mapping[str, tuple[str, ...] | str]] = ATTENTION_NAMES | {"mlp.gate": "feed_forward.router"}
     expert_names: ClassVar[dict[str, str]] = {
         "mlp.experts.{}.gate_proj": "gate", "mlp.experts.{}.down_proj": "output", "mlp.experts.{}.up_proj": "input",
     }  # fmt: skip
@@ -298,6 +303,68 @@ class Olmo2Family(LlamaLikeFamily):
         return super().build_config(shape) | {"attention_bias": False, **NO_PADDING}
 
 
+class Phi3Family(LlamaLikeFamily):
+    """Phi-3 and Phi-4 models (https://arxiv.org/abs/2404.14219), which store several matrices as one."""
+
+    model_type, architecture = "phi3", "Phi3ForCausalLM"
+    default_norm_eps = 1e-5
+    linear_names: ClassVar[Mapping[str, tuple[str, ...] | str]] = {
+        "self_attn.qkv_proj": ("attention.query", "attention.key", "attention.value"),
+        "self_attn.o_proj": "attention.output",
+        "mlp.gate_up_proj": ("feed_forward.gate", "feed_forward.input"),
+        "mlp.down_proj": "feed_forward.output",
+    }
+    partial_rotation = True
+    reads = frozenset({"partial_rotary_factor"})
+    configurable = LlamaLikeFamily.configurable | {"rotary_share", "sliding_window"}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+            fields.allow_only(name, False)
+        for name in ("resid_pdrop", "embd_pdrop"):
+            fields.allow_only(name, 0)
+        # The default of transformers takes precedence over a value in rope_parameters.
+        fields.values.setdefault("original_max_position_embeddings", 4096)
+        window = fields.values.get("sliding_window") and fields.positive_int("sliding_window")
+        config = super().parse_config(fields) | {"sliding_window": window}
+        if config.get("rotary_scaling") not in (None, "longrope"):
+            fields.reject("rope_parameters", "rope_type must be default or longrope")
+        if (width := config["n_embd"] // config["n_head"]) != config["head_dim"]:
+            fields.reject("head_dim", f"must be hidden_size / num_attention_heads, {width}")
+        if (rotated := config["head_dim"] * config["rotary_share"]) != int(rotated):
+            fields.reject("partial_rotary_factor", f"must be a fraction of the {width} channels of a head")
+        return config
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {
+            **NO_PADDING,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "original_max_position_embeddings": shape.gpt.rotary_trained_context or shape.block_size,
+            "sliding_window": shape.gpt.sliding_window,
+        }
+
+    @override
+    def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
+        found = super().unsupported_settings(gpt)
+        if gpt.rotary_scaling not in (None, "ntk", "longrope"):
+            found.append(f"rotary_scaling is {gpt.rotary_scaling} (must be longrope, ntk or None)")
+        if gpt.head_width * gpt.n_head != gpt.n_embd:
+            found.append(f"head_dim is {gpt.head_width} (must equal n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
+        if int(gpt.head_width * gpt.rotary_share) != gpt.rotary_width:
+            found.append(f"rotary_share is {gpt.rotary_share} (must be a fraction of the {gpt.head_width} channels)")
+        return found
+
+    @override
+    def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
+        queries, keys = gpt.n_head * gpt.head_width, gpt.kv_heads * gpt.head_width
+        for mapping in super().tensor_mappings(gpt):
+            fused = mapping.hf_name.endswith("qkv_proj.weight")
+            yield mapping._replace(rows=(queries, keys, keys)) if fused else mapping
+
+
 class SmolLM3Family(LlamaLikeFamily):
     """SmolLM3 models (https://huggingface.co/HuggingFaceTB/SmolLM3-3B), in which some blocks encode no positions."""
 
@@ -341,3 +408,8 @@ class SmolLM3Family(LlamaLikeFamily):
 def _rotates(n_layer: int, skip_every: int) -> list[int]:
     """Return 1 for each layer that rotates its queries and keys, and 0 for the others."""
     return [int((layer + 1) % skip_every != 0) for layer in range(n_layer)]
+
+
+def _weight_names(modules: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Return the names of the weights of one or several modules."""
+    return tuple(f"{module}.weight" for module in ((modules,) if isinstance(modules, str) else modules))

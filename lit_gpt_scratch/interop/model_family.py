@@ -40,12 +40,14 @@ class TensorMapping(NamedTuple):
         names: Names in this package's state dict; if there are several, the tensors are concatenated along dimension 0.
         transposed: Whether the file stores the weight as (in_features, out_features), like Conv1D in GPT-2.
         stack_index: Index along dimension 0 of the tensor of this package, or None if the tensor is a whole one.
+        rows: Number of rows of each of the concatenated tensors, or None if they are equal.
     """
 
     hf_name: str
     names: tuple[str, ...]
     transposed: bool = False
     stack_index: int | None = None
+    rows: tuple[int, ...] | None = None
 
 
 class ModelShape(NamedTuple):
@@ -159,7 +161,8 @@ class ModelFamily(ABC):
             tensors = []
             for mapping, part in source[name]:
                 tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
-                tensors.append(tensor.chunk(len(mapping.names))[part])
+                parts = torch.split(tensor, [*mapping.rows]) if mapping.rows else tensor.chunk(len(mapping.names))
+                tensors.append(parts[part])
             if source[name][0][0].stack_index is not None:
                 return torch.stack(tensors)
             return tensors[0].clone(memory_format=torch.contiguous_format)

@@ -60,6 +60,10 @@ PRESETS: Final[dict[str, GPTConfig]] = {
         n_layer=36, n_head=16, n_embd=2048, n_kv_head=4, ffn_dim=11_008, qk_norm=False, rotary_base=5_000_000.0,
         rotary_skip_every=4, tied_embeddings=True, initialisation="normal",
     ),
+    "phi3_mini": GPTConfig(
+        n_layer=32, n_head=32, n_embd=3072, ffn_dim=8192, sliding_window=2047, qk_norm=False, norm_eps=1e-5,
+        initialisation="normal",
+    ),
 }  # fmt: skip
 """Architectures, keyed by preset name.
 
@@ -79,6 +83,8 @@ Parameter counts for the published vocabulary size and, if positions are learned
 - ``qwen2.5_0.5b`` 494,032,768, with the same vocabulary (https://arxiv.org/abs/2412.15115).
 - ``olmo2_1b`` 1,484,916,736, with a vocabulary of 100,352 tokens (https://arxiv.org/abs/2501.00656).
 - ``smollm3_3b`` 3,075,098,624, with Llama 3's vocabulary (https://huggingface.co/HuggingFaceTB/SmolLM3-3B).
+- ``phi3_mini`` 3,821,079,552, with a vocabulary of 32,064 tokens and a context of 4,096 tokens
+  (https://arxiv.org/abs/2404.14219).
 
 A different vocabulary size or ``vocab_multiple`` changes only the embedding and the head. The published families use
 the ``initialisation`` of their authors when they are trained from scratch.

@@ -1,4 +1,4 @@
-"""Settings of a published model that are not in its ``tokenizer.json``: stop tokens and the chat template."""
+"""Settings of a published model that are not in its ``tokenizer.json``, such as stop tokens and the chat template."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ FlatValue = Scalar | list[Scalar] | None
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """Special tokens, generation config and chat template of a model in ``transformers`` format.
+    """Model type, special tokens, generation config and chat template of a model in ``transformers`` format.
 
     Attributes:
         bos_token_id: ``bos_token_id`` in ``config.json``.
@@ -17,6 +17,8 @@ class PublishedSettings:
         tokens: Special token strings in ``tokenizer_config.json``, keyed by name, such as ``bos_token``. The chat
             template can insert them.
         chat_template: Jinja template that renders messages as text; None if the model has none.
+        model_type: ``model_type`` in ``config.json``; None in checkpoints of models that were imported before it was
+            stored.
     """
 
     bos_token_id: int | None = None
@@ -24,6 +26,7 @@ class PublishedSettings:
     generation_config: dict[str, FlatValue] | None = None
     tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    model_type: str | None = None
 
     @property
     def eos_ids(self) -> list[int]:

@@ -81,6 +81,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
         | {"tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
+    "phi3": ("Phi3", LLAMA | NO_PADDING),
+    "phi3, longrope, window": (
+        "Phi3",
+        LLAMA | NO_PADDING | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24, "sliding_window": 5},
+    ),
+    "phi4": (
+        "Phi3",
+        LLAMA
+        | NO_PADDING
+        | {
+            "hidden_size": 64,
+            "rope_parameters": LONGROPE
+            | {
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 9.0],
+            },
+            "original_max_position_embeddings": 24,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
     "mistral, no window": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 16}),
 }

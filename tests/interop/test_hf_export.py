@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_checkpoint import PortableModel, read_hf_checkpoint, write_hf_checkpoint
 from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, SCALINGS_FROM_TRAINED_CONTEXT
+from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, ROTARY_SCALINGS, SCALINGS_FROM_TRAINED_CONTEXT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 from tests.interop.conftest import LENGTH, library, network, randomised
@@ -32,7 +33,8 @@ def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Portabl
 def any_config(seed: int) -> GPTConfig:
     """A random config that some family can express."""
     rng = random.Random(seed)
-    kind = ("gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe")[seed % 9]
+    kinds = "gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe", "phi3"
+    kind = kinds[seed % len(kinds)]
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
     settings: dict[str, Any] = {
         "n_layer": rng.randint(1, 3), "n_head": heads * group, "n_embd": heads * group * width,
@@ -62,9 +64,13 @@ def any_config(seed: int) -> GPTConfig:
         settings["sliding_window"] = rng.randint(1, 20)
         if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config rejects
             settings |= {"sliding_window": None, "n_embd": settings["n_embd"] + 1, "head_dim": 6, "n_head": 2 * heads}
+    elif kind == "phi3":
+        share = 0.5 if width in (8, 12) and rng.random() < 0.7 else 1.0
+        settings |= {"head_dim": None, "rotary_share": share, "sliding_window": rng.choice([None, 5, 60])}
     elif kind == "llama":
         settings["bias"] = rng.random() < 0.5
-    scaling = rng.choice([None, "linear", "ntk", "llama3", "yarn", "dynamic", "longrope"])
+    scalings = [None, "ntk", "longrope"] if kind == "phi3" else [None, *ROTARY_SCALINGS]
+    scaling = rng.choice(scalings)
     if scaling:
         settings |= {"rotary_scaling": scaling, "rotary_factor": rng.choice([1.5, 4.0])}
     if scaling in SCALINGS_FROM_TRAINED_CONTEXT:
@@ -74,17 +80,18 @@ def any_config(seed: int) -> GPTConfig:
     if scaling in DEFAULT_ROTARY_FAST:
         settings["rotary_fast"] = rng.choice([None, 5.0])
     if scaling == "longrope":
-        pairs = (settings["head_dim"] or settings["n_embd"] // settings["n_head"]) // 2
+        rotated = (settings["head_dim"] or settings["n_embd"] // settings["n_head"]) * settings.get("rotary_share", 1)
+        pairs = round(rotated) // 2
         factors = [rng.uniform(1, 20) for _ in range(2 * pairs)]
         settings |= {"rotary_short_factors": tuple(factors[:pairs]), "rotary_long_factors": tuple(factors[pairs:])}
     return GPTConfig(**settings)
 
 
-@pytest.mark.parametrize("seed", range(90))
+@pytest.mark.parametrize("seed", range(100))
 def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
-    architecture = write_hf_checkpoint(model, tmp_path / "hf")
+    architecture = write_hf_checkpoint(model, tmp_path / "hf", "phi3" if seed % 10 == 9 else None)
     reference, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
@@ -112,6 +119,7 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False, "rotary_skip_every": 1}, "SmolLM3ForCausalLM"),
         ({"qk_norm": False, "feed_forward": "moe"}, "MixtralForCausalLM"),
         ({"feed_forward": "moe"}, "Qwen3MoeForCausalLM"),
+        ({"qk_norm": False, "rotary_share": 0.5}, "Phi3ForCausalLM"),
         (
             {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
             "GPT2LMHeadModel",
@@ -182,6 +190,44 @@ def test_unsupported_settings_are_reported(
         assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_family_on_request(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A model that several families can express; an imported one keeps its family as long as that supports it."""
+    gpt = GPTConfig(n_layer=1, n_head=2, n_embd=32, qk_norm=False)
+    model = made(gpt, tokenizer)
+    assert write_hf_checkpoint(model, tmp_path / "llama") == "LlamaForCausalLM"
+    for name, architecture in (("phi3", "Phi3ForCausalLM"), ("mistral", "MistralForCausalLM")):
+        assert write_hf_checkpoint(model, tmp_path / name, name) == architecture
+        loaded = library().AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        x = torch.randint(307, (2, LENGTH))
+        assert (loaded(x).logits - network(model)(x)).abs().max() <= 1e-5
+    imported = read_hf_checkpoint(tmp_path / "phi3")
+    assert write_hf_checkpoint(imported, tmp_path / "again") == "Phi3ForCausalLM"
+    assert write_hf_checkpoint(imported, tmp_path / "other", "llama") == "LlamaForCausalLM"
+    changed = made(replace(gpt, rotary_skip_every=1), imported.tokenizer)
+    assert write_hf_checkpoint(changed, tmp_path / "changed") == "SmolLM3ForCausalLM"
+    with pytest.raises(UserError, match=r"cannot be exported to phi3; .* rotary_skip_every is 1 \(must be"):
+        write_hf_checkpoint(changed, tmp_path / "none", "phi3")
+    with pytest.raises(UserError, match="model_type is bert; it must be one of gpt2, llama"):
+        write_hf_checkpoint(changed, tmp_path / "none", "bert")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rotary_scaling": "linear"}, "rotary_scaling is linear"),
+        ({"head_dim": 8}, "head_dim is 8 (must equal n_embd / n_head, 16)"),
+        ({"rotary_share": 0.62}, "rotary_share is 0.62 (must be a fraction of the 16 channels)"),
+    ],
+)
+def test_what_phi3_does_not_support(
+    tmp_path: Path, tokenizer: Tokenizer, settings: dict[str, Any], message: str
+) -> None:
+    gpt = GPTConfig(n_layer=1, n_head=2, n_embd=32, qk_norm=False, **settings)
+    with pytest.raises(UserError) as error:
+        write_hf_checkpoint(made(gpt, tokenizer), tmp_path / "hf", "phi3")
+    assert message in str(error.value)
 
 
 def test_context_that_a_dynamic_scaling_does_not_extend_to(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.module_metadata import inactive_parameters
 from lit_gpt_scratch.model.positions import rotary_frequencies
@@ -13,18 +14,18 @@ from lit_gpt_scratch.model.presets import PRESETS
 
 VOCABULARY = {
     "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
-    "mixtral": 32_000,
+    "mixtral": 32_000, "phi3": 32_064,
 }  # fmt: skip
 FAMILIES = {
     "gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3", "qwen2.5": "Qwen2", "olmo2": "Olmo2", "smollm3": "SmolLM3",
-    "mixtral": "Mixtral",
+    "mixtral": "Mixtral", "phi3": "Phi3",
 }  # fmt: skip
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
     "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496,
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
     "qwen2.5_0.5b": 494_032_768, "olmo2_1b": 1_484_916_736, "smollm3_3b": 3_075_098_624,
-    "qwen3_moe_30b": 30_532_122_624, "mixtral_8x7b": 46_702_792_704,
+    "qwen3_moe_30b": 30_532_122_624, "mixtral_8x7b": 46_702_792_704, "phi3_mini": 3_821_079_552,
 }  # fmt: skip
 
 # From the published config.json files.
@@ -93,6 +94,12 @@ THEIRS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 128_256, "max_position_embeddings": 65_536,
         "no_rope_layer_interval": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
     },
+    "phi3_mini": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "vocab_size": 32_064, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "sliding_window": 2047, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
 }  # fmt: skip
 
 
@@ -143,12 +150,18 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
         assert (ours.feed_forward, config.activation_function) == ("gelu", "gelu_new")
         assert type(block.attention_norm) is type(other.ln_1) is nn.LayerNorm
         return
-    shapes = [sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])]
-    if ours.feed_forward == "moe":  # which has gate and input in one tensor
+    if ours.feed_forward == "moe":  # whose files have other tensors than the model of transformers
+        shapes = [
+            sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])
+        ]
         experts, width, hidden = ours.n_experts, ours.n_embd, ours.ffn_width
-        shapes[1] = sorted([*shapes[1], *2 * [(experts, hidden, width)]])
+        shapes[1] = sorted([*shapes[1], *2 * [(experts, hidden, width)]])  # it has gate and input in one tensor
         shapes[1].remove((experts, 2 * hidden, width))
-    assert shapes[0] == shapes[1]
+        assert shapes[0] == shapes[1]
+    else:
+        translated = dict(hf_checkpoint.FAMILIES[config.model_type].to_hf_weights(ours, net.state_dict()))
+        known = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+        assert {name: tensor.shape for name, tensor in translated.items()} == known
     assert (ours.n_head, ours.kv_heads, ours.head_width) == (
         config.num_attention_heads, config.num_key_value_heads,
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -156,6 +169,8 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     rotates = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in theirs.model.layers]
     skip_every = ours.rotary_skip_every or ours.n_layer + 1
     assert rotates == [(layer + 1) % skip_every != 0 for layer in range(ours.n_layer)]
+    if family == "Phi3":
+        assert ours.sliding_window == config.sliding_window
     assert ours.norm_eps == config.rms_norm_eps
     assert (ours.feed_forward in ("swiglu", "moe"), config.hidden_act) == (True, "silu")
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
