@@ -41,8 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-hf",
         help="export a folder for Hugging Face transformers",
         description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
-        "matches the model: GPT-2, Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo 2, SmolLM3 or Phi-3. The folder "
-        "includes a model card with the training data, procedure and results that the run folder of the checkpoint "
+        "matches the model, such as Llama, Qwen3 or GPT-2. The folder includes a model card with the training data, procedure and results that the run folder of the checkpoint "
         "records.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
