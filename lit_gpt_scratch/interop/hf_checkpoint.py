@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,7 +33,7 @@ from lit_gpt_scratch.interop.llama_family import (
     Qwen3MoEFamily,
     SmolLM3Family,
 )
-from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
+from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, NORM, ModelFamily, ModelShape
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, select, write_safetensors
 from lit_gpt_scratch.model.expected_weights import expected_weights
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
@@ -139,6 +140,7 @@ def write_hf_checkpoint(
         UserError: The folder is not empty or cannot be written, or the model family does not exist or does not support
             the model's settings.
     """
+    model = fold_multipliers(model)
     shape, shapes = model.shape, dict(on_meta(model.weights))
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -181,6 +183,26 @@ def write_hf_checkpoint(
             f"cannot write {folder}: {error.strerror}; check the permissions and the free disk space"
         ) from error
     return family.architecture
+
+
+def fold_multipliers(model: PortableModel) -> PortableModel:
+    """Return the same model in the standard parametrization, with the multipliers of mup as part of its weights.
+
+    The query multiplier becomes part of the projection to queries, or of their norm if there is one, and the logit
+    multiplier part of the final norm.
+    """
+    gpt = model.shape.gpt
+    query = "query_norm" if gpt.qk_norm else "query"
+    multipliers = {f"blocks.{layer}.attention.{query}": gpt.query_multiplier for layer in range(gpt.n_layer)}
+    multipliers |= {NORM.removesuffix(".weight"): gpt.logit_multiplier}
+
+    def scaled(name: str) -> Tensor:
+        multiplier = multipliers.get(name.rpartition(".")[0], 1.0)
+        return model.weights[name] if multiplier == 1 else model.weights[name] * multiplier
+
+    standard = replace(gpt, parametrisation="standard", mup_base_width=None, mup_base_head_dim=None)
+    weights = LazyTensors(on_meta(model.weights), scaled)
+    return model._replace(shape=model.shape._replace(gpt=standard), weights=weights)
 
 
 def _without_padding(name: str, tensor: Tensor, shape: ModelShape) -> Tensor:

@@ -339,6 +339,8 @@ class Attention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if (multiplier := self.config.query_multiplier) != 1:
+            q = q * multiplier
         q = position.rotate(q, layout.cos_sin)
         if layout.key_cos_sin is None:
             k = position.rotate(k, layout.cos_sin)

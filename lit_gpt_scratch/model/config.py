@@ -1,7 +1,7 @@
 """Dataclass ``GPTConfig``, which contains all architectural settings of the transformer."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
@@ -13,6 +13,7 @@ from lit_gpt_scratch.model.weight_init import INITIALISATIONS
 from lit_gpt_scratch.schema import describe
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
+ParametrisationName = Literal["standard", "mup"]
 if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (also in --help) come from the registries
     FeedForwardName: TypeAlias = str
     InitialisationName: TypeAlias = str
@@ -140,6 +141,15 @@ class GPTConfig:
             initially output zero, ``gpt2`` and ``normal`` draw weights from a normal distribution with a standard
             deviation of 0.02 (GPT-2, Llama), and ``xavier`` is the scheme of the original Transformer (see
             ``model.weight_init``).
+        parametrisation: Scaling of initial weights, attention scores, tied logits and AdamW's hyperparameters with
+            ``n_embd``: ``standard`` uses the same hyperparameters at each width; ``mup`` (maximal update
+            parametrization, https://arxiv.org/abs/2203.03466) changes them such that activations and their updates
+            have the same scale at each width, so that a learning rate tuned at ``mup_base_width`` also suits wider
+            models. At this width, both are identical. ``n_head``, ``n_kv_head`` and ``ffn_dim`` must grow in
+            proportion to ``n_embd``.
+        mup_base_width: Value of ``n_embd`` in the model for which the hyperparameters were tuned; required for ``mup``.
+        mup_base_head_dim: Head dimension of that model. By default, it is the head dimension of this model, i.e. wider
+            models have more heads rather than larger ones.
 
     Raises:
         UserError: A size is not positive, a size is not divisible as required, a probability is out of range, or two
@@ -192,6 +202,9 @@ class GPTConfig:
     residual_scalars: bool = False
     dropout: float = 0.0
     initialisation: InitialisationName = "zero"
+    parametrisation: ParametrisationName = "standard"
+    mup_base_width: int | None = None
+    mup_base_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(GPTConfig)
@@ -247,6 +260,17 @@ class GPTConfig:
                 "model.gpt.qk_norm_joint is true, but model.gpt.qk_norm is false; set qk_norm to true, or set "
                 "qk_norm_joint to false"
             )
+        if self.parametrisation == "mup" and self.mup_base_width is None:
+            raise UserError(
+                "model.gpt.parametrisation is mup, but model.gpt.mup_base_width is not set; set it to the n_embd of "
+                "the model for which the learning rate was tuned"
+            )
+        for name in ("mup_base_width", "mup_base_head_dim"):
+            if self.parametrisation != "mup" and (value := getattr(self, name)) is not None:
+                raise UserError(
+                    f"model.gpt.{name} is {value}, but model.gpt.parametrisation is {self.parametrisation}; "
+                    f"set parametrisation to mup, or remove {name}"
+                )
         POSITION_ENCODINGS[self.position].validate(self)
 
     @property
@@ -268,3 +292,48 @@ class GPTConfig:
     def ffn_width(self) -> int:
         """Hidden width of the feed-forward network: ``ffn_dim``, or its default value if ``ffn_dim`` is None."""
         return self.ffn_dim or FEED_FORWARDS[self.feed_forward].default_hidden_dim(self)
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width relative to the model for which the hyperparameters were tuned; 1 in the standard parametrization."""
+        return self.n_embd / (self.mup_base_width or self.n_embd)
+
+    @property
+    def query_multiplier(self) -> float:
+        """Factor for queries, with which attention scores scale with 1 / head_dim instead of 1 / sqrt(head_dim).
+
+        Queries and keys become aligned in training, so that their dot products grow in proportion to ``head_dim``.
+        """
+        return math.sqrt((self.mup_base_head_dim or self.head_width) / self.head_width)
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor for logits: 1 / ``width_multiplier`` if the head is tied to the embedding, otherwise 1.
+
+        An untied head has smaller initial weights and updates instead.
+        """
+        return 1 / self.width_multiplier if self.tied_embeddings else 1.0
+
+    def at_width(self, n_embd: int) -> "GPTConfig":
+        """Return the config of a model of another width.
+
+        The head dimension, the number of query heads per key/value head and the ratio of the hidden width of the
+        feed-forward network to ``n_embd`` are those of this config.
+
+        Raises:
+            UserError: The width does not contain a whole number of heads.
+        """
+        n_kv_head, rest = divmod(n_embd * self.kv_heads, self.n_embd)
+        if rest or not n_kv_head:
+            raise UserError(
+                f"a width of {n_embd} channels is not divisible by {self.n_embd // self.kv_heads}, the number of "
+                f"channels per key/value head of this model; choose another width"
+            )
+        return replace(
+            self,
+            n_embd=n_embd,
+            n_head=n_kv_head * (self.n_head // self.kv_heads),
+            n_kv_head=n_kv_head,
+            head_dim=self.head_width,
+            ffn_dim=round(self.ffn_width * n_embd / self.n_embd),
+        )

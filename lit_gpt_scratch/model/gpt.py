@@ -16,7 +16,7 @@ from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
-from lit_gpt_scratch.model.module_metadata import OptimizerGroup
+from lit_gpt_scratch.model.module_metadata import OptimizerGroup, parameter_roles
 from lit_gpt_scratch.model.moe import ExpertLinear
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
@@ -175,6 +175,11 @@ class GPT(nn.Module):
         if initialise and not self.embedding.weight.is_meta:
             self.initialise_weights(draw_seed() if seed is None else seed)
 
+    @property
+    def width_multiplier(self) -> float:
+        """Width relative to the model for which the hyperparameters were tuned; see ``GPTConfig.parametrisation``."""
+        return self.config.width_multiplier
+
     @torch.no_grad()
     def initialise_weights(self, seed: int) -> None:
         """Initialize all weights with the scheme ``config.initialisation``, which may be sharded.
@@ -200,7 +205,9 @@ class GPT(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         branches = [branch for block in self.blocks for branch in block.residual_branches()]  # type: ignore[operator]
-        weights = WeightsByRole(self.embedding.weight, linears, branches, head)
+        roles = parameter_roles(self)
+        readouts = frozenset(linear for linear in linears if roles[linear.get_parameter("weight")] == "readouts")
+        weights = WeightsByRole(self.embedding.weight, linears, branches, head, readouts, self.width_multiplier)
         INITIALISATIONS[self.config.initialisation](weights, sampler)
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ class LoRALinear(nn.Linear):
         enabled: Whether the adapter is applied.
     """
 
-    optimizer_group: ClassVar[OptimizerGroup] = "tables"
+    optimizer_group: ClassVar[dict[str, OptimizerGroup]] = {"lora_a": "readouts", "lora_b": "tables"}
     unmerged: Tensor | None
 
     def __init__(self, base: nn.Linear, settings: LoRA) -> None:

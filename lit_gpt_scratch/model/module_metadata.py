@@ -34,12 +34,18 @@ following attributes and methods of an ``nn.Module`` are optional.
     Returns the linear layers whose outputs are added to the residual stream. Some initialization schemes set their
     weights to smaller values or to zero. This method is required for the attention and feed-forward modules of a block.
 
-``optimizer_group: ClassVar[OptimizerGroup]``
+``optimizer_group: ClassVar[OptimizerGroup | dict[str, OptimizerGroup]]``
     Optimizer group of the 2-D parameters in the module and its children, unless a child declares another group:
-    ``matrices`` (maps between hidden layers, which Muon can update) or ``tables`` (one vector per token, class or
-    position; the default). Parameters with fewer dimensions always belong to ``vectors``, and parameters with more
-    dimensions to ``tables``, unless the declared group is ``stacked_matrices``: they are then matrices that are stacked
-    along the first dimensions, such as those of experts, and belong to ``matrices``.
+    ``matrices`` (maps between hidden layers, which Muon can update), ``tables`` (one vector per token or position; the
+    default) or ``readouts`` (maps from a hidden layer to a number of outputs that does not depend on the width, such as
+    logits or gates; the default for an ``nn.Linear`` outside the blocks). A dict declares the groups of some of the
+    module's own parameters by name, and leaves the other parameters and the children unchanged. Parameters with fewer
+    dimensions always belong to ``vectors``, and parameters with more dimensions to ``tables``, unless the declared
+    group is ``stacked_matrices``: they are then matrices that are stacked along the first dimensions, such as those of
+    experts, and belong to ``matrices``.
+
+``width_multiplier: float``
+    Declared by a whole network: the width relative to the network for which its hyperparameters were tuned.
 """
 
 from collections.abc import Iterator
@@ -47,7 +53,10 @@ from typing import Literal
 
 from torch import nn
 
-OptimizerGroup = Literal["matrices", "stacked_matrices", "tables"]
+OptimizerGroup = Literal["matrices", "stacked_matrices", "tables", "readouts"]
+"""Optimizer groups that a module can declare."""
+ParameterRole = Literal["matrices", "tables", "readouts", "vectors"]
+"""Roles of parameters, which follow from the declared groups and the numbers of dimensions."""
 
 
 def linear_flops_per_token(module: nn.Module) -> int:
@@ -72,20 +81,35 @@ def inactive_parameters(module: nn.Module) -> int:
     return sum(inactive_parameters(child) for child in module.children())
 
 
-def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield each parameter of a module with its optimizer group; shared parameters are yielded several times.
+def parameter_roles(module: nn.Module) -> dict[nn.Parameter, ParameterRole]:
+    """Return the role of each parameter of a module; the first declaration for a shared parameter counts."""
+    roles: dict[nn.Parameter, ParameterRole] = {}
+    for parameter, role in _declared_roles(module, None):
+        roles.setdefault(parameter, role)
+    return roles
 
-    Args:
-        module: The module.
-        inherited: Group of the 2-D parameters in the module and its children, unless they declare another group.
-    """
-    declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
-    for parameter in module.parameters(recurse=False):
+
+def _declared_roles(
+    module: nn.Module, inherited: OptimizerGroup | None
+) -> Iterator[tuple[nn.Parameter, ParameterRole]]:
+    declared: OptimizerGroup | dict[str, OptimizerGroup] | None = getattr(module, "optimizer_group", inherited)
+    by_name, group = (declared, inherited) if isinstance(declared, dict) else ({}, declared)
+    default: OptimizerGroup = group or ("readouts" if isinstance(module, nn.Linear) else "tables")
+    for name, parameter in module.named_parameters(recurse=False):
+        own = by_name.get(name, default)
         if parameter.ndim < 2:
             yield parameter, "vectors"
-        elif declared == "stacked_matrices" or (declared == "matrices" and parameter.ndim == 2):
+        elif own == "stacked_matrices":
             yield parameter, "matrices"
         else:
-            yield parameter, "tables"
+            yield parameter, own if parameter.ndim == 2 else "tables"
     for child in module.children():
-        yield from optimizer_groups(child, declared)
+        yield from _declared_roles(child, group)
+
+
+def width_multiplier(module: nn.Module) -> float:
+    """Return the ``width_multiplier`` that a module or one of the modules inside it declares, or 1."""
+    for declaring in module.modules():
+        if (declared := getattr(declaring, "width_multiplier", None)) is not None:
+            return float(declared)
+    return 1.0

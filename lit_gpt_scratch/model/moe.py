@@ -45,7 +45,7 @@ class Router(nn.Linear):
             (n_experts,) in at least float32, in which small changes are not rounded; None without ``expert_bias_rate``.
     """
 
-    optimizer_group: ClassVar[OptimizerGroup] = "tables"  # one vector per expert
+    optimizer_group: ClassVar[OptimizerGroup] = "readouts"  # one logit per expert
     balance_bias: Tensor | None
 
     def __init__(self, config: "GPTConfig") -> None:

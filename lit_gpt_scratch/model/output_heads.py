@@ -40,8 +40,10 @@ class TokenHead:
         return padded_vocab_size(config, vocab_size)
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Truncate the logits from the padded to the actual vocabulary size, and apply ``config.logit_softcap``."""
+        """Truncate the logits from the padded to the actual vocabulary size, scale them and apply the soft cap."""
         logits = x if x.size(-1) == vocab_size else x[..., :vocab_size]  # the gradient of a slice is a copy
+        if config.logit_multiplier != 1:
+            logits = logits * config.logit_multiplier
         cap = config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -38,12 +38,24 @@ class WeightsByRole(NamedTuple):
         linears: All linear layers, including the head unless its weight is tied to the embedding.
         branches: Residual branches of all blocks, from the first block to the last.
         head: Linear layer of the output head, or None if its weight is tied to the embedding.
+        readouts: The linear layers that map to a number of outputs that does not depend on the width, such as the head.
+        width_multiplier: See ``GPTConfig.width_multiplier``.
     """
 
     embedding: Tensor
     linears: list[nn.Linear | ExpertLinear]
     branches: list[ResidualBranch]
     head: nn.Linear | None
+    readouts: frozenset[nn.Linear | ExpertLinear]
+    width_multiplier: float
+
+    def scale(self, linear: nn.Linear | ExpertLinear) -> float:
+        """Return the factor by which the standard deviation of a layer's weights differs from that at the base width.
+
+        The outputs of hidden layers keep their scale; those of readouts decrease with the square root of the width, so
+        that random weights do not dominate their gradients (https://arxiv.org/abs/2203.03466, table 3).
+        """
+        return 1 / (self.width_multiplier if linear in self.readouts else math.sqrt(self.width_multiplier))
 
 
 def zero(weights: WeightsByRole, sampler: WeightSampler) -> None:
@@ -56,7 +68,7 @@ def zero(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """
     sampler.normal_(weights.embedding, 1.0 if weights.head else INIT_STD)  # a tied embedding is also the head
     for linear in weights.linears:
-        sampler.normal_(linear.weight, linear.in_features**-0.5)
+        sampler.normal_(linear.weight, (linear.in_features / weights.width_multiplier) ** -0.5 * weights.scale(linear))
     for branch in weights.branches:
         # The gradient of a norm is very large at zero input, so the gain of the norm is initialized to zero instead.
         for layer in branch.outputs if branch.norm is None else [branch.norm]:
@@ -67,8 +79,9 @@ def zero(weights: WeightsByRole, sampler: WeightSampler) -> None:
 
 def normal(weights: WeightsByRole, sampler: WeightSampler) -> None:
     """Initialize all matrices and embeddings from a normal distribution, as in Llama and Qwen."""
-    for weight in (weights.embedding, *(linear.weight for linear in weights.linears)):
-        sampler.normal_(weight, INIT_STD)
+    sampler.normal_(weights.embedding, INIT_STD)
+    for linear in weights.linears:
+        sampler.normal_(linear.weight, INIT_STD * weights.scale(linear))
 
 
 def gpt2(weights: WeightsByRole, sampler: WeightSampler) -> None:
@@ -79,7 +92,8 @@ def gpt2(weights: WeightsByRole, sampler: WeightSampler) -> None:
     outputs = {linear for branch in weights.branches for linear in branch.outputs}
     sampler.normal_(weights.embedding, INIT_STD)
     for linear in weights.linears:
-        sampler.normal_(linear.weight, INIT_STD / math.sqrt(len(weights.branches)) if linear in outputs else INIT_STD)
+        std = INIT_STD / math.sqrt(len(weights.branches)) if linear in outputs else INIT_STD
+        sampler.normal_(linear.weight, std * weights.scale(linear))
 
 
 def xavier(weights: WeightsByRole, sampler: WeightSampler) -> None:
@@ -87,9 +101,12 @@ def xavier(weights: WeightsByRole, sampler: WeightSampler) -> None:
 
     Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """
+    m = weights.width_multiplier
     for linear in weights.linears:
-        sampler.uniform_(linear.weight, math.sqrt(6 / (linear.in_features + linear.out_features)))
-    sampler.normal_(weights.embedding, 1.0 if weights.head else weights.embedding.size(1) ** -0.5)
+        inputs = linear.in_features / m
+        outputs = linear.out_features / (1 if linear in weights.readouts else m)
+        sampler.uniform_(linear.weight, math.sqrt(6 / (inputs + outputs)) * weights.scale(linear))
+    sampler.normal_(weights.embedding, 1.0 if weights.head else (weights.embedding.size(1) / m) ** -0.5)
 
 
 INITIALISATIONS: dict[str, Callable[[WeightsByRole, WeightSampler], None]] = {

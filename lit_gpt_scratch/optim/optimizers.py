@@ -24,7 +24,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.local_shard import device_of, is_offloaded, to_local
 from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of
 from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
-from lit_gpt_scratch.optim.param_groups import parameter_groups
+from lit_gpt_scratch.optim.param_groups import parameter_groups, split_by_width
 
 # Keller Jordan's quintic polynomial: five iterations map singular values to about [0.7, 1.2], which trains as well as
 # singular values of exactly 1 and requires no singular value decomposition.
@@ -333,6 +333,7 @@ class AdamW(OptimizerRecipe):
         groups = parameter_groups(model)
         settings = _adamw_settings(self.lr, self.beta1, self.beta2, self.bf16_state)
         return _build_optimizer(
+            model,
             {
                 "name": "matrices and tables",
                 "params": groups.matrices + groups.tables,
@@ -391,6 +392,7 @@ class Muon(OptimizerRecipe):
         groups = parameter_groups(model)
         adamw = _adamw_settings(self.adamw_lr, self.beta1, self.beta2, self.bf16_state)
         return _build_optimizer(
+            model,
             {
                 "name": "matrices",
                 "rule": "muon",
@@ -406,9 +408,9 @@ class Muon(OptimizerRecipe):
         )
 
 
-def _build_optimizer(*groups: dict[str, Any]) -> MuonAdamW:
+def _build_optimizer(model: nn.Module, *groups: dict[str, Any]) -> MuonAdamW:
     # Groups may be empty: with LoRA, for example, only tables are trained.
-    return MuonAdamW([group for group in groups if group["params"]])
+    return MuonAdamW([part for group in groups if group["params"] for part in split_by_width(model, group)])
 
 
 def _adamw_settings(lr: float, beta1: float, beta2: float, bf16_state: bool) -> dict[str, Any]:

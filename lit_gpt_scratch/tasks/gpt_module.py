@@ -481,7 +481,8 @@ class GPTModule(L.LightningModule):
             self.step_loss = rank_mean / self._labels_per_rank
         if self.is_log_step and self.step_loss is not None:
             self.log("train/loss", self.step_loss)
-            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            first = optimizer.param_groups[0]
+            self.log("train/learning_rate", first["lr"] / first.get("lr_scale", 1.0))  # the same at each width with mup
             self.log("train/gradient_norm", total_grad_norm(gradients_of(self)))
         if self.expert_balancing is not None:
             copies = self.trainer.world_size // self.data_info.layout.replicas  # processes with the same tokens

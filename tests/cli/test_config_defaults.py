@@ -46,6 +46,8 @@ NULLS = {
     "model.init_args.gpt.logit_softcap": "off",
     "model.init_args.gpt.bigram_rows": "off",
     "model.init_args.gpt.rotary_skip_every": "off: all blocks rotate queries and keys",
+    "model.init_args.gpt.mup_base_width": "off: belongs to parametrisation",
+    "model.init_args.gpt.mup_base_head_dim": "off: belongs to parametrisation",
     # task
     "model.init_args.optimizer.init_args.row_beta": "off",
     "model.init_args.schedule.stages": "off: belongs to multistep",

@@ -28,6 +28,7 @@ from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
+from lit_gpt_scratch.optim import AdamW, Muon
 from tests.end_to_end import forked
 
 VOCAB, BLOCK_SIZE, SEED, WORLD = 301, 64, 7, 4
@@ -47,6 +48,10 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "experts": {"feed_forward": "moe", "n_experts": 8, "n_shared_experts": 2, "expert_bias_rate": 0.001},
     "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal"},
     "joint norms": {"qk_norm_joint": True},
+    "mup": {
+        "parametrisation": "mup", "mup_base_width": 19, "mup_base_head_dim": 6, "tied_embeddings": True,
+        "initialisation": "normal", "smear": True,
+    },
     "sinusoidal positions": {"position": "sinusoidal", "initialisation": "normal", "norm_placement": "post"},
 }  # fmt: skip
 
@@ -76,7 +81,7 @@ def check_networks() -> None:
         is_split = MESHES[layout][1] > 1
         if (name == "joint norms" and is_split) or (name == "experts, not divisible" and layout == "tp"):
             continue  # not supported
-        if layout != "fsdp2_tp" and name not in ("tied", "additions", "joint norms", "experts, not divisible"):
+        if layout != "fsdp2_tp" and name not in ("tied", "additions", "joint norms", "mup", "experts, not divisible"):
             continue
         gpt, mesh = config(**changes), build_mesh("cpu", *MESHES[layout])
         whole, sharded = GPT(gpt, VOCAB, BLOCK_SIZE, seed=SEED), on_meta(gpt)
@@ -91,6 +96,18 @@ def check_networks() -> None:
         assert n_sharded > len(list(whole.parameters())) / 2
         for (buffer, one), (_, other) in zip(sharded.named_buffers(), whole.named_buffers(), strict=True):
             assert torch.equal(one, other), (layout, name, buffer)
+        for recipe in (AdamW(), Muon()):
+            assert hyperparameters(recipe, sharded) == hyperparameters(recipe, whole), (layout, name)
+
+
+def hyperparameters(recipe: AdamW | Muon, net: GPT) -> dict[str, tuple[Any, ...]]:
+    """The update rule and the hyperparameters of each parameter."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    return {
+        names[parameter]: tuple(group.get(key) for key in ("name", "rule", "lr", "weight_decay", "eps"))
+        for group in recipe.build(net).param_groups
+        for parameter in group["params"]
+    }
 
 
 def part_of(whole: Tensor, sharded: Tensor) -> Tensor:

@@ -92,6 +92,9 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "residual_scalars": draw(st.booleans()),
         "dropout": dropout,
         "initialisation": draw(st.sampled_from(choices("initialisation"))),
+        "parametrisation": (parametrisation := draw(st.sampled_from(choices("parametrisation")))),
+        "mup_base_width": draw(st.sampled_from([2, 24, 200])) if parametrisation == "mup" else None,
+        "mup_base_head_dim": draw(st.sampled_from([None, 1, 16])) if parametrisation == "mup" else None,
     }
     assert drawn.keys() == {field.name for field in fields(GPTConfig)}  # a new option must be added here
     return GPTConfig(**drawn)

@@ -26,6 +26,7 @@ EXPERTS = [
     *("--model.gpt.feed_forward=moe", "--model.gpt.n_shared_experts=1", "--model.gpt.expert_bias_rate=0.01"),
     "--model.gpt.router_z_loss=0.001",
 ]
+MUP = ["--model.gpt.parametrisation=mup", "--model.gpt.mup_base_width=8"]
 SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
 
 
@@ -53,10 +54,11 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
         (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, ["sharded"]),
         (["--model.optimizer=AdamW", *EXPERTS], 1e-9, ["sharded", "file"]),
         (["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9", *EXPERTS], 1e-2, ["sharded"]),
+        (["--model.optimizer=AdamW", *MUP, *EXPERTS], 1e-9, ["file"]),
     ],
     ids=[
         *("adamw", "adamw, sharded", "adamw, alternating formats", "adamw, bfloat16 state", "normuon, sharded"),
-        *("adamw, experts", "normuon, experts"),
+        *("adamw, experts", "normuon, experts", "adamw, mup, experts"),
     ],
 )
 @pytest.mark.slow

@@ -27,6 +27,10 @@ LONGROPE = {
         ({"dropout": 1.0}, "model.gpt.dropout is 1.0"),
         ({"dropout": -0.1}, "model.gpt.dropout is -0.1"),
         ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
+        ({"parametrisation": "mup"}, "model.gpt.parametrisation is mup, but model.gpt.mup_base_width is not set; set"),
+        ({"parametrisation": "mup", "mup_base_width": 0}, "model.gpt.mup_base_width is 0"),
+        ({"mup_base_width": 64}, "model.gpt.mup_base_width is 64, but model.gpt.parametrisation is standard; set"),
+        ({"mup_base_head_dim": 64}, "model.gpt.mup_base_head_dim is 64, but model.gpt.parametrisation is standard"),
     ],
 )
 def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> None:

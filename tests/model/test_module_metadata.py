@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
-from lit_gpt_scratch.model.module_metadata import OptimizerGroup, flops_per_token, optimizer_groups
+from lit_gpt_scratch.model.module_metadata import OptimizerGroup, flops_per_token, parameter_roles
 from lit_gpt_scratch.model.moe import Router
 
 
@@ -51,8 +51,8 @@ def test_declared_flops_replace_those_of_the_children() -> None:
 def test_optimizer_groups_are_inherited_and_overridden() -> None:
     net = nn.Sequential(nn.Linear(4, 4), Layer())
     names = {parameter: name for name, parameter in net.named_parameters()}
-    assert {names[parameter]: group for parameter, group in optimizer_groups(net)} == {
-        "0.weight": "tables",
+    assert {names[parameter]: group for parameter, group in parameter_roles(net).items()} == {
+        "0.weight": "readouts",
         "0.bias": "vectors",
         "1.experts.experts": "tables",
         "1.experts.router.weight": "matrices",
