@@ -1,7 +1,7 @@
 """``doctor``: diagnose a run, check or measure this machine, or test ``fit``.
 
-One test checks that a run that was killed and resumed is identical to an uninterrupted run. The other test checks that
-all training strategies compute the same results.
+One test checks that a run that was killed and resumed is identical to an uninterrupted run. Another test checks that
+all training strategies compute the same results. The third checks that activations have the same scale at each width.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -24,6 +25,7 @@ from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS, LayoutParity
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.profiling.coordinate_check import SEEDS, WIDTHS, check_coordinates
 from lit_gpt_scratch.profiling.device_check import RELATIVE_TOLERANCES, compare_devices, describe_machine
 
 RESUME_DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
@@ -34,9 +36,16 @@ PARITY_DEFAULTS = (
     "--model.compile=false",
 )  # fmt: skip
 """Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
+COORDINATE_DEFAULTS = (
+    "--trainer.accelerator=cpu", "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64",
+)  # fmt: skip
+"""Flags for a shallow model whose heads are small enough for narrow widths; the user's flags override them."""
+COORDINATE_FLAGS = ("--model.gpt", "--model.optimizer", "--config", "--preset")
+"""Flags of ``fit`` that have an effect with ``--coordinates``."""
 OPTIONS = {
     "kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity", "minutes": "--acceptance",
-    "out": "--acceptance", "text": "--acceptance", "rows": "--acceptance",
+    "out": "--acceptance", "text": "--acceptance", "rows": "--acceptance", "widths": "--coordinates",
+    "plot": "--coordinates",
 }  # fmt: skip
 """Flag that each option requires, keyed by option name."""
 
@@ -51,9 +60,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "times, resume it, and compare its last checkpoint and curves bit for bit with those of an uninterrupted run. "
         "With --parity: run the same steps in every layout of processes and micro-batches, and compare losses and "
         "gradients. With --acceptance: measure this machine's GPU within a time limit, from matrix products to "
-        "training, decoding and resuming, and write acceptance.json and acceptance.md after each row.",
+        "training, decoding and resuming, and write acceptance.json and acceptance.md after each row. With "
+        "--coordinates: train narrow and wide models for a few steps, and check that their activations have the same "
+        "scale, so that hyperparameters can be transferred across widths (--model.gpt.parametrisation mup).",
         epilog=f"All other flags are passed to fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
-        f"with --resume, and {' '.join(PARITY_DEFAULTS)} with --parity.",
+        f"with --resume, {' '.join(PARITY_DEFAULTS)} with --parity, and {' '.join(COORDINATE_DEFAULTS)} with "
+        "--coordinates.",
     )
     tests = parser.add_mutually_exclusive_group()
     tests.add_argument(
@@ -61,7 +73,12 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same results")
     tests.add_argument("--acceptance", action="store_true", help="measure and check everything on this machine's GPU")
-    if not {"--resume", "--parity"} & set(args):  # with these flags, a positional word is the value of a flag of fit
+    tests.add_argument(
+        "--coordinates", action="store_true", help="test that activations have the same scale at each width"
+    )
+    if not {"--resume", "--parity", "--coordinates"} & set(
+        args
+    ):  # with these flags, a positional word is the value of a flag of fit
         parser.add_argument(
             "run", metavar="RUN", nargs="?", type=Path, help="run folder, or any folder with TensorBoard events"
         )
@@ -99,17 +116,30 @@ def main(args: Sequence[str] | None = None) -> None:
         help="measure only the rows whose names match one of these regular expressions, and keep the other rows of "
         "the reports in the folder",
     )
+    coordinates = parser.add_argument_group("with --coordinates")
+    coordinates.add_argument(
+        "--widths", type=int, nargs="+", default=list(WIDTHS), help="values of model.gpt.n_embd to compare"
+    )
+    coordinates.add_argument(
+        "--plot", metavar="FILE", type=Path, default=Path("coordinates.png"), help="file for the plot"
+    )
     given, fit_flags = parser.parse_known_args(args)
-    test = next((f"--{name}" for name in ("resume", "parity", "acceptance") if getattr(given, name)), None)
+    names = ("resume", "parity", "acceptance", "coordinates")
+    test = next((f"--{name}" for name in names if getattr(given, name)), None)
     for name, belongs_to in OPTIONS.items():
         if test != belongs_to and getattr(given, name) != parser.get_default(name):
             raise UserError(f"argument --{name} requires {belongs_to}; add {belongs_to}, or omit --{name}")
     if test == "--acceptance":
         _run_acceptance(given, fit_flags)
         return
+    if test == "--coordinates":
+        if not _check_coordinates(given, fit_flags):
+            sys.exit(1)
+        return
     if test is None:
         if fit_flags:
-            raise UserError(f"unrecognized arguments: {' '.join(fit_flags)} (`fit` flags require --resume or --parity)")
+            required = "`fit` flags require --resume, --parity or --coordinates"
+            raise UserError(f"unrecognized arguments: {' '.join(fit_flags)} ({required})")
         if given.json and given.run is None:
             raise UserError("argument --json requires a run folder; pass RUN")
         healthy = _check_machine() if given.run is None else _diagnose_run(given.run, given.json)
@@ -193,3 +223,24 @@ def _test_parity(given: argparse.Namespace, fit_flags: Sequence[str], folder: Pa
     for what in parity.violations:
         print(f"differs: {what}")
     return not parity.violations
+
+
+def _check_coordinates(given: argparse.Namespace, fit_flags: Sequence[str]) -> bool:
+    """Print the scales of activations at each width and save their plot; return whether all of them are flat."""
+    from lit_gpt_scratch.cli.fit import FitCLI  # slow to import
+
+    unused = [flag for flag in fit_flags if flag.startswith("--") and not flag.startswith(COORDINATE_FLAGS)]
+    if unused:
+        raise UserError(f"{unused[0]} has no effect with --coordinates, which trains on random tokens; omit it")
+    if find_spec("matplotlib") is None:
+        raise UserError("--coordinates requires matplotlib; install with: python -m pip install -e '.[sweep]'")
+    task = FitCLI([*COORDINATE_DEFAULTS, *fit_flags]).model
+    with tqdm(total=len(set(given.widths)) * len(SEEDS), unit="run", disable=not sys.stderr.isatty()) as bar:
+        check = check_coordinates(task.gpt, task.optimizer, given.widths, on_run=lambda: bar.update())
+    try:
+        check.save_plot(given.plot)
+    except (OSError, ValueError) as error:  # the folder does not exist, or the file extension is unknown
+        raise UserError(f"argument --plot: cannot write {given.plot}: {error}; choose another file") from error
+    print(check)
+    print(check.verdict)
+    return not check.not_flat

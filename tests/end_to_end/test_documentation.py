@@ -221,6 +221,9 @@ def runs(command: Command, user_folder: Path, cache: Path, line: str) -> None:
         flags += parity if "--parity" in flags else ["--kills=1"]
     if name == "doctor" and "--acceptance" in flags:  # another test runs the rows
         flags = ["--acceptance", "--minutes=0.01"]
+    if name == "doctor" and "--coordinates" in flags:
+        pytest.importorskip("matplotlib")
+        flags += ["--model.gpt.n_layer=1", "--widths", "64", "128"]
     if name == "sweep":
         pytest.importorskip("optuna")
     outcome = command(name, *flags)
