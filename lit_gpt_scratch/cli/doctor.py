@@ -76,9 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
     tests.add_argument(
         "--coordinates", action="store_true", help="test that activations have the same scale at each width"
     )
-    if not {"--resume", "--parity", "--coordinates"} & set(
-        args
-    ):  # with these flags, a positional word is the value of a flag of fit
+    takes_fit_flags = not {"--resume", "--parity", "--coordinates"}.isdisjoint(args)
+    if not takes_fit_flags:  # otherwise, a positional word is the value of a flag of fit
         parser.add_argument(
             "run", metavar="RUN", nargs="?", type=Path, help="run folder, or any folder with TensorBoard events"
         )
@@ -228,6 +227,7 @@ def _test_parity(given: argparse.Namespace, fit_flags: Sequence[str], folder: Pa
 def _check_coordinates(given: argparse.Namespace, fit_flags: Sequence[str]) -> bool:
     """Print the scales of activations at each width and save their plot; return whether all of them are flat."""
     from lit_gpt_scratch.cli.fit import FitCLI  # slow to import
+    from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
     unused = [flag for flag in fit_flags if flag.startswith("--") and not flag.startswith(COORDINATE_FLAGS)]
     if unused:
@@ -235,6 +235,8 @@ def _check_coordinates(given: argparse.Namespace, fit_flags: Sequence[str]) -> b
     if find_spec("matplotlib") is None:
         raise UserError("--coordinates requires matplotlib; install with: python -m pip install -e '.[sweep]'")
     task = FitCLI([*COORDINATE_DEFAULTS, *fit_flags]).model
+    if not isinstance(task, GPTModule):
+        raise UserError(f"{type(task).__name__} has no model.gpt; --coordinates requires a task of this package")
     with tqdm(total=len(set(given.widths)) * len(SEEDS), unit="run", disable=not sys.stderr.isatty()) as bar:
         check = check_coordinates(task.gpt, task.optimizer, given.widths, on_run=lambda: bar.update())
     try:

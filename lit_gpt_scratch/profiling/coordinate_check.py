@@ -74,6 +74,9 @@ class CoordinateCheck:
         advice = "check that custom modules declare their optimizer_group, or lower the learning rate"
         if self.config.parametrisation == "standard":
             advice = f"set --model.gpt.parametrisation mup --model.gpt.mup_base_width {self.config.n_embd}"
+        elif self.not_flat == ["logits"] and self.scales["logits"][0] > self.scales["logits"][-1]:
+            # An initial head that is not zero multiplies hidden states that it is not yet aligned with.
+            advice = "compare wider models, because the share of the random initial head decreases with their width"
         return (
             f"not flat: {len(self.not_flat)} of {len(self.scales)} activations change their scale {across}, most of "
             f"all {name} by a factor of {self.ratios[name]:.3g}, so the best learning rate depends on the width; "
@@ -194,7 +197,7 @@ def _measure(net: GPT, input_ids: Tensor) -> dict[str, float]:
         branches = {part: block.get_submodule(part) for part in ("attention", "feed_forward")}
         named |= {f"blocks.{layer}.{part}": module for part, module in branches.items()} | {f"blocks.{layer}": block}
     handles = [module.register_forward_hook(record(name)) for name, module in named.items()]
-    logits = net(input_ids)
+    logits = net.eval()(input_ids)
     for handle in handles:
         handle.remove()
     return {**scales, "logits": logits.square().mean().sqrt().item()}
