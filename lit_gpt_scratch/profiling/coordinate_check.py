@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -186,9 +186,10 @@ def _measure(net: GPT, input_ids: Tensor) -> dict[str, float]:
     """Return the root mean square of the embeddings, the outputs of blocks and their branches, and the logits."""
     scales: dict[str, float] = {}
 
-    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            scales[name] = output.square().mean().sqrt().item()
+    def record(name: str) -> Callable[[nn.Module, object, Any], None]:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            activation: Tensor = output[0] if isinstance(output, tuple) else output  # the other outputs are of a router
+            scales[name] = activation.square().mean().sqrt().item()
 
         return hook
 

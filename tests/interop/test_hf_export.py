@@ -34,17 +34,16 @@ def any_config(seed: int) -> GPTConfig:
     """A random config that some family can express."""
     rng = random.Random(seed)
     kinds = "gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe", "phi3"
-    kind = kinds[seed % len(kinds)]
-    parametrisation = (
-        {"parametrisation": "mup", "mup_base_width": 5, "mup_base_head_dim": 3} if seed // len(kinds) % 3 == 1 else {}
-    )
+    kind, mup = kinds[seed % len(kinds)], {}
+    if seed // len(kinds) % 3 == 1:
+        mup = {"parametrisation": "mup", "mup_base_width": 20, "mup_base_head_dim": 3}
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
     settings: dict[str, Any] = {
         "n_layer": rng.randint(1, 3), "n_head": heads * group, "n_embd": heads * group * width,
         "norm_eps": rng.choice([1e-3, 1e-6]), "tied_embeddings": rng.random() < 0.5,
         "vocab_multiple": rng.choice([1, 64]), "ffn_dim": rng.choice([None, 44]),
         "attention_backend": rng.choice(["auto", "manual"]),
-        "initialisation": rng.choice(["zero", "gpt2", "normal", "xavier"]), **parametrisation,
+        "initialisation": rng.choice(["zero", "gpt2", "normal", "xavier"]), **mup,
     }  # fmt: skip
     if kind == "gpt2":
         settings |= {"position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True, "qk_norm": False}
