@@ -41,8 +41,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-hf",
         help="export a folder for Hugging Face transformers",
         description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
-        "matches the model, such as Llama, Qwen3 or GPT-2. The folder includes a model card with the training data, procedure and results that the run folder of the checkpoint "
-        "records.",
+        "matches the model, such as Llama, Qwen3 or GPT-2. The folder includes a model card with the training data, "
+        "procedure and results that the run folder of the checkpoint records.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
     to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be empty if it exists")
