@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from lit_gpt_scratch.bounded_yaml import load_yaml
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, SessionFacts
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.model_family import ModelShape
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.terminal_output import redact
 from lit_gpt_scratch.text.markdown import escape_markdown, format_compact_table, markdown_code_block
@@ -21,6 +22,11 @@ log = logging.getLogger(__name__)
 
 METRIC_SPLITS: Final = {"val": "validation", "test": "test"}
 """Names of the data splits, keyed by the prefix of their metrics in ``summary.json``."""
+SHOWN_SETTINGS: Final = (
+    "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "feed_forward", "ffn_dim", "norm", "norm_placement",
+    "position", "attention_backend", "vocab_multiple", "initialisation", "dropout",
+)  # fmt: skip
+"""Fields of ``GPTConfig`` that the card always describes, or that do not change the function of the exported model."""
 PLAIN_PROMPT: Final = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
 CHAT_PROMPT: Final = """messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
@@ -163,6 +169,7 @@ def _build_metadata(title: str, run: RunRecord, license_id: str | None) -> str:
 
 
 def _architecture_rows(shape: ModelShape) -> Iterator[tuple[str, Any]]:
+    """Yield the sizes of a model, and its other settings that differ from the defaults."""
     gpt = shape.gpt
     yield "layers", gpt.n_layer
     yield "width", gpt.n_embd
@@ -174,7 +181,10 @@ def _architecture_rows(shape: ModelShape) -> Iterator[tuple[str, Any]]:
     yield "positions", gpt.position
     yield "context length", shape.block_size
     yield "vocabulary size", shape.vocab_size
-    yield "tied embeddings", gpt.tied_embeddings
+    for setting in fields(GPTConfig):
+        value = getattr(gpt, setting.name)
+        if value != setting.default and setting.name not in SHOWN_SETTINGS:
+            yield setting.name.replace("_", " "), value
 
 
 def _data_rows(run: RunRecord) -> Iterator[tuple[str, Any]]:

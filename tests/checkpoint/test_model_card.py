@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def card(record: RunRecord, tokenizer: Tokenizer, **changes: Any) -> ModelCard:
-    shape = ModelShape(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_kv_head=1), 300, 64)
+    shape = ModelShape(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_kv_head=1, tied_embeddings=True), 300, 64)
     arguments = {"architecture": "Qwen3ForCausalLM", "parameters": 12_345} | changes
     text = build_model_card("owner/model", shape, tokenizer, record, **arguments)
     parsed = ModelCard(text)
@@ -105,13 +105,14 @@ def test_the_card_states_the_content_of_the_run_folder(run: Path, tokenizer: Tok
         ("owner/texts", "test", "loss", 3.75),
     ]
     expected = {
-        "layers": "3", "key/value heads": "1", "context length": "64", "source": "owner/texts@main",
-        "cleaning": "ExactDuplicates", "steps": "40", "tokens": "123,456", "optimizer": "AdamW (lr 0.004)",
-        "schedule": "decay cosine, warmup_steps 7", "batch size": "16", "precision": "bf16-mixed",
-        "validation bits per byte": "1.75", "baseline without training: unigram": "4.25",
+        "layers": "3", "key/value heads": "1", "context length": "64", "tied embeddings": "True",
+        "source": "owner/texts@main", "cleaning": "ExactDuplicates", "steps": "40", "tokens": "123,456",
+        "optimizer": "AdamW (lr 0.004)", "schedule": "decay cosine, warmup_steps 7", "batch size": "16",
+        "precision": "bf16-mixed", "validation bits per byte": "1.75", "baseline without training: unigram": "4.25",
         "commit": "abc with uncommitted changes, abd", "data fingerprint": "d1", "torch": "2.13.0",
     }  # fmt: skip
     assert expected.items() <= rows(built.text).items()
+    assert "sliding window" not in rows(built.text)
     assert "12,345 parameters (Qwen3ForCausalLM)" in built.text
     assert "fine-tuned" not in built.text
 
