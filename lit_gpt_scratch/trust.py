@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from platformdirs import user_state_path
 
@@ -27,32 +27,40 @@ IMPORT_PATH: Final = re.compile(r"(?<![\w./\\-])[^\W\d]\w*(?:\.[^\W\d]\w*)+(?![\
 RECORD_FILE: Final = "written_configs"
 """Name of the file in the user's state folder that lists the SHA-256 digests of configs written by ``fit``."""
 
+T = TypeVar("T")
 Trusted = str | Collection[str] | None
 """Import paths that the user allows files to import."""
 
 
 class UntrustedCodeError(UserError):
-    """Raised if a file refers to code that the user does not trust; ``name`` is the import path of the code."""
+    """Raised if a file refers to code that the user does not trust.
 
-    def __init__(self, file: str, name: str) -> None:
+    Attributes:
+        name: Import path of the code.
+        setting: Setting that contains the import path, if known.
+    """
+
+    def __init__(self, file: str, name: str, setting: str | None = None) -> None:
         super().__init__(f"{file} would run the custom code {name}; if you trust this code, pass --trust {name}")
         self.name = name
+        self.setting = setting
 
 
-def require_trusted(name: object, trusted: Trusted, file: object) -> None:
+def require_trusted(name: object, trusted: Trusted, file: object, setting: str | None = None) -> None:
     """Check that the user allows a file to import a class or function.
 
     Args:
         name: Import path that the file contains, or None if it contains none.
         trusted: Import paths that the user allows.
         file: Path to the file, used in error messages.
+        setting: Setting that contains the import path, if known, such as ``model.gpt.attention``.
 
     Raises:
         UntrustedCodeError: The import path is not in ``trusted``.
     """
     allowed = {trusted} if isinstance(trusted, str) else frozenset(trusted or ())
     if name is not None and not (isinstance(name, str) and name in allowed):
-        raise UntrustedCodeError(str(file), str(name))
+        raise UntrustedCodeError(str(file), str(name), setting)
 
 
 def import_object(path: str) -> Any:
@@ -63,6 +71,32 @@ def import_object(path: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def import_subclass(path: str, base: type[T], flag: str) -> type[T]:
+    """Import a class by its import path, and check its base class; this runs the code of its module.
+
+    Args:
+        path: Import path, such as ``my_file.MyAttention``.
+        base: Required base class.
+        flag: Name of the setting that contains the path, used in error messages.
+
+    Raises:
+        UserError: The path cannot be imported, or does not refer to a subclass of ``base``.
+    """
+    try:
+        found = import_object(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{flag} is {path}, which cannot be imported ({error}); set it to an import path such as "
+            f"my_file.My{base.__name__}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"{flag} is {path}, which is not a subclass of {base.__module__}.{base.__name__}; set it to "
+            f"the import path of a subclass"
+        )
+    return found
 
 
 def find_import_paths(text: str) -> set[str]:

@@ -45,9 +45,9 @@ def _use_model(trainer: L.Trainer, path: str) -> str:
     suggested = (getattr(each, "next_command", None) for each in (task, data))
     command = next(filter(None, suggested), BaseDataModule.next_command)
     text = data.example_text if isinstance(data, BaseDataModule) else ""
-    attention = task.gpt.attention if isinstance(task, GPTModule) else None
-    trust = f" --trust {attention}" if attention and command.startswith(("generate", "evaluate")) else ""
-    return command.format(path, text=shlex.quote(text or "...")) + trust
+    custom = task.gpt.custom_classes.values() if isinstance(task, GPTModule) else ()
+    trust = [f" --trust {name}" for name in custom if command.startswith(("generate", "evaluate"))]
+    return command.format(path, text=shlex.quote(text or "...")) + "".join(trust)
 
 
 def _flags_to_continue(trainer: L.Trainer, max_time_is_a_flag: bool) -> list[str]:

@@ -89,12 +89,14 @@ class InitialModel:
 def explain_untrusted(argument: str) -> Iterator[None]:
     """Context manager that adds the name of a task argument to errors raised while loading the file that it specifies.
 
-    If the file refers to untrusted code, the error also suggests ``--model.gpt.attention``.
+    If the file refers to untrusted code, the error also suggests the flag that can name it, such as
+    ``--model.gpt.attention``.
     """
     try:
         yield
     except UntrustedCodeError as error:
-        raise UserError(f"{argument}: {error}, or pass --model.gpt.attention {error.name}") from error
+        flag = f", or pass --{error.setting} {error.name}" if error.setting else ""
+        raise UserError(f"{argument}: {error}{flag}") from error
     except UserError as error:
         raise UserError(f"{argument}: {error}") from error
 

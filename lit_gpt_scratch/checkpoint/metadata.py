@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.config import custom_classes
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead, OutputHead, ScalarHead, TokenHead
 from lit_gpt_scratch.schema import UnknownFieldError, validate, validate_fields
@@ -109,7 +110,8 @@ class CheckpointMetadata:
         Raises:
             UserError: The file refers to code that is not trusted, or a setting is out of range.
         """
-        require_trusted(self.gpt.get("attention"), trusted, path)
+        for field, name in custom_classes(self.gpt).items():
+            require_trusted(name, trusted, path, f"model.gpt.{field}")
         try:
             return GPTConfig(**self.gpt), None if self.lora is None else LoRA(**self.lora)
         except UserError as error:

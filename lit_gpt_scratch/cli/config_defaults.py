@@ -16,6 +16,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import default_precision, exp
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import default_max_logits_mb
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.config import custom_classes
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -89,10 +90,11 @@ def apply_init_from(
     initial = InitialModel.read(place)
     metadata = initial.metadata
     gpt = {**asdict(GPTConfig()), **metadata.gpt}
-    try:
-        require_trusted(gpt["attention"], trusted, initial.path)
-    except UntrustedCodeError:  # reported when the model is built, unless a flag names the same class
-        gpt["attention"] = None
+    for field, name in custom_classes(gpt).items():
+        try:
+            require_trusted(name, trusted, initial.path)
+        except UntrustedCodeError:  # reported when the model is built, unless a flag names the same class
+            gpt[field] = getattr(GPTConfig, field)
     if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
         gpt["dropout"] = 0.0
     _set_default_arguments(parser, "model", gpt=gpt)

@@ -25,6 +25,7 @@ from lit_gpt_scratch.cli.error_formatting import parser_keys
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 from lit_gpt_scratch.errors import UserError, describe_yaml_error, exception_chain
 from lit_gpt_scratch.lightning_compat import restrict_imports
+from lit_gpt_scratch.model.config import custom_classes
 from lit_gpt_scratch.schema import describe
 from lit_gpt_scratch.tasks.rl.reward_functions import is_checkpoint_path
 from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_REWARDS
@@ -267,7 +268,9 @@ def parse_run_config(parser: ArgumentParser, path: Path, trusted: Collection[str
             raise UserError(
                 f"{path} sets {flag}, which may write files to any folder; if you trust this file, pass --trust {name}"
             )
-    require_trusted(config.get("model.init_args.gpt.attention"), trusted, path)
+    gpt = config.get("model.init_args.gpt")
+    for name in custom_classes(vars(gpt) if gpt else {}).values():
+        require_trusted(name, trusted, path)
     reward = config.get("model.init_args.reward")
     if not (reward is None or is_checkpoint_path(reward) or reward in VERIFIABLE_REWARDS):
         require_trusted(reward, trusted, path)

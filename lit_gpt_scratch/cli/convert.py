@@ -238,11 +238,12 @@ def _open_model(checkpoint: dict[str, Any], path: Path) -> "PortableModel":
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
     from lit_gpt_scratch.interop.tensor_stream import strip_prefix
+    from lit_gpt_scratch.model.config import custom_classes
 
-    if attention := CheckpointMetadata.from_checkpoint(checkpoint).gpt.get("attention"):
+    if custom := custom_classes(CheckpointMetadata.from_checkpoint(checkpoint).gpt):
         raise UserError(
-            f"{path} has the custom attention class {attention}, which no published architecture supports; "
-            "only models with the built-in attention can be converted"
+            f"{path} has the custom class {next(iter(custom.values()))}, which no published architecture supports; "
+            "only models with built-in classes can be converted"
         )
     checkpoint = _merge_adapters(checkpoint, path)
     contents = CheckpointMetadata.from_checkpoint(checkpoint)

@@ -341,7 +341,7 @@ class FitCLI(LightningCLI):
                 validate_cpu_offload(size, str(trainer.precision))
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
             device = trainer.strategy.root_device
-            if device.type == "cpu" and self.model.gpt.attention is None:  # before the data is prepared
+            if device.type == "cpu" and not self.model.gpt.custom_classes:  # before the data is prepared
                 n_shards = trainer.world_size // groups if isinstance(trainer.strategy, ModelParallel) else 1
                 with trainer.precision_plugin.module_init_context():
                     require_model_fits_memory(

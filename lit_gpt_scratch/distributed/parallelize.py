@@ -137,10 +137,10 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
             "model.gpt.qk_norm_joint is true, which is not supported with tensor parallelism, because it normalizes "
             "the heads of all processes together; use fsdp2 or ddp"
         )
-    if config.attention is not None:
+    for field, name in config.custom_classes.items():
         raise UserError(
-            f"model.gpt.attention is {config.attention}, but custom attention is not supported with tensor "
-            f"parallelism; choose fsdp2 or ddp"
+            f"model.gpt.{field} is {name}, but custom classes are not supported with tensor parallelism; choose fsdp2 "
+            f"or ddp"
         )
 
 
@@ -244,9 +244,10 @@ def _shard_dimension(parameter: nn.Parameter, n_shards: int) -> Shard | None:
 def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
     """Complete tensor-parallel gradients in place, so that they equal the gradients of a single process.
 
-    If a replicated module is applied to individual heads, such as the norm of the queries, its gradient on each process
-    includes only the heads of that process, so the gradient is summed across processes. PyTorch leaves the gradient of
-    a row-sharded embedding unsharded, so this function shards it like the weight.
+    If a replicated module is applied to individual heads, such as the norm of the queries, or individual heads use its
+    output, such as the latents of latent attention, its gradient on each process includes only the heads of that
+    process, so the gradient is summed across processes. PyTorch leaves the gradient of a row-sharded embedding
+    unsharded, so this function shards it like the weight.
 
     Args:
         net: The network, after its backward pass.
@@ -265,9 +266,10 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
         if p.grad is not None
     ]
     if gradients:
-        flat = torch.cat(gradients)  # a single all-reduce instead of one per gradient
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one all-reduce instead of one per gradient
         dist.all_reduce(flat, group=mesh[TENSOR_PARALLEL].get_group())
-        torch._foreach_copy_(gradients, torch.split(flat, [len(gradient) for gradient in gradients]))
+        for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
@@ -294,11 +296,19 @@ def _declared_styles(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                     yield module, name, style
 
 
+def _use_local_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Convert the input of a replicated module; its gradient includes only the heads of this process."""
+    x, *others = inputs
+    return (x.to_local(grad_placements=[Partial()]) if isinstance(x, DTensor) else x, *others)
+
+
 def _apply_tensor_parallel(net: GPT, mesh: DeviceMesh) -> None:
     tied = net.head.weight is net.embedding.weight
     for module, name, style in list(_declared_styles(net)):
         if style != REPLICATED:
             parallelize_module(module, mesh, {name: STYLES[style]()})
+        else:
+            module.get_submodule(name).register_forward_pre_hook(_use_local_input)
     for module in net.blocks.modules():
         if "colwise" in getattr(module, "tensor_parallel_plan", {}).values():
             # Convert the input to a DTensor once per module and not once per matrix, so that the gradients of the

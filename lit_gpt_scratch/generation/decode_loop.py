@@ -105,8 +105,9 @@ def _validate_sink_tokens(model: GPT, sink_tokens: int) -> None:
 
 def max_batch_rows(model: GPT, capacity: int) -> int:
     """Return the maximum number of prompts per batch if the KV cache has ``capacity`` tokens for each prompt."""
-    config, weight = model.config, model.embedding.weight
-    row_bytes = 2 * config.n_layer * config.kv_heads * config.head_width * capacity * weight.element_size()
+    attentions = [module for module in model.blocks.modules() if isinstance(module, Attention)]
+    shapes = [shape for attention in attentions for shape in attention.cache_shapes()]
+    row_bytes = sum(heads * width for heads, width in shapes) * capacity * model.embedding.weight.element_size()
     return max(1, min(MAX_BATCH_ROWS, MAX_CACHE_BYTES // row_bytes))
 
 

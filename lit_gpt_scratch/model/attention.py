@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch.utils._triton import has_triton
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.cpu_attention import cpu_attention, cpu_attention_is_faster
 from lit_gpt_scratch.kernels.onednn_linear import Linear
-from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
-from lit_gpt_scratch.trust import import_object
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
 
 FLEX_MIN_HEAD_DIM: Final = 16
 """Smallest head dimension that FlexAttention's kernels support."""
@@ -52,7 +53,7 @@ class AttentionLayout(NamedTuple):
 
 
 def build_attention_layout(
-    config: GPTConfig,
+    config: "GPTConfig",
     position: PositionEncoding,
     input_ids: Tensor,
     document_ids: Tensor | None,
@@ -251,7 +252,7 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
-def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
+def can_use_flex_attention(config: "GPTConfig", device: torch.device) -> bool:
     """Return whether FlexAttention supports training a model on a device.
 
     FlexAttention requires a GPU with Triton, a head dimension of at least ``FLEX_MIN_HEAD_DIM``, and no dropout.
@@ -259,7 +260,7 @@ def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
 
-def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
+def validate_attention_backend(config: "GPTConfig", device: torch.device) -> None:
     """Check that the chosen attention backend supports training on a device.
 
     Raises:
@@ -300,9 +301,31 @@ class Attention(nn.Module):
         "key_norm": "replicated",
     }
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: "GPTConfig") -> None:
         super().__init__()
+        self.validate(config)
         self.config = config
+        self.recorded_weights: list[Tensor] | None = None
+        """List to which each forward pass appends its (B, n_head, T, S) attention weights; None disables recording."""
+        self.build_layers()
+
+    @staticmethod
+    def validate(config: "GPTConfig") -> None:
+        """Check that a config is compatible with the attention class.
+
+        Raises:
+            UserError: Two settings contradict each other.
+        """
+        for name in ("kv_rank", "query_rank", "rope_dim", "value_dim"):
+            if (value := getattr(config, f"latent_{name}")) is not None:
+                raise UserError(
+                    f"model.gpt.latent_{name} is {value}, but model.gpt.attention is {config.attention}; "
+                    f"set model.gpt.attention to latent, or remove latent_{name}"
+                )
+
+    def build_layers(self) -> None:
+        """Build the layers of the module; called by the constructor."""
+        config = self.config
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
         self.head_dim = config.head_width
@@ -315,8 +338,6 @@ class Attention(nn.Module):
             RMSNorm(heads * self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
             for heads in ((self.n_head, self.n_kv_head) if config.qk_norm_joint else (1, 1))
         )
-        self.recorded_weights: list[Tensor] | None = None
-        """List to which each forward pass appends its (B, n_head, T, S) attention weights; None disables recording."""
 
     def forward(
         self,
@@ -375,31 +396,10 @@ class Attention(nn.Module):
         """
         return linear_flops_per_token(self) + 4 * self.n_head * self.head_dim * context
 
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Return the number of heads and channels of each tensor that is appended to the KV cache: keys and values."""
+        return [(self.n_kv_head, self.head_dim)] * 2
+
     def residual_outputs(self) -> list[nn.Linear]:
         """Return the layers whose outputs are added to the residual stream: the output projection."""
         return [self.output]
-
-
-def resolve_attention_class(path: str | None) -> type[Attention]:
-    """Return the attention class with the given import path, or ``Attention`` if ``path`` is None.
-
-    The module that defines the class is imported, which runs its code.
-
-    Raises:
-        UserError: The path cannot be imported, or does not refer to a subclass of ``Attention``.
-    """
-    if path is None:
-        return Attention
-    try:
-        found = import_object(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"model.gpt.attention is {path}, which cannot be imported ({error}); set it to an import path such as "
-            f"my_file.MyAttention"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Attention)):
-        raise UserError(
-            f"model.gpt.attention is {path}, which is not a subclass of {Attention.__module__}.Attention; set it to "
-            f"the import path of a subclass"
-        )
-    return found

@@ -1,11 +1,13 @@
 """Dataclass ``GPTConfig``, which contains all architectural settings of the transformer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
+from lit_gpt_scratch.model.attention_registry import ATTENTIONS, resolve_attention_class
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS, resolve_feed_forward_class
 from lit_gpt_scratch.model.moe import ROUTER_SCORES
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
@@ -15,6 +17,7 @@ from lit_gpt_scratch.schema import describe
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
 ParametrisationName = Literal["standard", "mup"]
 if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (also in --help) come from the registries
+    AttentionName: TypeAlias = str
     FeedForwardName: TypeAlias = str
     InitialisationName: TypeAlias = str
     NormName: TypeAlias = str
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (a
     RouterScores: TypeAlias = str
     ScalingName: TypeAlias = str
 else:
+    AttentionName = Literal[tuple(ATTENTIONS)]
     FeedForwardName = Literal[tuple(FEED_FORWARDS)]
     InitialisationName = Literal[tuple(INITIALISATIONS)]
     NormName, PlacementName = Literal[NORMS], Literal[NORM_PLACEMENTS]
@@ -34,6 +38,15 @@ MAY_BE_ZERO = ("dropout", "n_shared_experts", "expert_bias_rate", "load_balance_
 MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16, "n_experts": 2**14}
 """Maximum values of settings that determine how many objects are built; all other integers are at most ``MAX_SIZE``."""
 MAX_SIZE = 2**31
+
+
+def custom_classes(gpt: Mapping[str, Any]) -> dict[str, str]:
+    """Return the import paths of the custom classes in the fields of a ``GPTConfig``, keyed by field.
+
+    The classes are not imported. Unlike the names of built-in classes, import paths contain a dot.
+    """
+    values = {field: gpt.get(field) for field in ("attention", "feed_forward")}
+    return {field: value for field, value in values.items() if isinstance(value, str) and "." in value}
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,10 @@ class GPTConfig:
             multi-query attention, and a divisor of ``n_head`` in between gives grouped-query attention
             (https://arxiv.org/abs/2305.13245).
         head_dim: Dimension of each attention head; ``n_embd // n_head`` by default.
-        attention: Import path of a custom attention class, such as ``my_file.MyAttention``, which must be a subclass of
-            ``model.attention.Attention``. By default, the built-in attention is used.
+        attention: Type of attention: ``latent`` (multi-head latent attention of DeepSeek-V2,
+            https://arxiv.org/abs/2405.04434), or the import path of a subclass of ``model.attention.Attention``, such
+            as ``my_file.MyAttention``. By default, multi-head, grouped-query or multi-query attention, depending on
+            ``n_kv_head``.
         attention_backend: Attention implementation: ``sdpa`` uses PyTorch's fused kernel, ``manual`` computes attention
             step by step, ``flex`` uses FlexAttention, and ``auto`` selects the fastest implementation that supports the
             other settings. All implementations compute the same function.
@@ -60,8 +75,18 @@ class GPTConfig:
         sliding_window: Size of the attention window in tokens: each token attends only to itself and the
             ``sliding_window - 1`` preceding tokens (Mistral, https://arxiv.org/abs/2310.06825). By default, each token
             attends to all preceding tokens.
+        latent_kv_rank: For latent attention, the width of the vector from which the keys and values of a token are
+            computed; 4 * head_dim by default. The KV cache stores ``latent_kv_rank + latent_rope_dim`` elements per
+            token and block.
+        latent_query_rank: For latent attention, the width of the vector from which the queries of a token are computed.
+            By default, queries are computed from the residual stream directly.
+        latent_rope_dim: For latent attention, the number of channels per head to which the position encoding is
+            applied; queries and keys have them in addition to their ``head_dim`` other channels. About head_dim / 2 by
+            default.
+        latent_value_dim: For latent attention, the dimension of the values of each head; ``head_dim`` by default.
         qk_norm: Whether to apply RMSNorm to the queries and keys of each head before the dot product, which keeps
-            attention scores bounded (https://arxiv.org/abs/2302.05442).
+            attention scores bounded (https://arxiv.org/abs/2302.05442). With latent attention, it is applied to the
+            vectors from which queries, keys and values are computed instead.
         qk_norm_joint: Whether this norm covers the channels of all heads together, instead of those of each head (OLMo
             2, https://arxiv.org/abs/2501.00656).
         position: Position encoding: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2),
@@ -99,8 +124,9 @@ class GPTConfig:
         qkv_bias: Whether the projections to queries, keys and values have biases even if ``bias`` is false (Qwen2,
             https://arxiv.org/abs/2407.10671).
         feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
-            (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact``, ``relu``, or
-            ``moe``, a mixture of experts that are SwiGLU networks (Mixtral, https://arxiv.org/abs/2401.04088).
+            (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact``, ``relu``,
+            ``moe``, a mixture of experts that are SwiGLU networks (Mixtral, https://arxiv.org/abs/2401.04088), or the
+            import path of a subclass of ``model.feed_forward.FeedForward``, such as ``my_file.MyFeedForward``.
         ffn_dim: Hidden width of the feed-forward network, or of each expert. By default, 4 * n_embd, or 8/3 * n_embd
             for ``swiglu`` and ``geglu``, rounded to a multiple of 32. The three matrices of the gated types then have
             about as many parameters as the two matrices of the other types. For ``moe``, the default is 8/3 * n_embd
@@ -161,10 +187,14 @@ class GPTConfig:
     n_embd: int = 192
     n_kv_head: int | None = None
     head_dim: int | None = None
-    attention: str | None = None
+    attention: AttentionName | str | None = None
     attention_backend: BackendName = "auto"
     attention_softcap: float | None = None
     sliding_window: int | None = None
+    latent_kv_rank: int | None = None
+    latent_query_rank: int | None = None
+    latent_rope_dim: int | None = None
+    latent_value_dim: int | None = None
     qk_norm: bool = True
     qk_norm_joint: bool = False
     position: PositionName = "rotary"
@@ -183,7 +213,7 @@ class GPTConfig:
     norm_placement: PlacementName = "pre"
     bias: bool = False
     qkv_bias: bool = False
-    feed_forward: FeedForwardName = "swiglu"
+    feed_forward: FeedForwardName | str = "swiglu"
     ffn_dim: int | None = None
     n_experts: int = 8
     experts_per_token: int = 2
@@ -210,10 +240,13 @@ class GPTConfig:
         hints = get_type_hints(GPTConfig)
         for field in fields(self):
             value, choices = getattr(self, field.name), get_args(hints[field.name])
-            if isinstance(value, str) and field.name != "attention":
+            if isinstance(value, str) and field.name not in self.custom_classes:
                 named = [c for choice in choices for c in (get_args(choice) or [choice]) if isinstance(c, str)]
                 if value not in named:
-                    raise UserError(f"model.gpt.{field.name} is {value}; it must be one of {', '.join(named)}")
+                    import_path = ", or an import path such as my_file.MyClass" if str in choices else ""
+                    raise UserError(
+                        f"model.gpt.{field.name} is {value}; it must be one of {', '.join(named)}{import_path}"
+                    )
             number = isinstance(value, int | float) and not isinstance(value, bool) and field.name not in MAY_BE_ZERO
             if number and not 0 < value < math.inf:
                 bound = "finite" if value == math.inf else "positive"
@@ -271,7 +304,14 @@ class GPTConfig:
                     f"model.gpt.{name} is {value}, but model.gpt.parametrisation is {self.parametrisation}; "
                     f"set parametrisation to mup, or remove {name}"
                 )
+        if "attention" not in self.custom_classes:  # which are imported, and validated, when the network is built
+            resolve_attention_class(self.attention).validate(self)
         POSITION_ENCODINGS[self.position].validate(self)
+
+    @property
+    def custom_classes(self) -> dict[str, str]:
+        """Import paths of the custom classes that this config uses, keyed by field."""
+        return custom_classes(vars(self))
 
     @property
     def kv_heads(self) -> int:
@@ -284,14 +324,37 @@ class GPTConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def latent_kv_width(self) -> int:
+        """Width of the compressed keys and values of latent attention: ``latent_kv_rank`` or its default."""
+        return self.latent_kv_rank or 4 * self.head_width
+
+    @property
+    def latent_rope_width(self) -> int:
+        """Number of position channels per head of latent attention: ``latent_rope_dim`` or its (even) default."""
+        return self.latent_rope_dim or max(2, self.head_width // 4 * 2)
+
+    @property
+    def latent_value_width(self) -> int:
+        """Dimension of the values of each head of latent attention: ``latent_value_dim`` or its default."""
+        return self.latent_value_dim or self.head_width
+
+    @property
+    def positional_width(self) -> int:
+        """Number of channels per head to which the position encoding is applied: all except in latent attention."""
+        latents = self.latent_kv_rank, self.latent_query_rank, self.latent_rope_dim, self.latent_value_dim
+        is_latent = self.attention == "latent" or any(latents)
+        return self.latent_rope_width if is_latent else self.head_width
+
+    @property
     def rotary_width(self) -> int:
         """Number of rotated channels per head."""
-        return round(self.head_width * self.rotary_share)
+        return round(self.positional_width * self.rotary_share)
 
     @property
     def ffn_width(self) -> int:
         """Hidden width of the feed-forward network: ``ffn_dim``, or its default value if ``ffn_dim`` is None."""
-        return self.ffn_dim or FEED_FORWARDS[self.feed_forward].default_hidden_dim(self)
+        return self.ffn_dim or resolve_feed_forward_class(self.feed_forward).default_hidden_dim(self)
+
 
     @property
     def width_multiplier(self) -> float:

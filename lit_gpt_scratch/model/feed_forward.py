@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.moe import ExpertLinear, Experts, Router
+from lit_gpt_scratch.trust import import_subclass
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class FeedForward(nn.Module):
     """Base class of feed-forward networks, which consist of an up-projection, an activation and a down-projection.
 
-    Subclasses define the activation.
+    Subclasses define the activation. To use a custom subclass, set ``model.gpt.feed_forward`` to its import path.
 
     Attributes:
         hidden_ratio: Hidden width as a multiple of ``n_embd``, used if ``ffn_dim`` is not set.
@@ -189,3 +190,14 @@ FEED_FORWARDS: dict[str, type[FeedForward] | type[MixtureOfExperts]] = {
     "geglu": GeGLUFeedForward,
     "moe": MixtureOfExperts,
 }
+
+
+def resolve_feed_forward_class(name: str) -> type[FeedForward] | type[MixtureOfExperts]:
+    """Return the feed-forward class with the given name or import path.
+
+    The module that defines a class with an import path is imported, which runs its code.
+
+    Raises:
+        UserError: The path cannot be imported, or does not refer to a subclass of ``FeedForward``.
+    """
+    return FEED_FORWARDS.get(name) or import_subclass(name, FeedForward, "model.gpt.feed_forward")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, call_with_checkpointing
-from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout, resolve_attention_class
+from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout
+from lit_gpt_scratch.model.attention_registry import resolve_attention_class
 from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
+from lit_gpt_scratch.model.feed_forward import resolve_feed_forward_class
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup, parameter_roles
@@ -48,7 +49,7 @@ class Block(nn.Module):
         self.attention = resolve_attention_class(config.attention)(config)
         self.attention_end = norm() if self.ends else nn.Identity()
         self.feed_forward_norm = norm() if begins else nn.Identity()
-        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
+        self.feed_forward = resolve_feed_forward_class(config.feed_forward)(config)
         self.feed_forward_end = norm() if self.ends else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None

@@ -1,4 +1,6 @@
-"""KV cache: preallocated keys and values of the preceding tokens."""
+"""KV cache: preallocated keys and values, or what they are computed from, of the preceding tokens."""
+
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -7,8 +9,9 @@ from torch import Tensor
 class KVCache:
     """Cache of keys and values for a batch of rows, which may have different lengths.
 
-    Slot ``t`` of a row stores the keys and values of token ``t``. The cache stores ``n_kv_head`` heads per block; under
-    tensor parallelism, each process stores only its own heads. Call ``begin_forward`` before and ``end_forward`` after
+    Slot ``t`` of a row stores the keys and values of token ``t``, or other tensors: the attention module of each block
+    determines how many tensors it appends, and their shapes. Under tensor parallelism, each process stores only its own
+    heads. Call ``begin_forward`` before and ``end_forward`` after
     each forward pass; in between, each block appends its keys and values once.
 
     A rolling cache (StreamingLLM, https://arxiv.org/abs/2309.17453) never runs out of slots: in a full row, each new
@@ -51,8 +54,7 @@ class KVCache:
         sink_tokens: int | None = None,
     ) -> None:
         self._dtype = dtype
-        self._keys: list[Tensor] = []  # one per block, (B, n_kv_head, capacity, head_dim)
-        self._values: list[Tensor] = []
+        self._layers: list[tuple[Tensor, ...]] = []  # one per block; each tensor is (B, heads, capacity, width)
         self._previous: dict[str, Tensor] = {}  # id or embedding of each row's last token, (B, 1, ...)
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
@@ -102,34 +104,29 @@ class KVCache:
         self.row_lengths = lengths if self.ragged or len(set(lengths)) > 1 else lengths[:1]
         self._last = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Store new keys and values for a block, and return all keys and values of that block.
 
         Args:
             layer: Index of the block.
-            k: New keys, of shape (B, n_kv_head, T, head_dim).
-            v: New values, of shape (B, n_kv_head, T, head_dim).
+            new: New keys and values, or other tensors (see ``Attention.cache_shapes``), each of shape
+                (B, heads, T, width).
 
         Returns:
-            Keys and values of the first S = ``visible_length`` slots, each of shape (B, n_kv_head, S, head_dim). Slots
-            beyond the end of a row are undefined.
+            For each tensor the first S = ``visible_length`` slots, of shape (B, heads, S, width). Slots beyond the end
+            of a row are undefined.
         """
-        if layer == len(self._keys):
-            B, heads, _, width = k.shape
-            for tensors in (self._keys, self._values):
-                tensors.append(torch.zeros(B, heads, self.capacity, width, device=k.device, dtype=self._dtype))
-        keys, values = self._keys[layer], self._values[layer]
-        if self.ragged and len(self.lengths) == 1:  # same result as below, but faster
-            keys.index_copy_(2, self._slots[0], k.type_as(keys))
-            values.index_copy_(2, self._slots[0], v.type_as(values))
-        elif self.ragged:
-            keys[self._rows, :, self._slots] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
-            values[self._rows, :, self._slots] = v.transpose(1, 2).type_as(values)
-        else:
-            new = slice(self._start, self._start + self._tokens)
-            keys[:, :, new] = k
-            values[:, :, new] = v
-        return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
+        if layer == len(self._layers):
+            shapes = [(B, heads, self.capacity, width) for B, heads, _, width in (x.shape for x in new)]
+            self._layers.append(tuple(torch.zeros(s, device=new[0].device, dtype=self._dtype) for s in shapes))
+        for stored, x in zip(self._layers[layer], new, strict=True):
+            if self.ragged and len(self.lengths) == 1:  # same result as below, but faster
+                stored.index_copy_(2, self._slots[0], x.type_as(stored))
+            elif self.ragged:
+                stored[self._rows, :, self._slots] = x.transpose(1, 2).type_as(stored)  # (B, T, heads, width)
+            else:
+                stored[:, :, self._start : self._start + self._tokens] = x
+        return tuple(stored[:, :, : self.visible_length] for stored in self._layers[layer])
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:
         """Shift the ids or embeddings of the new tokens right by one token: (B, T, ...) -> (B, T, ...).
@@ -158,14 +155,13 @@ class KVCache:
 
         A graph is recorded again if the promise is broken. Without CUDA graphs, this has no effect.
         """
-        for tensor in (*self._keys, *self._values):
+        for tensor in chain(*self._layers):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep only the rows with the given indices, in the given order."""
         index = torch.tensor(rows, device=self._rows.device)
-        self._keys = [keys[index] for keys in self._keys]
-        self._values = [values[index] for values in self._values]
+        self._layers = [tuple(stored[index] for stored in layer) for layer in self._layers]
         self._previous = {name: x[index] for name, x in self._previous.items()}
         self._rows = self._rows[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
@@ -176,7 +172,7 @@ class KVCache:
 
     def replace_row(self, row: int, other: "KVCache") -> None:
         """Replace a row with the row of ``other``, a cache that has only one row."""
-        for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
+        for mine, its in zip(chain(*self._layers), chain(*other._layers), strict=True):
             mine[row] = its[0]
         for name, x in other._previous.items():
             self._previous[name] = self._previous[name].clone()

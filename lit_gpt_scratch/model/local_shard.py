@@ -1,14 +1,35 @@
 """The part of a ``DTensor`` parameter, gradient or optimizer state that this process holds."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+from lit_gpt_scratch.kernels.onednn_linear import linear
 
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a ``DTensor``, which shares its memory; any other tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def linear_on_local_shard(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer without a bias to a tensor that each tensor-parallel process computes for its own heads.
+
+    If the layer is split by columns, the gradient of ``x`` on each process includes only the heads of that process,
+    whereas calling the layer would add an all-reduce for this gradient.
+
+    Args:
+        layer: The layer.
+        x: Input of shape (..., in_features), the output of a module that is replicated across the processes.
+
+    Returns:
+        The output channels of this process, of shape (..., out_features / processes).
+    """
+    if isinstance(layer.weight, DTensor):
+        return linear(x, to_local(layer.weight))
+    out: Tensor = layer(x)
+    return out
 
 
 def device_of(parameter: Tensor) -> torch.device:

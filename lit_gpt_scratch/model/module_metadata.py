@@ -9,8 +9,8 @@ following attributes and methods of an ``nn.Module`` are optional.
     on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
     split and outputs are summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows
     are split and outputs are summed), ``experts`` (see ``distributed.parallelize.ExpertParallel``) and ``replicated``
-    (each process holds all parameters and applies them to its own heads, and gradients are summed). A module without a
-    plan is replicated and requires no communication.
+    (each process holds all parameters, applies them to its own heads or computes what its own heads use, and gradients
+    are summed). A module without a plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
     Returns the number of floating-point operations (FLOPs) per token in the forward pass of the module and its

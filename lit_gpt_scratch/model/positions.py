@@ -181,10 +181,10 @@ class RotaryPositions(PositionEncoding):
     @staticmethod
     @override
     def validate(config: "GPTConfig") -> None:
-        if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
+        if config.rotary_width % 2 or not 0 < config.rotary_width <= config.positional_width:
             raise UserError(
                 f"model.gpt.position is rotary, which requires an even number of rotated channels from 2 to the head "
-                f"dimension, but {config.rotary_width} of {config.head_width} channels would be rotated; choose "
+                f"dimension, but {config.rotary_width} of {config.positional_width} channels would be rotated; choose "
                 f"another model.gpt.head_dim, rotary_share or position"
             )
         validate_rotary_scaling(config)

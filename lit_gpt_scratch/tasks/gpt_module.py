@@ -37,8 +37,9 @@ from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, validate_checkpointing
-from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
-from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
+from lit_gpt_scratch.model.attention import validate_attention_backend
+from lit_gpt_scratch.model.attention_registry import resolve_attention_class
+from lit_gpt_scratch.model.feed_forward import MixtureOfExperts, resolve_feed_forward_class
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.model.weight_sampler import draw_seed
@@ -108,7 +109,7 @@ class GPTModule(L.LightningModule):
             dropout.
 
     Raises:
-        UserError: The architecture has a custom attention class that cannot be imported, or arguments contradict each
+        UserError: The architecture has a custom class that cannot be imported, or arguments contradict each
             other.
     """
 
@@ -167,7 +168,8 @@ class GPTModule(L.LightningModule):
                     "it compares log-probabilities from separate forward passes; set it to 0"
                 )
         if gpt is not None:
-            resolve_attention_class(gpt.attention)
+            resolve_attention_class(gpt.attention).validate(gpt)
+            resolve_feed_forward_class(gpt.feed_forward)
         self._gpt = gpt
         self.optimizer = optimizer
         self.schedule = schedule
@@ -175,8 +177,8 @@ class GPTModule(L.LightningModule):
         self.initial_model: InitialModel | None = None
         """Model read from ``init_from``, or None before it is read and after the network is built. Callers that have
         already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
-        self.trusted: frozenset[str] = frozenset([gpt.attention] if gpt and gpt.attention else ())
-        """Import paths that ``init_from`` and other checkpoints may import: by default, only the attention class in
+        self.trusted: frozenset[str] = frozenset(gpt.custom_classes.values() if gpt else ())
+        """Import paths that ``init_from`` and other checkpoints may import: by default, only the custom classes in
         ``gpt``; ``fit`` adds the import paths in ``--trust``."""
         self.lora = lora
         self.train_layers = train_layers

@@ -42,21 +42,28 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         scaling = draw(st.none() | st.sampled_from(choices("rotary_scaling")))
     trained = draw(st.integers(4, 64)) if scaling in SCALINGS_FROM_TRAINED_CONTEXT else None
     has_turns = scaling in DEFAULT_ROTARY_FAST
-    share = draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 else 1.0
-    pairs = tuple(1.0 + n for n in range(round(half * share))) if scaling == "longrope" else None
+    attention = draw(st.sampled_from([None, *choices("attention"), OWN]))
+    latent = attention == "latent"
+    share = draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 and not latent else 1.0
+    rotated = 4 if latent else round(half * share)
+    pairs = tuple(1.0 + n for n in range(rotated)) if scaling == "longrope" else None
     dropout, softcap = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([None, 5.0]))
     drawn = {
         "n_layer": draw(st.integers(1, 3)),
         "n_head": kv * group,
         "n_embd": kv * group * 2 * half if draw(st.booleans()) else draw(st.sampled_from([16, 24])),
-        "n_kv_head": kv,
+        "n_kv_head": None if latent else kv,
         "head_dim": 2 * half,
-        "attention": draw(st.sampled_from([None, OWN])),
+        "attention": attention,
         "attention_backend": draw(st.sampled_from(["auto", "manual"] if softcap else ["auto", "sdpa", "manual"])),
         "attention_softcap": softcap,
         "sliding_window": draw(st.none() | st.integers(1, CONTEXT + 2)),
+        "latent_kv_rank": draw(st.none() | st.integers(1, 40)) if latent else None,
+        "latent_query_rank": draw(st.none() | st.integers(1, 40)) if latent else None,
+        "latent_rope_dim": 8 if latent else None,
+        "latent_value_dim": draw(st.none() | st.integers(1, 12)) if latent else None,
         "qk_norm": (qk_norm := draw(st.booleans())),
-        "qk_norm_joint": qk_norm and draw(st.booleans()),
+        "qk_norm_joint": qk_norm and not latent and draw(st.booleans()),
         "position": position,
         "rotary_base": draw(st.sampled_from([100.0, 10_000.0])),
         "rotary_share": share,
@@ -86,7 +93,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "tied_embeddings": draw(st.booleans()),
         "vocab_multiple": draw(st.sampled_from([1, 64])),
         "logit_softcap": draw(st.sampled_from([None, 15.0])),
-        "value_embeddings": draw(st.booleans()),
+        "value_embeddings": not latent and draw(st.booleans()),
         "bigram_rows": draw(st.sampled_from([None, 50])),
         "smear": draw(st.booleans()),
         "residual_scalars": draw(st.booleans()),

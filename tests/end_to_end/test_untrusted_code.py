@@ -257,8 +257,8 @@ def test_code_that_the_user_names_runs(command: Command, mark: Path, way: str) -
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (lambda: ["convert", "to-hf", full_model(), "exported"], 2, f"custom attention class {ATTENTION}"),
-        (lambda: ["convert", "to-hf", adapted_model(), "exported"], 2, f"custom attention class {ATTENTION}"),
+        (lambda: ["convert", "to-hf", full_model(), "exported"], 2, f"custom class {ATTENTION}"),
+        (lambda: ["convert", "to-hf", adapted_model(), "exported"], 2, f"custom class {ATTENTION}"),
         (lambda: ["convert", "to-safetensors", full_model(), "m.safetensors"], 0, ""),
         (lambda: ["convert", "to-adapter", adapted_model(), "a.safetensors"], 2, "without --model.init_from"),
         (lambda: ["fit", f"--ckpt_path={full_model()}", "--trainer.max_steps=14"], 2, ""),

@@ -53,9 +53,10 @@ DYNAMIC = replace(
 LONGROPE = replace(
     DYNAMIC, rotary_scaling="longrope", rotary_short_factors=(1.0,) * 8, rotary_long_factors=(1.5, 3.0) * 4
 )  # fmt: skip
+LATENT = replace(TINY, attention="latent", latent_kv_rank=40, latent_query_rank=12)
 CACHED = {
-    "plain": TINY, "looks-back": LOOKS_BACK, "alibi": ALIBI, "olmo2": OLMO2, "experts": EXPERTS, "dynamic": DYNAMIC,
-    "longrope": LONGROPE,
+    "plain": TINY, "looks-back": LOOKS_BACK, "alibi": ALIBI, "olmo2": OLMO2, "experts": EXPERTS, "latent": LATENT,
+    "dynamic": DYNAMIC, "longrope": LONGROPE,
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_short_contexts(context: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "longrope"])
+@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "latent", "longrope"])
 def test_compiled_step_generates_the_same(name: str) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(CACHED[name]).double()
@@ -190,7 +191,7 @@ def test_cache_size() -> None:
     with torch.no_grad():
         cache, logits = prefill(model, [[1, 2, 3], [4]], capacity=9)
     assert logits.shape == (2, 61)
-    assert [tuple(keys.shape) for keys in cache._keys] == [(2, 2, 9, 8)] * 2
+    assert [[tuple(x.shape) for x in layer] for layer in cache._layers] == [[(2, 2, 9, 8)] * 2] * 2
     assert cache.lengths == [3, 1]
 
 

@@ -172,6 +172,7 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
         ({"sliding_window": 5}, ["sliding_window is 5"]),
         ({"feed_forward": "relu2"}, ["feed_forward is relu2 (must be swiglu)"]),
         ({"rotary_share": 0.5}, ["rotary_share is 0.5"]),
+        ({"attention": "latent"}, ["attention is latent (must be None)"]),
         ({"attention": "lit_gpt_scratch.model.attention.Attention"}, ["attention is lit_gpt_scratch.model.attention"]),
         (
             {

@@ -1,12 +1,13 @@
 """Declarations of modules: FLOPs and optimizer groups by default, declared, and inherited."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.attention_registry import ATTENTIONS
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup, flops_per_token, parameter_roles
 from lit_gpt_scratch.model.moe import Router
@@ -63,9 +64,16 @@ def test_optimizer_groups_are_inherited_and_overridden() -> None:
     }
 
 
-@pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
-def test_tensor_parallel_plans_cover_every_linear_layer_of_a_block(feed_forward: str) -> None:
-    block = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, feed_forward=feed_forward), 50, 8).blocks[0]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"feed_forward": name} for name in FEED_FORWARDS),
+        *({"attention": name} for name in ATTENTIONS),
+        {"attention": "latent", "latent_query_rank": 8},
+    ],
+)
+def test_tensor_parallel_plans_cover_every_linear_layer_of_a_block(changes: dict[str, Any]) -> None:
+    block = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, **changes), 50, 8).blocks[0]
     replicated = Router  # needs no communication
     linears = {
         name
