@@ -288,7 +288,7 @@ class Attention(nn.Module):
         keys, values  kv kv kv kv          kv    kv                kv
                       multi-head          grouped-query       multi-query
 
-    To use custom attention, subclass this class, override ``attend`` or any other method, and set
+    To use custom attention, subclass this class, override ``attend``, ``combine_heads`` or any other method, and set
     ``model.gpt.attention`` to the import path of the subclass.
     """
 
@@ -370,9 +370,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, head_dim)
         k = position.rotate(k, layout.key_cos_sin)
         y = self.attend(q, k, v, position, layout)  # (B, n_head, T, head_dim)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
-        out: Tensor = self.output(y)  # (B, T, n_embd)
-        return out
+        return self.combine_heads(y.transpose(1, 2).flatten(2), x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, position: PositionEncoding, layout: AttentionLayout) -> Tensor:
         """Compute attention for the given queries, keys and values.
@@ -387,6 +385,19 @@ class Attention(nn.Module):
             self.recorded_weights.append(weights)
             return y
         return causal_attention(*arguments, self.config.attention_backend)
+
+    def combine_heads(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Project the outputs of all heads to the residual stream.
+
+        Args:
+            heads: Concatenated outputs of the heads, of shape (B, T, n_head * head_dim).
+            x: Input of the module, of shape (B, T, n_embd), which subclasses may use.
+
+        Returns:
+            The output of the module, of shape (B, T, n_embd).
+        """
+        out: Tensor = self.output(heads)
+        return out
 
     def flops_per_token(self, context: int) -> int:
         """Return the number of FLOPs per token in the forward pass, if each token attends to ``context`` tokens.

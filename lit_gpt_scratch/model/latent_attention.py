@@ -130,8 +130,7 @@ class LatentAttention(Attention):
         absorbs = layer_cache is not None and self.absorbs(T, latents.size(2))
         attend = self._attend_to_latents if absorbs else self._attend_to_heads
         y = attend(q, q_rope, latents, position, layout)  # (B, n_head, T, value_dim)
-        out: Tensor = self.output(y.transpose(1, 2).flatten(2))  # (B, T, n_head * value_dim) -> (B, T, n_embd)
-        return out
+        return self.combine_heads(y.transpose(1, 2).flatten(2), x)  # (B, T, n_head * value_dim) -> (B, T, n_embd)
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Return whether attention over the latents takes fewer operations than computing all keys and values.

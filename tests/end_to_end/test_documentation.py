@@ -53,7 +53,8 @@ FILES = {name: block for block in blocks("python") for name in re.findall(r"\A# 
 FILES |= {name: block for block in blocks("yaml") for name in re.findall(r"\A# (\w+\.yaml)\n", block)}
 """Python and YAML blocks that are files, by name."""
 SNIPPETS = [block for block in blocks("python") if not block.startswith("# my_")]
-[DIFF] = re.findall(r"```diff\n(.*?)```", (REFERENCE / "model.md").read_text(encoding="utf-8"), re.DOTALL)
+*NEW_FILES, DIFF = re.findall(r"```diff\n(.*?)```", (REFERENCE / "model.md").read_text(encoding="utf-8"), re.DOTALL)
+"""The diffs that add a file each, and one that changes a file."""
 SHORT = [
     "--trainer.max_steps=2", "--model.compile=false", "--model.gpt.n_embd=36", "--trainer.limit_val_batches=2",
     "--data.vocab_size=300", "--data.block_size=32", "--data.tokens_per_step=null", "--data.batch_size=4",
@@ -82,6 +83,14 @@ def test_links_exist(path: Path) -> None:
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
+def apply(diff: str, folder: Path) -> Path:
+    """Apply a diff that touches a single file, and return the path of the file."""
+    [touched] = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
+    applied = subprocess.run(["git", "apply", "-"], input=diff, cwd=folder, text=True, capture_output=True)
+    assert applied.returncode == 0, applied.stderr
+    return folder / touched
+
+
 @pytest.fixture
 def user_folder(trained: Trained, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a fresh clone after its first run, with some files of the user's."""
@@ -92,6 +101,8 @@ def user_folder(trained: Trained, small: list[str], tmp_path: Path, monkeypatch:
         (tmp_path / "my_texts" / f"{name}.txt").write_text(prose, encoding="utf-8")
     for name, content in FILES.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
+    for diff in NEW_FILES:
+        apply(diff, tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = "".join(f"x\t{sentences(seed, 3)!r}\n" for seed in range(40))
     (tmp_path / "my_table.tsv").write_text(f"label\tmessage\n{rows}", encoding="utf-8")
@@ -259,17 +270,36 @@ ACTIVATION = """
 """  # noqa: W293 - the empty lines of a diff begin with a space
 
 
+@pytest.mark.parametrize("diff", NEW_FILES, ids=["attention", "feed-forward"])
+def test_a_custom_class_is_one_new_file_that_trains(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, diff: str
+) -> None:
+    """The documented text, applied in an empty folder: a few steps, and text from the checkpoint."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = apply(diff, tmp_path)
+    assert diff.startswith("--- /dev/null\n")
+    [(name, base)] = re.findall(r"^class (\w+)\((\w+)\)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    field = "attention" if base == "Attention" else "feed_forward"
+    own = f"{path.stem}.{name}"
+    assert command("fit", *small, f"--model.gpt.{field}={own}", "--trainer.max_steps=4").code == 0
+    refused = command("generate", "--max_new_tokens=3")
+    assert (refused.code, f"--trust {own}" in refused.err) == (2, True)
+    assert command("generate", "--max_new_tokens=3", f"--trust={own}").code == 0
+    monkeypatch.delitem(sys.modules, path.stem)
+
+
+def test_documented_attention_is_the_shipped_example(tmp_path: Path) -> None:
+    shipped = ROOT / "experiments" / "examples" / "gated_attention.py"
+    assert apply(NEW_FILES[0], tmp_path).read_text(encoding="utf-8") == shipped.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_adding_a_component_changes_one_file(user_folder: Path, small: list[str]) -> None:
     """The documented example and another one, applied to a copy of the package: train, then generate from the run."""
     own = {"--model.gpt.position=logarithmic": DIFF, "--model.gpt.feed_forward=reglu": ACTIVATION}
     shutil.copytree(ROOT / "lit_gpt_scratch", user_folder / "lit_gpt_scratch")
     for diff in own.values():
-        [touched] = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
-        command = ["git", "apply", "-"]
-        applied = subprocess.run(command, input=diff, cwd=user_folder, text=True, capture_output=True)
-        assert applied.returncode == 0, applied.stderr
-        lines = (user_folder / touched).read_text(encoding="utf-8").splitlines()
+        lines = apply(diff, user_folder).read_text(encoding="utf-8").splitlines()
         assert all(len(line) <= 120 for line in lines)
 
     fit = ["fit", *small, *own, "--trainer.max_steps=2", "--experiment=own"]

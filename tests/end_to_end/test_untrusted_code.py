@@ -32,11 +32,15 @@ PLANTED = """
 from pathlib import Path
 import lightning as L
 from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.feed_forward import SwiGLUFeedForward
 from lit_gpt_scratch.tasks import LanguageModel
 
 Path(__file__).with_name("imported").touch()
 
 class Attn(Attention):
+    pass
+
+class Swi(SwiGLUFeedForward):
     pass
 
 class Task(LanguageModel):
@@ -52,7 +56,7 @@ def reward(prompts, replies):
     return [1.0] * len(replies)
 """
 RUN = Path("runs/pretrain/version_0")
-ATTENTION = "planted.Attn"
+ATTENTION, FEED_FORWARD = "planted.Attn", "planted.Swi"
 
 
 @pytest.fixture
@@ -71,6 +75,12 @@ def run(mark: Path, trained: Trained, small: list[str]) -> Path:
     """The folder of a finished run."""
     trained(*small)
     return RUN
+
+
+def feed_forward_model() -> str:
+    contents = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    contents[METADATA_KEY] |= {"gpt": contents[METADATA_KEY]["gpt"] | {"feed_forward": FEED_FORWARD}}
+    return save(contents, "evil.ckpt")
 
 
 def with_attention(path: Path, **changes: Any) -> dict[str, Any]:
@@ -143,6 +153,11 @@ def set_attention(config: dict[str, Any]) -> None:
     save(with_attention(RUN / "checkpoints/last.ckpt"), str(RUN / "checkpoints/last.ckpt"))
 
 
+def set_feed_forward(config: dict[str, Any]) -> None:
+    config["model"]["init_args"]["gpt"]["feed_forward"] = FEED_FORWARD
+    save(load_checkpoint(Path(feed_forward_model())), str(RUN / "checkpoints/last.ckpt"))
+
+
 def set_reward(config: dict[str, Any]) -> None:
     arguments = config["model"]["init_args"]
     kept = {name: arguments[name] for name in ("gpt", "optimizer", "schedule", "compile")}
@@ -187,6 +202,16 @@ class WayIn:
 START = ["fit", "--runs=new", "--trainer.max_steps=2", "--trainer.accelerator=cpu", "--model.compile=false"]
 WAYS = {
     "checkpoint": WayIn(lambda: ["generate", full_model(), *SAMPLE]),
+    "feed-forward": WayIn(lambda: ["generate", feed_forward_model(), *SAMPLE], name=FEED_FORWARD),
+    "init_from, feed-forward": WayIn(
+        lambda: [*START, f"--model.init_from={feed_forward_model()}", f"--data.source={__file__}"], name=FEED_FORWARD
+    ),
+    "init_from, feed-forward by name": WayIn(
+        lambda: [*START, f"--model.init_from={feed_forward_model()}", f"--data.source={__file__}"],
+        name=FEED_FORWARD,
+        flag="--model.gpt.feed_forward=",
+    ),
+    "resumed feed-forward": WayIn(edit_config(set_feed_forward), name=FEED_FORWARD),
     "safetensors": WayIn(lambda: ["generate", exported_model(), *SAMPLE]),
     "adapters in a checkpoint": WayIn(lambda: ["generate", adapted_model(), *SAMPLE]),
     "adapter": WayIn(
@@ -258,6 +283,7 @@ def test_code_that_the_user_names_runs(command: Command, mark: Path, way: str) -
     ("arguments", "code", "message"),
     [
         (lambda: ["convert", "to-hf", full_model(), "exported"], 2, f"custom class {ATTENTION}"),
+        (lambda: ["convert", "to-hf", feed_forward_model(), "exported"], 2, f"custom class {FEED_FORWARD}"),
         (lambda: ["convert", "to-hf", adapted_model(), "exported"], 2, f"custom class {ATTENTION}"),
         (lambda: ["convert", "to-safetensors", full_model(), "m.safetensors"], 0, ""),
         (lambda: ["convert", "to-adapter", adapted_model(), "a.safetensors"], 2, "without --model.init_from"),

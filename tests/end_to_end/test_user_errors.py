@@ -49,6 +49,9 @@ def one_line(outcome: Outcome, *expected: str) -> None:
         (["--model.gpt.position", "sideways"], ["model.gpt.position", "sideways"]),
         (["--preset", "gpt5"], ["--preset is gpt5", "gpt2_124m"]),
         (["--model.gpt.attention", "no_file.Mine"], ["model.gpt.attention is no_file.Mine", "No module named"]),
+        (["--model.gpt.attention", "latnt"], ["attention is latnt; it must be one of latent, or an import path"]),
+        (["--model.gpt.feed_forward", "no_file.Mine"], ["model.gpt.feed_forward is no_file.Mine", "No module named"]),
+        (["--model.gpt.feed_forward", "os.path"], ["model.gpt.feed_forward is os.path", "not a subclass"]),
         (["--model.gpt.attention", "os.path"], ["model.gpt.attention is os.path", "not a subclass"]),
         (
             ["--model.gpt.attention_backend=sdpa", "--model.gpt.attention_softcap=5"],
