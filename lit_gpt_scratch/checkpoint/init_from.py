@@ -18,12 +18,13 @@ from lit_gpt_scratch.interop.tensor_stream import on_meta
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.lora import ADAPTER_SUFFIXES
+from lit_gpt_scratch.model.multi_token_prediction import MULTI_TOKEN_PREFIX
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
 MAY_DIFFER: Final = (
-    "dropout", "attention_backend", "initialisation", "load_balance_loss", "router_z_loss", "classes", "pooling",
-    "rewards", "block_size",
+    "dropout", "attention_backend", "initialisation", "load_balance_loss", "router_z_loss", "multi_token_depth",
+    "classes", "pooling", "rewards", "block_size",
 )  # fmt: skip
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
 
@@ -138,7 +139,8 @@ def has_same_head(trained: StoredModel, net: GPT) -> bool:
 def copy_weights(trained: StoredModel, net: GPT) -> None:
     """Copy a trained model's weights, one tensor at a time, into a network that may be sharded and have new adapters.
 
-    A head of another type or size, and adapters, keep their initial weights.
+    A head of another type or size, adapters, and modules for multi-token prediction that the trained model does not
+    have keep their initial weights. Those that only the trained model has are omitted.
 
     Args:
         trained: The model to copy from; see ``has_same_head``.
@@ -148,6 +150,8 @@ def copy_weights(trained: StoredModel, net: GPT) -> None:
     kept = {name for name in weights if name.endswith(ADAPTER_SUFFIXES)}
     if not has_same_head(trained, net):
         kept.add(HEAD)
-    assert weights.keys() - kept == trained.weights.keys() - kept
+    kept |= {name for name in weights if name.startswith(MULTI_TOKEN_PREFIX) and name not in trained.weights}
+    omitted = {name for name in trained.weights if name.startswith(MULTI_TOKEN_PREFIX) and name not in weights}
+    assert weights.keys() - kept == trained.weights.keys() - kept - omitted
     for name in weights.keys() - kept:
         to_local(weights[name]).copy_(trained.weights[name][tuple(shard_slices(weights[name]))])

@@ -95,8 +95,11 @@ def apply_init_from(
             require_trusted(name, trusted, initial.path)
         except UntrustedCodeError:  # reported when the model is built, unless a flag names the same class
             gpt[field] = getattr(GPTConfig, field)
-    if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
+    task_class = import_class(task or "LanguageModel", "lit_gpt_scratch.tasks")
+    if not getattr(task_class, "allows_dropout", True):
         gpt["dropout"] = 0.0
+    if not getattr(task_class, "predicts_ahead", True):
+        gpt["multi_token_depth"] = 0
     _set_default_arguments(parser, "model", gpt=gpt)
     _set_default_arguments(parser, "data", block_size=metadata.block_size)
     return initial

@@ -237,8 +237,9 @@ def _open_model(checkpoint: dict[str, Any], path: Path) -> "PortableModel":
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
     from lit_gpt_scratch.interop.model_family import ModelShape
-    from lit_gpt_scratch.interop.tensor_stream import strip_prefix
+    from lit_gpt_scratch.interop.tensor_stream import select, strip_prefix
     from lit_gpt_scratch.model.config import custom_classes
+    from lit_gpt_scratch.model.multi_token_prediction import MULTI_TOKEN_PREFIX
 
     if custom := custom_classes(CheckpointMetadata.from_checkpoint(checkpoint).gpt):
         raise UserError(
@@ -251,6 +252,10 @@ def _open_model(checkpoint: dict[str, Any], path: Path) -> "PortableModel":
     if contents.non_lm_task is not None:
         raise UserError(f"the model in {path} {contents.non_lm_task}; only language models can be converted")
     weights = strip_prefix(checkpoint["state_dict"], STATE_PREFIX)
+    if gpt.multi_token_depth:
+        log.warning("the modules for multi-token prediction are omitted, because no supported family has them")
+        gpt = replace(gpt, multi_token_depth=0)
+        weights = select(weights, {name: name for name in weights if not name.startswith(MULTI_TOKEN_PREFIX)})
     shape = ModelShape(gpt, contents.vocab_size, contents.block_size)
     return PortableModel(shape, weights, contents.load_tokenizer(path))
 

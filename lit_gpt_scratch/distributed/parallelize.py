@@ -215,7 +215,7 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str, cpu_offload: bool = 
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
         shard_dimension = partial(_shard_dimension, n_shards=fsdp_mesh(mesh).size())
-        for block in net.blocks:
+        for block in net.all_blocks:
             fully_shard(
                 block,
                 mesh=data_mesh,
@@ -225,7 +225,8 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str, cpu_offload: bool = 
             )
         # By default, weights outside the blocks stay gathered until the backward pass, so the loss can use the head.
         fully_shard(net, mesh=data_mesh, offload_policy=offload)
-        for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
+        # Methods that are called without forward().
+        for method in ("hidden_states", "hidden_states_by_depth", "apply_head", "logit_lens"):
             register_fsdp_forward_method(net, method)
 
 
@@ -309,8 +310,8 @@ def _apply_tensor_parallel(net: GPT, mesh: DeviceMesh) -> None:
             parallelize_module(module, mesh, {name: STYLES[style]()})
         else:
             module.get_submodule(name).register_forward_pre_hook(_use_local_input)
-    for module in net.blocks.modules():
-        if "colwise" in getattr(module, "tensor_parallel_plan", {}).values():
+    for module in net.modules():
+        if module is not net and "colwise" in getattr(module, "tensor_parallel_plan", {}).values():
             # Convert the input to a DTensor once per module and not once per matrix, so that the gradients of the
             # matrices are added before the all-reduce.
             others = len(inspect.signature(module.forward).parameters) - 1

@@ -6,6 +6,7 @@ from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import Linear
@@ -19,6 +20,7 @@ from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import shard_slices, to_local
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup, parameter_roles
 from lit_gpt_scratch.model.moe import ExpertLinear
+from lit_gpt_scratch.model.multi_token_prediction import MultiTokenModule
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size, pool_windows
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
@@ -166,6 +168,9 @@ class GPT(nn.Module):
             else build_norm(config.norm, config.n_embd, config.norm_eps, config.bias)
         )
         self.head = Linear(config.n_embd, output_head.out_features(config, vocab_size), bias=False)
+        self.multi_token_modules = nn.ModuleList(
+            MultiTokenModule(config, Block(config), self.head.out_features) for _ in range(config.multi_token_depth)
+        )
         if config.tied_embeddings:
             if not isinstance(output_head, TokenHead):
                 raise UserError(
@@ -180,6 +185,11 @@ class GPT(nn.Module):
     def width_multiplier(self) -> float:
         """Width relative to the model for which the hyperparameters were tuned; see ``GPTConfig.parametrisation``."""
         return self.config.width_multiplier
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of the network, followed by those of the modules for multi-token prediction."""
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     @torch.no_grad()
     def initialise_weights(self, seed: int) -> None:
@@ -205,7 +215,7 @@ class GPT(nn.Module):
         for linear in linears:
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-        branches = [branch for block in self.blocks for branch in block.residual_branches()]  # type: ignore[operator]
+        branches = [branch for block in self.all_blocks for branch in block.residual_branches()]
         roles = parameter_roles(self)
         readouts = frozenset(linear for linear in linears if roles[linear.get_parameter("weight")] == "readouts")
         weights = WeightsByRole(self.embedding.weight, linears, branches, head, readouts, self.width_multiplier)
@@ -337,8 +347,7 @@ class GPT(nn.Module):
         length, max_length = input_ids.size(1), self.block_size
         if cache is not None and not (cache.rolling and length == 1):  # a rolling cache has room for one more token
             length, max_length = length + cache.max_length, min(cache.capacity, max_length)
-        if length > max_length:
-            raise UserError(f"{length} tokens do not fit into a context of {max_length} tokens; shorten the input")
+        _validate_length(length, max_length)
         if cache is not None:
             cache.begin_forward(input_ids.size(1), counts)
         layout = build_attention_layout(self.config, self.position, input_ids, document_ids, cache)
@@ -346,6 +355,45 @@ class GPT(nn.Module):
         if cache is not None:
             cache.end_forward()
         return x
+
+    def hidden_states_by_depth(self, input_ids: Tensor, document_ids: Tensor | None = None) -> list[Tensor]:
+        """Compute ``hidden_states`` and the states from which tokens further ahead are predicted.
+
+        For each module in ``multi_token_modules`` the states are one token shorter, because it also reads the token
+        that the states before it predict. All states read only tokens of their own document, as far as
+        ``labels_ahead`` assigns them a label.
+
+        Args:
+            input_ids: Token ids, int64 tensor of shape (B, T).
+            document_ids: See ``forward``.
+
+        Returns:
+            1 + ``config.multi_token_depth`` tensors. The one at index ``depth`` has shape (B, T - depth, n_embd), and
+            ``apply_head`` predicts from it the token ``depth + 1`` positions after each position.
+
+        Raises:
+            UserError: T exceeds the context length.
+        """
+        T = input_ids.size(1)
+        _validate_length(T, self.block_size)
+        layout = build_attention_layout(self.config, self.position, input_ids, document_ids, None)
+        states = [self.forward_blocks(input_ids, layout)]  # (B, T, n_embd) at each depth: the last tokens are padding
+        checkpointing = self.training and self.activation_checkpointing
+        for depth, module in enumerate(self.multi_token_modules, start=1):
+            ahead = F.pad(input_ids[:, depth:], (0, min(depth, T)))  # (B, T)
+            embedding = self.embedding(ahead)  # (B, T, n_embd)
+            x, router_logits = module(states[-1], embedding, self.position, layout, checkpointing)
+            self._record_router_logits(router_logits)
+            states.append(x)
+        return [x[:, : max(T - depth, 0)] for depth, x in enumerate(states)]
+
+    def multi_token_logits(self, input_ids: Tensor, document_ids: Tensor | None = None) -> list[Tensor]:
+        """Compute the logits of the next token and of tokens further ahead, such as drafts for speculative decoding.
+
+        Returns:
+            The output of ``apply_head`` for each tensor of ``hidden_states_by_depth``.
+        """
+        return [self.apply_head(x) for x in self.hidden_states_by_depth(input_ids, document_ids)]
 
     def forward_blocks(self, input_ids: Tensor, layout: AttentionLayout, cache: KVCache | None = None) -> Tensor:
         """Compute ``hidden_states`` for a given attention layout.
@@ -363,10 +411,13 @@ class GPT(nn.Module):
             layer_cache = None if cache is None else (cache, layer)
             own = unrotated if skip_every is not None and (layer + 1) % skip_every == 0 else layout
             x, router_logits = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
-            if router_logits is not None and self.recorded_router_logits is not None and torch.is_grad_enabled():
-                self.recorded_router_logits.append(router_logits)
+            self._record_router_logits(router_logits)
         out: Tensor = self.norm(x)
         return out
+
+    def _record_router_logits(self, router_logits: Tensor | None) -> None:
+        if router_logits is not None and self.recorded_router_logits is not None and torch.is_grad_enabled():
+            self.recorded_router_logits.append(router_logits)
 
     def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
         """Add the bigram embeddings and apply ``Smear``, each only if it is enabled.
@@ -380,6 +431,11 @@ class GPT(nn.Module):
             previous = _shift_right(x) if cache is None else cache.shift_right("embedding", x)
             x = self.smear(x, previous.masked_fill(is_first[..., None], 0.0))
         return x
+
+
+def _validate_length(length: int, max_length: int) -> None:
+    if length > max_length:
+        raise UserError(f"{length} tokens do not fit into a context of {max_length} tokens; shorten the input")
 
 
 def _shift_right(x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from lit_gpt_scratch.losses.chunked_cross_entropy import max_waiting_rows
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
-from lit_gpt_scratch.model.gpt import Block
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.module_metadata import flops_per_token
 
@@ -33,14 +32,19 @@ OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
-    """Count parameters by part: embeddings, attention, feed-forward layers, untied head, and gains and biases."""
+    """Count parameters by part.
+
+    The parts are embeddings, attention, feed-forward layers, modules for multi-token prediction, untied head, and
+    gains and biases.
+    """
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
             parts["embeddings"] += module.weight.numel()
-        elif isinstance(module, Block):
-            for part, layers in (("attention", module.attention), ("feed-forward", module.feed_forward)):
-                parts[part] += sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    for block in net.all_blocks[: len(net.blocks)]:
+        for part, layers in (("attention", block.attention), ("feed-forward", block.feed_forward)):
+            parts[part] += sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    parts["multi-token prediction"] = sum(p.numel() for p in net.multi_token_modules.parameters())
     parts["head"] = 0 if net.head.weight is net.embedding.weight else net.head.weight.numel()
     parts["gains and biases"] = sum(p.numel() for p in net.parameters()) - parts.total()
     return {part: n for part, n in parts.items() if n}
@@ -211,18 +215,18 @@ def activation_bytes(
         ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
         known = [*weights.values(), *net.buffers(), ids]
         autocasting = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+        named = {f"net.{name}": weight for name, weight in weights.items()}
         live = _LiveStorages(known)
         with live:
             if loss_chunk_size is None or ids.numel() <= loss_chunk_size:
                 with autocasting:
-                    loss = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
+                    loss = functional_call(_Losses(net), named, (ids,))
                 n_bytes = live.n_bytes  # without autocast's cache
                 del loss  # it kept the activations alive until here
                 return n_bytes
-            named = {f"net.{name}": weight for name, weight in weights.items()}
             with autocasting:
-                x: Tensor = functional_call(_HiddenStates(net), named, (ids,))
-                return live.n_bytes - x.nbytes + _chunked_loss_bytes(net, x, loss_chunk_size)
+                states: list[Tensor] = functional_call(_HiddenStates(net), named, (ids,))
+                return live.n_bytes - states[0].nbytes + _chunked_loss_bytes(net, states, loss_chunk_size)
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -259,12 +263,25 @@ class _HiddenStates(nn.Module):
         self.net = net
 
     @override
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.net.hidden_states(ids)
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        return self.net.hidden_states_by_depth(ids)
 
 
-def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk_size: int) -> int:
-    """Return the peak size in bytes of the tensors that ``chunked_cross_entropy`` creates for hidden states ``x``."""
+class _Losses(_HiddenStates):
+    """The losses of the network at all depths, with the logits of all positions in memory."""
+
+    @override
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        states = super().forward(ids)
+        return [token_cross_entropy(self.net.apply_head(x), ids[:, depth:])[0] for depth, x in enumerate(states)]
+
+
+def _chunked_loss_bytes(net: GPT, states: list[Tensor], loss_chunk_size: int) -> int:
+    """Return the peak size in bytes of the tensors that ``chunked_cross_entropy`` creates for hidden states.
+
+    The gradients that it computes for the states of one depth are still in memory when those of the next are computed.
+    """
+    x = states[0]
     exact = torch.promote_types(x.dtype, torch.float32).itemsize
     logits = loss_chunk_size * net.head.out_features * exact
     head = net.head.weight.numel() * exact
@@ -274,4 +291,5 @@ def _chunked_loss_bytes(net: GPT, x: Tensor, loss_chunk_size: int) -> int:
         weight = net.head.weight.to(torch.bfloat16)
         rows = max_waiting_rows(weight, loss_chunk_size, x.flatten(0, 1).size(0))
         waiting = rows * (weight.size(0) + weight.size(1)) * weight.element_size()
-    return x.nbytes + head + waiting + 4 * logits  # the logits, the log-probabilities and their gradients
+    held = sum(x.nbytes for x in states) + len(states) * head
+    return held + waiting + 4 * logits  # the logits, the log-probabilities and their gradients

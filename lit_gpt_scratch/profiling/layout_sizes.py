@@ -225,7 +225,7 @@ def gathered_sizes(net: GPT, mesh: DeviceMesh | None) -> tuple[int, int]:
     """
     shards = 1 if mesh is None else fsdp_mesh(mesh).size()  # of equal size, because FSDP2 pads them
     block, total = (shards * sum(to_local(p).numel() for p in module.parameters()) for module in (net.blocks[0], net))
-    return block, total - len(net.blocks) * block
+    return block, total - len(net.all_blocks) * block
 
 
 def gathered_bytes(block: int, root: int, weight_bytes: int, precision: str) -> int:

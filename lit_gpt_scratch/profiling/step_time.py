@@ -83,11 +83,13 @@ class StepTime:
 def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
     """Predict the duration of an optimizer step."""
     net = build_on_meta(replace(setup.config, n_layer=1), setup.vocab_size, setup.block_size)
-    block, n_layer, tokens = net.blocks[0], setup.config.n_layer, setup.tokens_per_rank
+    block, depth, tokens = net.blocks[0], setup.config.multi_token_depth, setup.tokens_per_rank
+    n_layer = setup.config.n_layer + depth
     linear = flops_per_token(block, 0) / setup.tensor_parallel
     visible = min(0.5, (setup.config.sliding_window or setup.block_size) / setup.block_size)  # kernels skip the rest
     scores = visible * (flops_per_token(block, setup.block_size) / setup.tensor_parallel - linear)
-    head = linear_flops_per_token(net.head) / setup.tensor_parallel
+    head = (1 + depth) * linear_flops_per_token(net.head) / setup.tensor_parallel
+    head += depth * 4 * setup.config.n_embd**2  # ``MultiTokenModule.combine``, which is not split
     speed = _matmul_flops(setup)
     matmul, matmul_blocks = (tokens * flops / speed for flops in (n_layer * linear + head, n_layer * linear))
     accelerator = setup.machine.accelerator

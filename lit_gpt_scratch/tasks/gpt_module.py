@@ -134,6 +134,8 @@ class GPTModule(L.LightningModule):
     """Default optimizer arguments that override those of the optimizer class, keyed by the name of that class."""
     tests_best: ClassVar[bool] = False
     """Whether ``fit`` tests the checkpoint with the lowest validation loss instead of the final weights."""
+    predicts_ahead: ClassVar[bool] = False
+    """Whether the task trains the modules for multi-token prediction. Other tasks build a network without them."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training.
 
@@ -167,6 +169,12 @@ class GPTModule(L.LightningModule):
                     f"model.{part}.dropout is {dropout}, but {type(self).__name__} does not support dropout, because "
                     "it compares log-probabilities from separate forward passes; set it to 0"
                 )
+        if gpt is not None and gpt.multi_token_depth:
+            obstacle = None if self.predicts_ahead else f"{type(self).__name__} does not predict several tokens"
+            if lora is not None or train_layers is not None:
+                obstacle = "model.lora and model.train_layers would freeze the modules that it adds"
+            if obstacle:
+                raise UserError(f"model.gpt.multi_token_depth is {gpt.multi_token_depth}, but {obstacle}; set it to 0")
         if gpt is not None:
             resolve_attention_class(gpt.attention).validate(gpt)
             resolve_feed_forward_class(gpt.feed_forward)
@@ -194,6 +202,9 @@ class GPTModule(L.LightningModule):
         """
         self.step_loss: Tensor | None = None
         """Mean loss of the current optimizer step over all ranks; computed only for logging and for ``step_filter``."""
+        self.auxiliary_losses: dict[str, tuple[float, Tensor]] = {}
+        """Auxiliary losses of the last batch that was passed to ``loss_and_count``, keyed by metric name: the weight of
+        each loss, and its sum, which is divided by the same number of labels."""
         self.head_is_new = False
         """Whether the output head was initialized from scratch, because the initial model has a different head."""
         self._base_hash: str | None = None
@@ -206,7 +217,10 @@ class GPTModule(L.LightningModule):
         return TokenHead()
 
     def loss_and_count(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the summed loss of a batch and the number (or total weight) of its labels, as scalars."""
+        """Return the summed loss of a batch and the number (or total weight) of its labels, as scalars.
+
+        If there are auxiliary losses, ``auxiliary_losses`` is set, too.
+        """
         raise NotImplementedError
 
     def step_count(self, batch: Any) -> Tensor:
@@ -288,6 +302,8 @@ class GPTModule(L.LightningModule):
             return self._gpt
         initial = self._initial_model()
         gpt = GPTConfig() if initial is None else initial.build_config(self.trusted)
+        if self.is_mostly_frozen or not self.predicts_ahead:
+            gpt = replace(gpt, multi_token_depth=0)
         return gpt if self.allows_dropout else replace(gpt, dropout=0.0)
 
     def _initial_model(self) -> InitialModel | None:
@@ -398,7 +414,7 @@ class GPTModule(L.LightningModule):
             raise UserError(f"model.compile: {obstacle}")
         if obstacle is None and self.compile_network is not False:
             backend = CompilerBackend(required=self.compile_network is True)
-            for block in self.net.blocks:
+            for block in self.net.all_blocks:
                 block.compile(backend=backend)
 
     @property
@@ -430,6 +446,7 @@ class GPTModule(L.LightningModule):
         self._apply_configured_hyperparameters()
         self._loss_sum = torch.zeros((), device=self.device)
         self._starts, self._rejects_step = True, False
+        self._auxiliary_sums: dict[str, Tensor] = {}
 
     def _apply_configured_hyperparameters(self) -> None:
         """Replace the optimizer hyperparameters of a checkpoint with the configured ones.
@@ -456,6 +473,10 @@ class GPTModule(L.LightningModule):
             self.expert_balancing.record()
         loss_sum, count = self.loss_and_count(batch)
         self._loss_sum = self._loss_sum + loss_sum.detach()
+        for name, (weight, auxiliary) in self.auxiliary_losses.items():
+            self._auxiliary_sums[name] = self._auxiliary_sums.get(name, 0.0) + auxiliary.detach()
+            loss_sum = loss_sum + weight * auxiliary
+        self.auxiliary_losses = {}
         layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
         if accumulate == layout.accumulate and not STEP_KEYS.isdisjoint(batch):
             step_count = self.step_count(batch).to(loss_sum.dtype)
@@ -483,6 +504,9 @@ class GPTModule(L.LightningModule):
             self.step_loss = rank_mean / self._labels_per_rank
         if self.is_log_step and self.step_loss is not None:
             self.log("train/loss", self.step_loss)
+            for name, auxiliary in self._auxiliary_sums.items():
+                rank_mean = self.trainer.strategy.reduce(auxiliary, reduce_op="mean")
+                self.log(f"train/{name}", rank_mean / self._labels_per_rank)
             first = optimizer.param_groups[0]
             self.log("train/learning_rate", first["lr"] / first.get("lr_scale", 1.0))  # the same at each width with mup
             self.log("train/gradient_norm", total_grad_norm(gradients_of(self)))
@@ -492,6 +516,7 @@ class GPTModule(L.LightningModule):
             if self.is_log_step:
                 self.log_dict({f"experts/{name}": value for name, value in self.expert_balancing.metrics().items()})
         self._loss_sum.zero_()
+        self._auxiliary_sums.clear()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if (on_gradient := getattr(callback, "on_gradient", None)) is not None:
                 on_gradient(self.trainer, self)

@@ -20,6 +20,7 @@ CONFIG = GPTConfig(n_layer=2, n_head=4, n_embd=32)
 CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "default": {},
     "latent attention": {"attention": "latent"},
+    "multi-token prediction": {"multi_token_depth": 2, "tied_embeddings": True},
     "latent attention with a query rank": {
         "attention": "latent", "latent_query_rank": 10, "latent_value_dim": 12, "bias": True,
     },
@@ -37,7 +38,9 @@ def compare(rank: str, world: str, port: str, layout: str) -> None:
         parallelize(sharded, mesh, "64-true")
         ids, target = torch.randint(61, (2, 24)), torch.randn(2, 24, 61, dtype=torch.float64)
         for net in (whole, sharded):
-            (net(ids) * target).sum().backward()
+            states = net.hidden_states_by_depth(ids)
+            outputs = [net.finalize_output(net.head(x)) for x in states]  # as the loss does
+            sum((out * target[:, : out.size(1)]).sum() for out in outputs).backward()
         reduce_tp_gradients(sharded, mesh)
         with torch.no_grad():
             torch.testing.assert_close(sharded(ids), whole(ids), atol=1e-10, rtol=1e-10)

@@ -120,6 +120,7 @@ def trained(
 FEW_REPLIES = ["--data.reply_tokens=6", "--data.validation_share=0.04", "--data.test_share=0.04"]
 STAGES = {
     "pretraining": [],
+    "pretraining, several tokens": ["--model.gpt.multi_token_depth=2"],
     "instructions": ["--data=Conversations", "--data.block_size=64"],
     "instructions, adapters": [
         "--data=Conversations", "--data.block_size=64", "--model.lora.rank=2", "--model.gpt.initialisation=gpt2",

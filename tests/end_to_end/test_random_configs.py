@@ -97,6 +97,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "bigram_rows": draw(st.sampled_from([None, 50])),
         "smear": draw(st.booleans()),
         "residual_scalars": draw(st.booleans()),
+        "multi_token_depth": draw(st.integers(0, 2)),
         "dropout": dropout,
         "initialisation": draw(st.sampled_from(choices("initialisation"))),
         "parametrisation": (parametrisation := draw(st.sampled_from(choices("parametrisation")))),
