@@ -40,8 +40,8 @@ class LanguageModel(GPTModule):
 
     If ``model.gpt.multi_token_depth`` is set, an auxiliary loss trains modules that predict tokens further ahead. As in
     DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.2), it is the mean over these modules of the cross-entropy
-    divided by the number of all labels. It is logged as ``multi_token_loss``; all other metrics, and the loss without a
-    prefix, are those of the next token.
+    divided by the number of all labels. It is logged as ``multi_token_loss``; all other metrics are those
+    of the next token.
 
     Args:
         args: Positional arguments of ``GPTModule``.
