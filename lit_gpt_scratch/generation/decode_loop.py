@@ -12,7 +12,8 @@ from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.attention import Attention, build_attention_layout, resolve_attention_class
+from lit_gpt_scratch.model.attention import Attention, build_attention_layout
+from lit_gpt_scratch.model.attention_registry import resolve_attention_class
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import device_of
 

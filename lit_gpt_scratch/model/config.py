@@ -361,7 +361,6 @@ class GPTConfig:
         """Hidden width of the feed-forward network: ``ffn_dim``, or its default value if ``ffn_dim`` is None."""
         return self.ffn_dim or resolve_feed_forward_class(self.feed_forward).default_hidden_dim(self)
 
-
     @property
     def width_multiplier(self) -> float:
         """Width relative to the model for which the hyperparameters were tuned; 1 in the standard parametrization."""

@@ -70,6 +70,11 @@ class LatentAttention(Attention):
                 raise UserError(
                     f"model.gpt.{name} is true, which is not supported with latent attention, {reason}; set it to false"
                 )
+        if config.parametrisation == "mup":
+            raise UserError(
+                "model.gpt.parametrisation is mup, which has no rules for the ranks of latent attention; set it to "
+                "standard"
+            )
         if config.latent_rope_width % 2 and config.position == "rotary":
             raise UserError(f"model.gpt.latent_rope_dim is {config.latent_rope_dim}; it must be even")
         if config.latent_value_width > config.head_width + config.latent_rope_width:

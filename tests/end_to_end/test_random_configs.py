@@ -100,7 +100,9 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "multi_token_depth": draw(st.integers(0, 2)),
         "dropout": dropout,
         "initialisation": draw(st.sampled_from(choices("initialisation"))),
-        "parametrisation": (parametrisation := draw(st.sampled_from(choices("parametrisation")))),
+        "parametrisation": (
+            parametrisation := "standard" if latent else draw(st.sampled_from(choices("parametrisation")))
+        ),
         "mup_base_width": draw(st.sampled_from([2, 24, 200])) if parametrisation == "mup" else None,
         "mup_base_head_dim": draw(st.sampled_from([None, 1, 16])) if parametrisation == "mup" else None,
     }

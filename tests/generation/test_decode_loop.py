@@ -361,12 +361,12 @@ def test_rolling_cache_has_constant_size_and_cost() -> None:
     model = randomised(LOOKS_BACK)
     with torch.no_grad():
         cache, _ = prefill(model, [[1] * 24, [2]], 24, sink_tokens=4)
-        before = [keys.data_ptr() for keys in cache._keys]
+        before = [stored.data_ptr() for layer in cache._layers for stored in layer]
         for _ in range(20 * 24):
             model.hidden_states(torch.tensor([[5], [6]]), cache=cache)
             assert cache.visible_length == cache.key_positions.size(-1) == 24
             assert sorted(cache.key_positions[0].tolist()) == list(range(24))
-        assert [keys.data_ptr() for keys in cache._keys] == before
+        assert [stored.data_ptr() for layer in cache._layers for stored in layer] == before
         assert cache.lengths == [21 * 24, 20 * 24 + 1]
         with pytest.raises(UserError, match="do not fit"):
             model.hidden_states(torch.tensor([[5, 5], [6, 6]]), cache=cache)

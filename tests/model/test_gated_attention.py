@@ -5,7 +5,7 @@ import torch
 from experiments.examples.gated_attention import GatedAttention
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention, build_attention_layout
-from lit_gpt_scratch.model.module_metadata import flops_per_token, optimizer_groups
+from lit_gpt_scratch.model.module_metadata import flops_per_token, parameter_roles
 from lit_gpt_scratch.model.positions import RotaryPositions
 
 CONFIG = GPTConfig(n_layer=1, n_head=3, n_kv_head=1, n_embd=24, attention=f"{GatedAttention.__module__}.GatedAttention")
@@ -28,5 +28,5 @@ def test_gate_is_initialised_counted_and_updated_like_other_matrices() -> None:
     net, plain = GPT(CONFIG, 50, 9), GPT(GPTConfig(n_layer=1, n_head=3, n_kv_head=1, n_embd=24), 50, 9)
     gate = net.get_parameter("blocks.0.attention.gate.weight")
     assert 0.5 * 24**-0.5 < gate.std().item() < 2 * 24**-0.5
-    assert dict(optimizer_groups(net))[gate] == "matrices"
+    assert parameter_roles(net)[gate] == "matrices"
     assert flops_per_token(net, 9) == flops_per_token(plain, 9) + 2 * gate.numel()

@@ -16,7 +16,7 @@ from lit_gpt_scratch.model.attention import Attention, build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.latent_attention import LatentAttention
 from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora
-from lit_gpt_scratch.model.module_metadata import flops_per_token, optimizer_groups
+from lit_gpt_scratch.model.module_metadata import flops_per_token, parameter_roles
 from lit_gpt_scratch.model.positions import RotaryPositions
 from tests.conftest import randomised
 
@@ -258,7 +258,7 @@ def test_flops_are_those_of_the_matmuls() -> None:
 
 def test_muon_updates_its_matrices() -> None:
     net = GPT(LATENT, 61, 24)
-    groups = dict(optimizer_groups(net))
+    groups = parameter_roles(net)
     for name, parameter in net.blocks[0].attention.named_parameters():
         assert groups[parameter] == ("vectors" if "norm" in name else "matrices")
 
@@ -269,6 +269,7 @@ def test_muon_updates_its_matrices() -> None:
         ({"n_kv_head": 1}, r"n_kv_head is 1, but latent attention has keys and values for each of the 2 query heads"),
         ({"value_embeddings": True}, r"value_embeddings is true, which is not supported with latent attention"),
         ({"qk_norm_joint": True}, r"qk_norm_joint is true, which is not supported with latent attention"),
+        ({"parametrisation": "mup", "mup_base_width": 8}, r"parametrisation is mup, which has no rules for the ranks"),
         ({"latent_rope_dim": 3}, r"latent_rope_dim is 3; it must be even"),
         ({"latent_value_dim": 25}, r"latent_value_dim is 25, but the keys have only 16 \+ 8 channels"),
         ({"latent_kv_rank": 0}, r"latent_kv_rank is 0; it must be positive"),

@@ -14,7 +14,7 @@ from lit_gpt_scratch.losses.labels_ahead import labels_ahead
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.attention import build_attention_layout
-from lit_gpt_scratch.model.module_metadata import flops_per_token, optimizer_groups
+from lit_gpt_scratch.model.module_metadata import flops_per_token, parameter_roles
 from lit_gpt_scratch.model.multi_token_prediction import MULTI_TOKEN_PREFIX
 from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.profiling.flops_and_memory import activation_bytes, count_parameters_by_part
@@ -130,7 +130,7 @@ def test_modules_are_counted() -> None:
     parts, others = count_parameters_by_part(net), count_parameters_by_part(plain)
     added = sum(p.numel() for p in net.multi_token_modules.parameters())
     assert parts == others | {"multi-token prediction": added}
-    groups = dict(optimizer_groups(net))
+    groups = parameter_roles(net)
     for name, parameter in net.multi_token_modules.named_parameters():
         assert groups[parameter] == ("vectors" if parameter.ndim == 1 else "matrices"), name
     sizes = [
