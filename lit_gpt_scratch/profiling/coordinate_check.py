@@ -21,14 +21,15 @@ from lit_gpt_scratch.optim.lr_schedule import Schedule
 from lit_gpt_scratch.optim.optimizers import OptimizerRecipe
 
 WIDTHS: Final = (64, 128, 256, 512, 1024)
-SEEDS: Final = range(6)
+SEEDS: Final = range(8)
 FLAT_RATIO: Final = 1.1
 """Maximum ratio between the largest and the smallest scale of an activation over the widths for which it is flat."""
-VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 2, 32
-"""Sizes of the batch, which has no more tokens than the narrowest model has channels.
+VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 1, 32
+"""Sizes of the batch, which has fewer tokens than the narrowest model has channels.
 
-The rank of Muon's updates is limited by both numbers. If the smaller one were not the same at each width, the share of
-the activations that an update can change would depend on the width.
+Otherwise, the number of tokens would limit the rank of Muon's updates at large widths and the width at small ones, so
+that the share of the activations that an update can change would depend on the width. The random overlaps between the
+embeddings of different tokens, which decrease with the width, matter less with fewer tokens, too.
 """
 
 

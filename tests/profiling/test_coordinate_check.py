@@ -39,6 +39,7 @@ def test_activations_are_flat_from_width_64_to_1024(recipe: AdamW | Muon) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("changes", "widths"),
     [
