@@ -22,11 +22,12 @@ def test_a_message_that_is_too_long_leaves_the_conversation_as_it_is(
         _: Any, tokenizer: Tokenizer, prompts: list[list[int]], *__: Any, **more: Any
     ) -> Iterator[tuple[int, str]]:
         seen.append(tokenizer.decode(prompts[0]))
+        assert more == {"sink_tokens": 4}
         yield 0, "Yes."
 
     monkeypatch.setattr(chat, "stream_text", write)
     lines = ["My name is Bo.", "x" * 200, "Who am I?"]
-    replies = list(chat.chat_session(model, tokenizer, None, lines, 20, Sampling(), 0))
+    replies = list(chat.chat_session(model, tokenizer, None, lines, 20, Sampling(), 0, sink_tokens=4))
     assert replies == ["Yes.", ""] * 2
     assert "shorten it" in caplog.text
     assert "dropping" not in caplog.text
