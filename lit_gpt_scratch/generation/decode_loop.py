@@ -12,7 +12,7 @@ from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.attention import Attention, build_attention_layout
+from lit_gpt_scratch.model.attention import Attention, build_attention_layouts
 from lit_gpt_scratch.model.attention_registry import resolve_attention_class
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import device_of
@@ -232,15 +232,16 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
     The first call of the returned function takes many seconds.
     """
 
-    def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
-        return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
+    def decode(ids: Tensor, layouts: Any, cache: KVCache) -> Tensor:
+        return model.apply_head(model.forward_blocks(ids, layouts, cache))[:, -1]
 
     on_cpu = device_of(model.embedding.weight).type == "cpu"
     program = torch.compile(decode, dynamic=False, backend=_single_row_cpu if rows == 1 and on_cpu else _inductor)
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         cache.begin_forward(1)
-        logits: Tensor = program(ids, build_attention_layout(model.config, model.position, ids, None, cache), cache)
+        layouts = build_attention_layouts(model.config, model.position, ids, None, cache)
+        logits: Tensor = program(ids, layouts, cache)
         cache.end_forward()
         return logits
 

@@ -33,7 +33,7 @@ scores; see ``PositionEncoding.score_bias``."""
 
 
 class AttentionLayout(NamedTuple):
-    """Positions and attention mask of a batch, computed once for all blocks.
+    """Positions and attention mask of a batch, computed once for all local or all global blocks.
 
     Attributes:
         positions: Position of each token in its document, counted from 0, int64 tensor of shape (B, T), or (T,) if all
@@ -52,14 +52,30 @@ class AttentionLayout(NamedTuple):
     key_cos_sin: tuple[Tensor, Tensor] | None = None
 
 
+def build_attention_layouts(
+    config: GPTConfig,
+    position: PositionEncoding,
+    input_ids: Tensor,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+) -> dict[bool, AttentionLayout]:
+    """Compute the layouts of all blocks, keyed by ``GPTConfig.is_local``; see ``build_attention_layout``."""
+    kinds = {config.is_local(layer) for layer in range(config.n_layer)}
+    return {
+        is_local: build_attention_layout(config, position, input_ids, document_ids, cache, is_local)
+        for is_local in sorted(kinds)
+    }
+
+
 def build_attention_layout(
     config: "GPTConfig",
     position: PositionEncoding,
     input_ids: Tensor,
     document_ids: Tensor | None,
     cache: KVCache | None,
+    is_local: bool = True,
 ) -> AttentionLayout:
-    """Compute the positions and the attention mask for a batch.
+    """Compute the positions and the attention mask of a batch for local or global blocks.
 
     Args:
         config: The architecture.
@@ -68,6 +84,7 @@ def build_attention_layout(
         document_ids: Id of the document that contains each token, int64 tensor of shape (B, T); ids are unique within a
             row. The tokens of a document are contiguous.
         cache: KV cache of the preceding tokens, after a call to its ``begin_forward``, or None if no cache is used.
+        is_local: Whether the blocks attend only to the tokens in ``config.sliding_window``, if it is set.
     """
     T, device = input_ids.size(1), input_ids.device
     index = torch.arange(T, device=device)
@@ -78,9 +95,11 @@ def build_attention_layout(
         key_positions, lengths = index, [T]
         positions = index if document_ids is None else document_positions(document_ids, index)
         needs_mask, S = document_ids is not None, T
-    cos_sin = position.cos_sin(positions, lengths)
-    key_cos_sin = position.cos_sin(key_positions, lengths) if cache is not None and cache.rolling else None
-    window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
+    cos_sin = position.cos_sin(positions, lengths, is_local)
+    key_cos_sin = position.cos_sin(key_positions, lengths, is_local) if cache is not None and cache.rolling else None
+    window = config.sliding_window if is_local else None
+    if window is not None and window >= S:
+        window = None
 
     use_flex = config.attention_backend == "flex" or (
         config.attention_backend == "auto"

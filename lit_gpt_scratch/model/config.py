@@ -77,6 +77,9 @@ class GPTConfig:
         sliding_window: Size of the attention window in tokens: each token attends only to itself and the
             ``sliding_window - 1`` preceding tokens (Mistral, https://arxiv.org/abs/2310.06825). By default, each token
             attends to all preceding tokens.
+        sliding_window_pattern: Every ``sliding_window_pattern``-th block is global, that is, attends to all preceding
+            tokens in spite of ``sliding_window``; the others are local (6 in Gemma 3, https://arxiv.org/abs/2503.19786;
+            2 in Gemma 2 and gpt-oss). By default, ``sliding_window`` applies to all blocks.
         latent_kv_rank: For latent attention, the width of the vector from which the keys and values of a token are
             computed; 4 * head_dim by default. The KV cache stores ``latent_kv_rank + latent_rope_dim`` elements per
             token and block.
@@ -95,6 +98,9 @@ class GPTConfig:
             ``sinusoidal`` (https://arxiv.org/abs/1706.03762), ``alibi`` (https://arxiv.org/abs/2108.12409) or ``none``.
         rotary_base: Base of the rotation frequencies of the rotary position embeddings, called ``rope_theta`` in
             Hugging Face configs.
+        rotary_local_base: Base of the rotation frequencies in local blocks (see ``sliding_window_pattern``), which are
+            not scaled by ``rotary_scaling`` (Gemma 3, which calls it ``rope_local_base_freq``). By default, local
+            blocks use the frequencies of global blocks.
         rotary_share: Fraction of each head's channels that are rotated, starting with the first channel (GPT-NeoX).
         rotary_skip_every: Every ``rotary_skip_every``-th block does not rotate its queries and keys (SmolLM3 with 4;
             https://arxiv.org/abs/2501.18795). By default, all blocks do.
@@ -196,6 +202,7 @@ class GPTConfig:
     attention_backend: BackendName = "auto"
     attention_softcap: float | None = None
     sliding_window: int | None = None
+    sliding_window_pattern: int | None = None
     latent_kv_rank: int | None = None
     latent_query_rank: int | None = None
     latent_rope_dim: int | None = None
@@ -204,6 +211,7 @@ class GPTConfig:
     qk_norm_joint: bool = False
     position: PositionName = "rotary"
     rotary_base: float = 10_000.0
+    rotary_local_base: float | None = None
     rotary_share: float = 1.0
     rotary_skip_every: int | None = None
     rotary_scaling: ScalingName | None = None
@@ -294,6 +302,7 @@ class GPTConfig:
                 "model.gpt.experts_per_token is 1, for which model.gpt.normalize_gates makes every gate 1, so that the "
                 "router is not trained; set normalize_gates to false"
             )
+        self._validate_sliding_window_pattern()
         if self.qk_norm_joint and not self.qk_norm:
             raise UserError(
                 "model.gpt.qk_norm_joint is true, but model.gpt.qk_norm is false; set qk_norm to true, or set "
@@ -313,6 +322,42 @@ class GPTConfig:
         if "attention" not in self.custom_classes:  # which are imported, and validated, when the network is built
             resolve_attention_class(self.attention).validate(self)
         POSITION_ENCODINGS[self.position].validate(self)
+
+    def _validate_sliding_window_pattern(self) -> None:
+        every = self.sliding_window_pattern
+        if every is None:
+            return
+        if self.sliding_window is None:
+            raise UserError(
+                f"model.gpt.sliding_window_pattern is {every}, but model.gpt.sliding_window is not set; set "
+                f"sliding_window, or remove sliding_window_pattern"
+            )
+        if every == 1:
+            raise UserError(
+                "model.gpt.sliding_window_pattern is 1, so no block would use model.gpt.sliding_window; choose a "
+                "pattern of at least 2, or remove both"
+            )
+        if every > self.n_layer:
+            raise UserError(
+                f"model.gpt.sliding_window_pattern is {every}, but model.gpt.n_layer is {self.n_layer}, so no block "
+                f"would be global; choose a pattern of at most {self.n_layer}, or remove it"
+            )
+
+    def is_local(self, layer: int) -> bool:
+        """Return whether a block attends only to the tokens in ``sliding_window``.
+
+        Args:
+            layer: Index of the block, counted from 0.
+        """
+        every = self.sliding_window_pattern
+        return self.sliding_window is not None and (every is None or (layer + 1) % every != 0)
+
+    def resized(self, n_layer: int) -> "GPTConfig":
+        """Return the config of a model with another number of blocks, which have the same parameters.
+
+        Parameters do not depend on ``sliding_window_pattern``, which requires enough blocks and is removed.
+        """
+        return replace(self, n_layer=n_layer, sliding_window_pattern=None, rotary_local_base=None)
 
     @property
     def custom_classes(self) -> dict[str, str]:

@@ -52,7 +52,7 @@ def expected_weights(
         raise UserError(f"n_layer is {config.n_layer}, but there are weights for only {len(layers)} layers")
     try:
         with torch.device("meta"):
-            net = GPT(replace(config, n_layer=1), vocab_size, block_size, output_head)
+            net = GPT(config.resized(n_layer=1), vocab_size, block_size, output_head)
             linears = [] if lora is None else add_lora(net, replace(lora, pattern=""))
     except UserError:
         raise

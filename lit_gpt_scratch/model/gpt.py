@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, call_with_checkpointing
-from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout
+from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layouts
 from lit_gpt_scratch.model.attention_registry import resolve_attention_class
 from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
@@ -350,8 +350,8 @@ class GPT(nn.Module):
         _validate_length(length, max_length)
         if cache is not None:
             cache.begin_forward(input_ids.size(1), counts)
-        layout = build_attention_layout(self.config, self.position, input_ids, document_ids, cache)
-        x = self.forward_blocks(input_ids, layout, cache)
+        layouts = build_attention_layouts(self.config, self.position, input_ids, document_ids, cache)
+        x = self.forward_blocks(input_ids, layouts, cache)
         if cache is not None:
             cache.end_forward()
         return x
@@ -376,12 +376,13 @@ class GPT(nn.Module):
         """
         T = input_ids.size(1)
         _validate_length(T, self.block_size)
-        layout = build_attention_layout(self.config, self.position, input_ids, document_ids, None)
-        states = [self.forward_blocks(input_ids, layout)]  # (B, T, n_embd) at each depth: the last tokens are padding
+        layouts = build_attention_layouts(self.config, self.position, input_ids, document_ids, None)
+        states = [self.forward_blocks(input_ids, layouts)]  # (B, T, n_embd) at each depth: the last tokens are padding
         checkpointing = self.training and self.activation_checkpointing
         for depth, module in enumerate(self.multi_token_modules, start=1):
             ahead = F.pad(input_ids[:, depth:], (0, min(depth, T)))  # (B, T)
             embedding = self.embedding(ahead)  # (B, T, n_embd)
+            layout = layouts[self.config.is_local(self.config.n_layer + depth - 1)]
             x, router_logits = module(states[-1], embedding, self.position, layout, checkpointing)
             self._record_router_logits(router_logits)
             states.append(x)
@@ -395,22 +396,27 @@ class GPT(nn.Module):
         """
         return [self.apply_head(x) for x in self.hidden_states_by_depth(input_ids, document_ids)]
 
-    def forward_blocks(self, input_ids: Tensor, layout: AttentionLayout, cache: KVCache | None = None) -> Tensor:
-        """Compute ``hidden_states`` for a given attention layout.
+    def forward_blocks(
+        self, input_ids: Tensor, layouts: dict[bool, AttentionLayout], cache: KVCache | None = None
+    ) -> Tensor:
+        """Compute ``hidden_states`` for the output of ``build_attention_layouts``.
 
         This method consists only of tensor operations, so that it can be compiled as a single graph.
         """
-        x = self.position.embed(self.embedding(input_ids), layout.positions)  # (B, T, n_embd)
+        positions = layouts[self.config.is_local(0)].positions  # the same in all layouts
+        x = self.position.embed(self.embedding(input_ids), positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
-            x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
+            x = self._add_previous_token(x, input_ids, positions == 0, cache)
         x = x0 = self.dropout(x)
         checkpointing = self.training and self.activation_checkpointing
-        skip_every, unrotated = self.config.rotary_skip_every, layout._replace(cos_sin=None, key_cos_sin=None)
+        skip_every = self.config.rotary_skip_every
         for layer, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
             value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             layer_cache = None if cache is None else (cache, layer)
-            own = unrotated if skip_every is not None and (layer + 1) % skip_every == 0 else layout
-            x, router_logits = block(x, x0, self.position, own, value_embedding, layer_cache, checkpointing)
+            layout = layouts[self.config.is_local(layer)]
+            if skip_every is not None and (layer + 1) % skip_every == 0:
+                layout = layout._replace(cos_sin=None, key_cos_sin=None)
+            x, router_logits = block(x, x0, self.position, layout, value_embedding, layer_cache, checkpointing)
             self._record_router_logits(router_logits)
         out: Tensor = self.norm(x)
         return out

@@ -55,7 +55,7 @@ class PositionEncoding(nn.Module):
             UserError: Two settings contradict each other.
         """
         unset = dict.fromkeys(
-            ("skip_every", "scaling", "trained_context", "slow", "fast", "short_factors", "long_factors")
+            ("local_base", "skip_every", "scaling", "trained_context", "slow", "fast", "short_factors", "long_factors")
         )
         for name, default in {"share": 1.0, "factor": 1.0, **unset}.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
@@ -68,13 +68,19 @@ class PositionEncoding(nn.Module):
         """Add position embeddings to token embeddings of shape (B, T, n_embd)."""
         return x
 
-    def cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Return the cosines and sines for ``rotate``, computed once for all blocks, or None if nothing is rotated.
+    def cos_sin(
+        self, positions: Tensor, lengths: Sequence[int], is_local: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines for ``rotate``, computed once for all local or all global blocks.
 
         Args:
             positions: Positions of the queries or keys.
             lengths: Number of tokens in each row, including cached tokens, or one number if all rows have the same. In
                 a padded batch without a cache, this is the length of the padded rows.
+            is_local: Whether they are those of local blocks (see ``GPTConfig.is_local``).
+
+        Returns:
+            Cosines and sines, or None if nothing is rotated.
         """
         return None
 
@@ -162,21 +168,24 @@ class RotaryPositions(PositionEncoding):
 
     cos: Tensor
     sin: Tensor
+    local_cos: Tensor
+    local_sin: Tensor
 
     @override
     def init_buffers(self) -> None:
         self.width = self.config.rotary_width
+        positions, tables = torch.arange(self.block_size), dict[str, tuple[Tensor, Tensor]]()
         if self.config.rotary_scaling not in SCALINGS_BY_LENGTH:
-            cos, sin = self._cos_sin(torch.arange(self.block_size), [self.block_size])  # (1, T, width)
-            self.register_buffer("cos", cos[0], persistent=False)
-            self.register_buffer("sin", sin[0], persistent=False)
+            tables[""] = self._scaled_cos_sin(positions, [self.block_size])
+        if (local_base := self.config.rotary_local_base) is not None:
+            tables["local_"] = _cos_sin(positions, unscaled_frequencies(local_base, self.width)[None])
+        for blocks, (cos, sin) in tables.items():
+            self.register_buffer(f"{blocks}cos", cos[0], persistent=False)  # (T, width)
+            self.register_buffer(f"{blocks}sin", sin[0], persistent=False)  # (T, width)
 
-    def _cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _scaled_cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         frequencies, factors = zip(*(rotary_frequencies(self.config, self.width, n) for n in lengths), strict=True)
-        frequency = torch.stack(frequencies).to(positions.device)  # (1 or B, width / 2)
-        angle = positions[..., None].float() * frequency[:, None]  # (1 or B, T, width / 2)
-        cos, sin = factors[0] * angle.cos(), factors[0] * angle.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (1 or B, T, width)
+        return _cos_sin(positions, torch.stack(frequencies).to(positions.device), factors[0])
 
     @staticmethod
     @override
@@ -190,9 +199,11 @@ class RotaryPositions(PositionEncoding):
         validate_rotary_scaling(config)
 
     @override
-    def cos_sin(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if self.config.rotary_scaling in SCALINGS_BY_LENGTH:
-            cos, sin = self._cos_sin(positions, lengths)
+    def cos_sin(self, positions: Tensor, lengths: Sequence[int], is_local: bool = False) -> tuple[Tensor, Tensor]:
+        if is_local and self.config.rotary_local_base is not None:
+            cos, sin = self.local_cos[positions], self.local_sin[positions]
+        elif self.config.rotary_scaling in SCALINGS_BY_LENGTH:
+            cos, sin = self._scaled_cos_sin(positions, lengths)
         else:
             cos, sin = self.cos[positions], self.sin[positions]
         return cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, width) or (1 or B, 1, T, width)
@@ -246,24 +257,23 @@ def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tupl
         The frequencies in radians per position, (width / 2,) float32, and a factor by which the cosines and sines are
         multiplied.
     """
-    even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
-    plain = 1.0 / config.rotary_base ** (even / width)  # the published order of operations, for identical rounding
+    plain = unscaled_frequencies(config.rotary_base, width)
     kind, factor = config.rotary_scaling, config.rotary_factor
     if kind is None:
         return plain, 1.0
     if kind == "linear":
         return plain / factor, 1.0
     if kind == "ntk":
-        return 1.0 / (config.rotary_base * factor ** (width / (width - 2))) ** (even / width), 1.0
+        return unscaled_frequencies(config.rotary_base * factor ** (width / (width - 2)), width), 1.0
     trained = config.rotary_trained_context
     assert trained is not None
     if kind == "dynamic":
         stretch = factor * max(length, trained) / trained - (factor - 1)
-        return 1.0 / (config.rotary_base * stretch ** (width / (width - 2))) ** (even / width), 1.0
+        return unscaled_frequencies(config.rotary_base * stretch ** (width / (width - 2)), width), 1.0
     if kind == "longrope":
         divisors = torch.tensor(config.rotary_long_factors if length > trained else config.rotary_short_factors)
         sharpening = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-        return 1.0 / (divisors * config.rotary_base ** (even / width)), sharpening
+        return unscaled_frequencies(config.rotary_base, width, divisors), sharpening
     slow, fast = _turn_thresholds(config)
     if kind == "llama3":
         turns = trained * plain / (2 * math.pi)
@@ -276,9 +286,37 @@ def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tupl
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
     first, last = max(math.floor(pair_index(fast)), 0), min(math.ceil(pair_index(slow)), width - 1)
-    slowed = ((even / 2 - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
+    slowed = ((torch.arange(width // 2) - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
     sharpening = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     return plain * (1 - slowed) + plain / factor * slowed, sharpening
+
+
+def unscaled_frequencies(base: float, width: int, divisors: Tensor | float = 1.0) -> Tensor:
+    """Return the rotation angle per position for each pair of ``width`` channels: (width / 2,) float32.
+
+    Args:
+        base: Base of the frequencies.
+        width: Number of rotated channels.
+        divisors: Numbers by which the frequencies are divided, of shape (width / 2,).
+    """
+    even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
+    return 1.0 / (divisors * base ** (even / width))  # the published order of operations, for identical rounding
+
+
+def _cos_sin(positions: Tensor, frequency: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the cosines and signed sines of rotations, multiplied by a factor, for ``rotate``.
+
+    Args:
+        positions: Positions, of shape (T,) or (B, T).
+        frequency: Angle per position for each pair of channels, of shape (1 or B, width / 2).
+        factor: Factor of the cosines and sines.
+
+    Returns:
+        Two tensors of shape (1 or B, T, width).
+    """
+    angle = positions[..., None].float() * frequency[:, None]  # (1 or B, T, width / 2)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def validate_rotary_scaling(config: "GPTConfig") -> None:
@@ -288,8 +326,14 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
         UserError: A value is out of range, or two settings contradict each other.
     """
     kind, trained = config.rotary_scaling, config.rotary_trained_context
-    if config.rotary_base <= 1:
-        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be greater than 1")
+    for name, base in (("rotary_base", config.rotary_base), ("rotary_local_base", config.rotary_local_base)):
+        if base is not None and base <= 1:
+            raise UserError(f"model.gpt.{name} is {base}; it must be greater than 1")
+    if config.rotary_local_base is not None and config.sliding_window_pattern is None:
+        raise UserError(
+            f"model.gpt.rotary_local_base is {config.rotary_local_base}, but model.gpt.sliding_window_pattern is not "
+            f"set; set sliding_window_pattern, or set rotary_base instead"
+        )
     if kind is None and config.rotary_factor != 1:
         raise UserError(
             f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "

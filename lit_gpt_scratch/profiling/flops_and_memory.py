@@ -76,7 +76,7 @@ def require_model_fits_memory(
     Raises:
         UserError: The model cannot be built, or its weights and gradients alone do not fit.
     """
-    nets = [build_on_meta(replace(config, n_layer=n), vocab_size, block_size) for n in (1, 2)]
+    nets = [build_on_meta(config.resized(n), vocab_size, block_size) for n in (1, 2)]
     one, two = (sum(p.nbytes for p in net.parameters()) for net in nets)
     tables = sum(buffer.nbytes for buffer in nets[0].buffers())  # each process has them
     copies = 1 if is_frozen else 2

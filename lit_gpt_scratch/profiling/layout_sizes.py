@@ -180,7 +180,7 @@ def _extrapolate(one: Counter[Any], two: Counter[Any], n_layer: int) -> Counter[
 
 def _measure(setup: TrainingSetup, n_layer: int) -> dict[str, Counter[Any]]:
     """Return the fields of ``LayoutSizes`` for a network with few blocks."""
-    net = build_on_meta(replace(setup.config, n_layer=n_layer), setup.vocab_size, setup.block_size)
+    net = build_on_meta(setup.config.resized(n_layer), setup.vocab_size, setup.block_size)
     net = net.to(WEIGHT_DTYPES[setup.precision])
     sizes: dict[str, Counter[Any]] = {
         "parameters": Counter(count_parameters_by_part(net)),
@@ -287,7 +287,7 @@ def simulate_activations(
 
     def simulate(n_layer: int, rows: int) -> int:
         # Fused kernels store neither the mask of a window nor that of dropout; simulated, they would be T x T matrices.
-        small = replace(config, n_layer=n_layer, dropout=0.0, sliding_window=None)
+        small = replace(config.resized(n_layer), dropout=0.0, sliding_window=None)
         dtype, autocast = WEIGHT_DTYPES[precision], precision.endswith("mixed")
         device = torch.device("cpu")
         chunk = 1 if in_chunks else None

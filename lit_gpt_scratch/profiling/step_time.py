@@ -6,9 +6,10 @@ steps of small models are slower than predicted.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.module_metadata import flops_per_token, linear_flops_per_token
 from lit_gpt_scratch.profiling.flops_and_memory import build_on_meta
@@ -82,11 +83,11 @@ class StepTime:
 
 def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
     """Predict the duration of an optimizer step."""
-    net = build_on_meta(replace(setup.config, n_layer=1), setup.vocab_size, setup.block_size)
+    net = build_on_meta(setup.config.resized(n_layer=1), setup.vocab_size, setup.block_size)
     block, depth, tokens = net.blocks[0], setup.config.multi_token_depth, setup.tokens_per_rank
     n_layer = setup.config.n_layer + depth
     linear = flops_per_token(block, 0) / setup.tensor_parallel
-    visible = min(0.5, (setup.config.sliding_window or setup.block_size) / setup.block_size)  # kernels skip the rest
+    visible = _visible_share(setup.config, setup.block_size)
     scores = visible * (flops_per_token(block, setup.block_size) / setup.tensor_parallel - linear)
     head = (1 + depth) * linear_flops_per_token(net.head) / setup.tensor_parallel
     head += depth * 4 * setup.config.n_embd**2  # ``MultiTokenModule.combine``, which is not split
@@ -115,6 +116,12 @@ def predict_step(setup: TrainingSetup, sizes: LayoutSizes) -> StepTime:
         optimizer=optimizer,
         sent_bytes=sent + optimizer_sent,
     )
+
+
+def _visible_share(config: GPTConfig, block_size: int) -> float:
+    """Return the share of scores that attention kernels do not skip, on average over the blocks."""
+    window = min(0.5, (config.sliding_window or block_size) / block_size)
+    return sum(window if config.is_local(layer) else 0.5 for layer in range(config.n_layer)) / config.n_layer
 
 
 def ring_bytes(n_bytes: float, ranks: int) -> float:

@@ -41,6 +41,8 @@ NULLS = {
     "model.init_args.gpt.latent_value_dim": "derived: head_dim, or off without latent attention",
     "model.init_args.gpt.attention_softcap": "off",
     "model.init_args.gpt.sliding_window": "off",
+    "model.init_args.gpt.sliding_window_pattern": "off: sliding_window applies to all blocks",
+    "model.init_args.gpt.rotary_local_base": "off: the same frequencies in all blocks",
     "model.init_args.gpt.rotary_scaling": "off",
     "model.init_args.gpt.rotary_trained_context": "off: belongs to rotary_scaling",
     "model.init_args.gpt.rotary_slow": "off: belongs to rotary_scaling",

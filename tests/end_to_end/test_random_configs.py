@@ -48,8 +48,10 @@ def configs(draw: st.DrawFn) -> GPTConfig:
     rotated = 4 if latent else round(half * share)
     pairs = tuple(1.0 + n for n in range(rotated)) if scaling == "longrope" else None
     dropout, softcap = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([None, 5.0]))
+    n_layer, window = draw(st.integers(1, 3)), draw(st.none() | st.integers(1, CONTEXT + 2))
+    every = draw(st.none() | st.integers(2, n_layer)) if window and n_layer > 1 else None
     drawn = {
-        "n_layer": draw(st.integers(1, 3)),
+        "n_layer": n_layer,
         "n_head": kv * group,
         "n_embd": kv * group * 2 * half if draw(st.booleans()) else draw(st.sampled_from([16, 24])),
         "n_kv_head": None if latent else kv,
@@ -57,7 +59,8 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "attention": attention,
         "attention_backend": draw(st.sampled_from(["auto", "manual"] if softcap else ["auto", "sdpa", "manual"])),
         "attention_softcap": softcap,
-        "sliding_window": draw(st.none() | st.integers(1, CONTEXT + 2)),
+        "sliding_window": window,
+        "sliding_window_pattern": every,
         "latent_kv_rank": draw(st.none() | st.integers(1, 40)) if latent else None,
         "latent_query_rank": draw(st.none() | st.integers(1, 40)) if latent else None,
         "latent_rope_dim": 8 if latent else None,
@@ -66,6 +69,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "qk_norm_joint": qk_norm and not latent and draw(st.booleans()),
         "position": position,
         "rotary_base": draw(st.sampled_from([100.0, 10_000.0])),
+        "rotary_local_base": draw(st.none() | st.just(50.0)) if every and position == "rotary" else None,
         "rotary_share": share,
         "rotary_skip_every": draw(st.sampled_from([None, 1, 2])) if position == "rotary" else None,
         "rotary_scaling": scaling,

@@ -43,6 +43,7 @@ def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
     return found
 
 
+GEMMA3 = replace(TINY, sliding_window=7, sliding_window_pattern=2, rotary_local_base=50.0, norm_placement="sandwich")
 OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qkv_bias=True, rotary_skip_every=2)
 
 
@@ -56,7 +57,7 @@ LONGROPE = replace(
 LATENT = replace(TINY, attention="latent", latent_kv_rank=40, latent_query_rank=12)
 CACHED = {
     "plain": TINY, "looks-back": LOOKS_BACK, "alibi": ALIBI, "olmo2": OLMO2, "experts": EXPERTS, "latent": LATENT,
-    "dynamic": DYNAMIC, "longrope": LONGROPE,
+    "dynamic": DYNAMIC, "longrope": LONGROPE, "gemma3": GEMMA3,
 }  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_short_contexts(context: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "latent", "longrope"])
+@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "latent", "longrope", "gemma3"])
 def test_compiled_step_generates_the_same(name: str) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(CACHED[name]).double()

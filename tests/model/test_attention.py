@@ -1,15 +1,20 @@
 """The attention module against the softmax formula."""
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model import attention as module
 from lit_gpt_scratch.model.attention import Attention, AttentionLayout, build_attention_layout
 from lit_gpt_scratch.model.positions import PositionEncoding
+from tests.conftest import randomised
 
 
 def causal_layout(config: GPTConfig, tokens: int) -> tuple[PositionEncoding, AttentionLayout]:
@@ -64,6 +69,54 @@ def test_some_blocks_do_not_rotate(every: int | None, skipped: list[int]) -> Non
         block.attention.register_forward_pre_hook(record)
     net(torch.zeros(1, 8, dtype=torch.int64))
     assert found == skipped
+
+
+@pytest.mark.parametrize(
+    ("every", "are_local"),
+    [(None, [True] * 7), (2, [True, False] * 3 + [True]), (6, [True] * 5 + [False, True]), (7, [True] * 6 + [False])],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_local_blocks_share_the_window_and_global_blocks_have_none(
+    every: int | None, are_local: list[bool], documents: bool
+) -> None:
+    """Gemma 3 has a global block after five local blocks; Gemma 2 and gpt-oss alternate, starting with a local one."""
+    config = GPTConfig(n_layer=7, n_head=2, n_embd=16, sliding_window=3, sliding_window_pattern=every)
+    net, ids = GPT(config, 20, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    found: list[AttentionLayout] = []
+    for block in net.blocks:
+        block.attention.register_forward_pre_hook(lambda _, arguments: found.append(arguments[2]))
+    net(torch.zeros_like(ids), ids if documents else None)
+    assert [config.is_local(layer) for layer in range(7)] == are_local
+    masks: dict[bool, Any] = {}
+    for layout, is_local in zip(found, are_local, strict=True):
+        assert layout.mask is masks.setdefault(is_local, layout.mask)  # built once
+    for is_local, mask in masks.items():
+        if mask is None:
+            assert not is_local
+            assert not documents
+            continue
+        for t, s in itertools.product(range(8), range(8)):
+            seen = 0 <= t - s < (3 if is_local else 8) and not (documents and ids[0, t] != ids[0, s])
+            assert mask[0, 0, t, s] == seen
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # intended
+def test_patterns_have_the_same_logits_with_every_backend(monkeypatch: pytest.MonkeyPatch, documents: bool) -> None:
+    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
+    config = GPTConfig(
+        n_layer=3, n_head=2, n_embd=32, sliding_window=5, sliding_window_pattern=2, rotary_local_base=50.0
+    )
+    ids = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+    document_ids = torch.tensor([[0] * 9 + [1] * 15, [3] * 24]) if documents else None
+    logits = {}
+    for backend in ("manual", "sdpa", "auto", "flex"):
+        with torch.no_grad():
+            logits[backend] = randomised(replace(config, attention_backend=backend))(ids, document_ids)
+        torch.testing.assert_close(logits[backend], logits["manual"], rtol=1e-4, atol=1e-4)
+    for changes in ({"sliding_window_pattern": None, "rotary_local_base": None}, {"rotary_local_base": None}):
+        with torch.no_grad():  # otherwise the test could not fail
+            assert not torch.allclose(randomised(replace(config, **changes))(ids, document_ids), logits["auto"], 1e-2)
 
 
 def test_value_embeddings_are_added_to_the_values() -> None:

@@ -80,14 +80,15 @@ def test_backends_agree_on_values_and_gradients(
 
 @pytest.mark.parametrize("backend", [*WAYS, "flex"])
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("window", "every"), [(None, None), (4, None), (4, 2)])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_cached_logits_match_the_full_forward_pass(
-    backend: str, position: str, window: int | None, fixed: bool
+    backend: str, position: str, window: int | None, every: int | None, fixed: bool
 ) -> None:
     """Pieces of several sizes against a full forward pass with the manual backend, in float64."""
     config = GPTConfig(
         n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position=position, sliding_window=window,
+        sliding_window_pattern=every, rotary_local_base=50.0 if every and position == "rotary" else None,
         attention_backend=backend,
     )  # fmt: skip
     net = randomised(config).double()

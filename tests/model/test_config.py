@@ -113,6 +113,30 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
             {"position": "none", "rotary_skip_every": 2},
             ("model.gpt.rotary_skip_every is 2", "model.gpt.position is none"),
         ),
+        (
+            {"sliding_window_pattern": 2},
+            ("model.gpt.sliding_window_pattern is 2", "model.gpt.sliding_window is not set"),
+        ),
+        (
+            {"sliding_window": 8, "sliding_window_pattern": 5},
+            ("model.gpt.sliding_window_pattern is 5", "model.gpt.n_layer is 4", "no block would be global"),
+        ),
+        (
+            {"sliding_window": 8, "sliding_window_pattern": 1},
+            ("model.gpt.sliding_window_pattern is 1", "no block would use model.gpt.sliding_window"),
+        ),
+        (
+            {"sliding_window": 8, "rotary_local_base": 100.0},
+            ("model.gpt.rotary_local_base is 100.0", "model.gpt.sliding_window_pattern is not set"),
+        ),
+        (
+            {"sliding_window": 8, "sliding_window_pattern": 2, "rotary_local_base": 1.0},
+            ("model.gpt.rotary_local_base is 1.0", "greater than 1"),
+        ),
+        (
+            {"position": "none", "rotary_local_base": 100.0},
+            ("model.gpt.rotary_local_base is 100.0", "model.gpt.position is none"),
+        ),
         ({"qk_norm": False, "qk_norm_joint": True}, ("qk_norm_joint is true", "model.gpt.qk_norm is false")),
         ({"rotary_base": 1.0}, ("model.gpt.rotary_base is 1.0", "greater than 1")),
         (

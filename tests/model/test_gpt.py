@@ -18,12 +18,13 @@ from lit_gpt_scratch.model.norms import NORM_PLACEMENTS
 from tests.conftest import TINY, randomised
 
 configs = st.builds(
-    lambda n_kv_head, group, half, qk_norms, **rest: GPTConfig(
+    lambda n_kv_head, group, half, qk_norms, alternates, **rest: GPTConfig(
         n_head=n_kv_head * group,
         n_kv_head=n_kv_head,
         n_embd=n_kv_head * group * 2 * half,
         qk_norm=qk_norms > 0,
         qk_norm_joint=qk_norms > 1,
+        sliding_window_pattern=2 if alternates and rest["sliding_window"] and rest["n_layer"] > 1 else None,
         **rest,
     ),
     n_layer=st.integers(1, 3),
@@ -32,7 +33,9 @@ configs = st.builds(
     half=st.integers(1, 4),
     position=st.sampled_from(["rotary", "learned", "none"]),
     qk_norms=st.integers(0, 2),
+    alternates=st.booleans(),
     norm_placement=st.sampled_from(NORM_PLACEMENTS),
+    sliding_window=st.sampled_from([None, 3]),
     qkv_bias=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
     logit_softcap=st.sampled_from([None, 15.0]),

@@ -98,6 +98,22 @@ def test_rotary_angles_match_the_paper() -> None:
             assert turned[0, 0, t, i + 4].item() == pytest.approx(pair.imag, abs=1e-5)
 
 
+def test_local_blocks_have_their_own_unscaled_frequencies() -> None:
+    """As in Gemma 3, whose larger models scale only the frequencies of the global blocks."""
+    one = GPTConfig(n_head=1, n_embd=16, sliding_window=4, sliding_window_pattern=2)
+    both = RotaryPositions(
+        replace(one, rotary_base=1e6, rotary_local_base=1e4, rotary_scaling="linear", rotary_factor=8.0), 40
+    )
+    positions = torch.arange(40)
+    for is_local, alone in (
+        (True, replace(one, rotary_base=1e4)),
+        (False, replace(one, rotary_base=1e6, rotary_scaling="linear", rotary_factor=8.0)),
+    ):
+        expected = RotaryPositions(alone, 40).cos_sin(positions)
+        assert all(torch.equal(a, b) for a, b in zip(both.cos_sin(positions, is_local), expected, strict=True))
+        assert RotaryPositions(alone, 40).cos_sin(positions, is_local=True)[0].equal(expected[0])
+
+
 def test_rotary_dot_products_depend_only_on_the_distance() -> None:
     rotary = RotaryPositions(GPTConfig(n_head=1, n_embd=16), 40)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)

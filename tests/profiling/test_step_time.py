@@ -1,5 +1,7 @@
 """The predicted step against arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 
 from lit_gpt_scratch.optim import Muon
@@ -38,6 +40,16 @@ def test_computation_of_one_device() -> None:
     parameters = 3 * BLOCK + 2 * TABLE + 64
     assert time.optimizer == pytest.approx((7 + 3) * 4 * parameters / (0.9 * 3.35e12))  # AdamW and clipping
     assert time.communication == time.sent_bytes == 0
+
+
+def test_only_local_blocks_skip_what_is_outside_the_window() -> None:
+    one = {"strategy": "single", "machine": parse_machine("1xh100")}
+    plain = predict(**one)
+    for every, local_blocks in ((None, 3), (2, 2), (3, 2)):
+        config = replace(CONFIG, sliding_window=4, sliding_window_pattern=every)
+        time = predict(config=config, **one)
+        assert time.attention / plain.attention == pytest.approx((local_blocks * 4 / 32 / 0.5 + 3 - local_blocks) / 3)
+        assert replace(time, attention=0.0) == replace(plain, attention=0.0)
 
 
 def test_recomputation_repeats_the_forward_pass_of_the_blocks() -> None:
