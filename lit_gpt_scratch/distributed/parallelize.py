@@ -78,12 +78,23 @@ class ExpertParallel(ParallelStyle):
         return module
 
 
+class HeadwiseParallel(ParallelStyle):
+    """Parallel style that splits dimension 0 of all parameters of a module, which uses only its local elements."""
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, device_mesh, [Shard(0)])))
+        return module
+
+
 STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
     "experts": ExpertParallel,
+    "headwise": HeadwiseParallel,
 }
 """Parallel styles, other than ``replicated``, that a module's ``tensor_parallel_plan`` can use."""
 

@@ -123,7 +123,8 @@ class AttentionStats(NamedTuple):
 
     Attributes:
         entropy: Entropy of the weights in nats: 0 if a token attends to a single token, ln(n) for n equal weights.
-        distance: Mean distance to the attended tokens, in tokens, weighted by the attention weights.
+        distance: Mean distance to the attended tokens, in tokens, weighted by the attention weights. Learned sinks
+            (``GPTConfig.attention_sinks``) have a distance of zero.
         sink: Attention weight on the first token of the window or document (attention sink,
             https://arxiv.org/abs/2309.17453).
     """
@@ -157,7 +158,7 @@ def attention_stats(
     first = (index - positions)[:, None, :, None].expand(*weights.shape[:3], 1)  # (B, n_head, T, 1)
     per_token = (
         torch.special.entr(weights).sum(-1),  # (B, n_head, T)
-        index - weights @ index.to(weights.dtype),
+        index * weights.sum(-1) - weights @ index.to(weights.dtype),
         weights.gather(-1, first).squeeze(-1),
     )
     n = counted.sum()

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
 from torch.utils._triton import has_triton
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.cpu_attention import cpu_attention, cpu_attention_is_faster
 from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
+from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
@@ -104,7 +106,13 @@ def build_attention_layout(
     use_flex = config.attention_backend == "flex" or (
         config.attention_backend == "auto"
         and can_use_flex_attention(config, device)
-        and (needs_mask or window is not None or config.attention_softcap is not None or position.has_score_bias)
+        and (
+            needs_mask
+            or window is not None
+            or config.attention_softcap is not None
+            or config.attention_sinks
+            or position.has_score_bias
+        )
     )
     if use_flex and cache is None:
         return AttentionLayout(positions, cos_sin, _build_block_mask(input_ids, document_ids, window))
@@ -167,6 +175,7 @@ def causal_attention(
     mask: Tensor | BlockMask | None = None,
     softcap: float | None = None,
     bias: ScoreBias | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compute causal multi-head or grouped-query attention with the fastest backend that supports the arguments.
@@ -179,30 +188,65 @@ def causal_attention(
         mask: Attention mask (see ``AttentionLayout``); None means a causal mask.
         softcap: Soft cap that bounds the scores to ``softcap * tanh(scores / softcap)``; None disables it.
         bias: Score bias, used only with a ``BlockMask``; a dense mask already includes it.
+        sinks: Logit of each head's attention sink, of shape (n_head,); it is neither capped nor biased.
         backend: Attention backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
     Returns:
         The output, of shape (B, n_head, T, head_dim).
     """
     if isinstance(mask, BlockMask):
-        return _flex_attention(q, k, v, mask, softcap, bias)
-    # Inductor turns the matmuls for a single query into loops and fuses them with the mask and the softmax.
-    fuse_single_query = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
-    if backend == "manual" or softcap is not None or fuse_single_query:
-        return manual_attention(q, k, v, dropout, mask, softcap)[0]
+        return _flex_attention(q, k, v, mask, softcap, bias, sinks)
+    # For a single query, Inductor turns the matmuls into loops and fuses them with the mask and the softmax, and
+    # inserting sinks, which copies all keys and values, would take longer than attention itself.
+    fuses = mask is not None and torch.compiler.is_compiling()
+    manual_is_faster = q.size(2) == 1 and (fuses or sinks is not None)
+    if backend == "manual" or softcap is not None or manual_is_faster:
+        return manual_attention(q, k, v, dropout, mask, softcap, sinks=sinks)[0]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    if cpu_attention_is_faster(q, k, dropout):
+    if sinks is None and cpu_attention_is_faster(q, k, dropout):
         return cpu_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(
+    head_dim, scale = q.size(-1), None
+    if sinks is not None:
+        q, k, v, mask = _insert_sinks(q, k, v, mask, sinks)
+        scale = head_dim**-0.5
+    out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         is_causal=mask is None and q.size(2) > 1,
         dropout_p=dropout,
+        scale=scale,
         enable_gqa=q.size(1) > k.size(1),
     )
+    return out if sinks is None else out[:, :, 1:, :head_dim]
+
+
+def _insert_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Insert a first token with a value of zero to which each query of a head has the score ``sinks[head]``.
+
+    An additional channel of the queries holds the logits of the sinks, and is multiplied by one in the inserted key and
+    by zero in all other keys. The inserted token has a query, too, so that the mask remains causal. Fused kernels then
+    apply, with gradients for the sinks. Multiplying the output by ``sigmoid(logsumexp - sink)`` instead, as with
+    FlexAttention, requires the gradient of the logsumexp, which the kernels of ``scaled_dot_product_attention`` do not
+    have.
+
+    Returns:
+        Queries of shape (B, n_head, 1 + T, head_dim + 1), keys and values of shape (B, n_kv_head, 1 + S, head_dim + 1),
+        and the mask, whose last two dimensions are 1 + T and 1 + S.
+    """
+    B, H, T, D = q.shape
+    logits = (sinks * D**0.5).to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+    q = F.pad(torch.cat((q, logits), dim=-1), (0, 0, 1, 0))
+    sink_key = F.pad(k.new_ones(B, k.size(1), 1, 1), (D, 0))  # (B, n_kv_head, 1, head_dim + 1)
+    k = torch.cat((sink_key, F.pad(k, (0, 1))), dim=2)
+    v = F.pad(v, (0, 1, 1, 0))
+    if mask is not None:
+        mask = F.pad(mask, (1, 0, 1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return q, k, v, mask
 
 
 def manual_attention(
@@ -213,6 +257,7 @@ def manual_attention(
     mask: Tensor | BlockMask | None = None,
     softcap: float | None = None,
     bias: ScoreBias | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention step by step: scores, mask, softmax, weighted sum.
 
@@ -220,7 +265,7 @@ def manual_attention(
 
     Returns:
         The output, of shape (B, n_head, T, head_dim), and the attention weights before dropout, of shape
-        (B, n_head, T, S), in at least float32.
+        (B, n_head, T, S), in at least float32; without those of the sinks.
     """
     B, H, T, D = q.shape
     K, S = k.size(1), k.size(2)
@@ -237,13 +282,23 @@ def manual_attention(
             distance = torch.arange(T, device=q.device)[:, None] - torch.arange(S, device=q.device)
             scores = scores + bias(torch.arange(H, device=q.device)[:, None, None], distance)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        logits = sinks.to(scores.dtype).view(H, 1, 1).expand(B, H, T, 1)
+        weights = torch.cat((scores, logits), dim=-1).softmax(-1)[..., :-1]
     dropped = F.dropout(weights, dropout).to(v.dtype).view(B, K, H // K, T, S)
     return (dropped @ v[:, :, None]).view(B, H, T, D), weights
 
 
 def _flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, softcap: float | None, bias: ScoreBias | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    softcap: float | None,
+    bias: ScoreBias | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     def modify_score(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if softcap is not None:
@@ -251,15 +306,21 @@ def _flex_attention(
         return score if bias is None else score + bias(head, query - key)
 
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    out: Tensor = flex(
+    out: Tensor
+    out, auxiliary = flex(
         q,
         k,
         v,
         score_mod=None if softcap is None and bias is None else modify_score,
         block_mask=mask,
         enable_gqa=q.size(1) > k.size(1),
+        return_aux=AuxRequest(lse=sinks is not None),
     )
-    return out
+    if sinks is None:
+        return out
+    # The sinks multiply the denominator of the softmax, exp(lse), by 1 + exp(sink - lse).
+    share = torch.sigmoid(auxiliary.lse - sinks[:, None])  # (B, n_head, T)
+    return out * share.unsqueeze(-1).type_as(out)
 
 
 @cache
@@ -296,6 +357,25 @@ def validate_attention_backend(config: "GPTConfig", device: torch.device) -> Non
 # Module
 
 
+class AttentionSinks(nn.Module):
+    """Learned logit of each head's attention sink (gpt-oss, https://arxiv.org/abs/2508.10925).
+
+    The sink takes part in the softmax like a token with this score and a value of zero.
+    """
+
+    def __init__(self, n_head: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(n_head))
+
+    def init_weights(self, sampler: WeightSampler) -> None:
+        """Initialize the logits to zero, the mean score of tokens with random queries and keys."""
+        nn.init.zeros_(self.logits)
+
+    def forward(self) -> Tensor:
+        """Return the logits of all heads, or of those on this tensor-parallel process: (n_head,)."""
+        return to_local(self.logits)
+
+
 class Attention(nn.Module):
     r"""Causal multi-head, grouped-query or multi-query self-attention.
 
@@ -318,12 +398,14 @@ class Attention(nn.Module):
         "output": "rowwise",
         "query_norm": "replicated",
         "key_norm": "replicated",
+        "sinks": "headwise",
     }
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__()
         self.validate(config)
         self.config = config
+        self.sinks = AttentionSinks(config.n_head) if config.attention_sinks else None
         self.recorded_weights: list[Tensor] | None = None
         """List to which each forward pass appends its (B, n_head, T, S) attention weights; None disables recording."""
         self.build_layers()
@@ -398,7 +480,8 @@ class Attention(nn.Module):
         """
         dropout = self.config.dropout if self.training else 0.0
         bias = position.score_bias if position.has_score_bias else None
-        arguments = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias
+        sinks = None if self.sinks is None else self.sinks()
+        arguments = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias, sinks
         if self.recorded_weights is not None:
             y, weights = manual_attention(*arguments)
             self.recorded_weights.append(weights)

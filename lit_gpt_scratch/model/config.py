@@ -74,6 +74,8 @@ class GPTConfig:
             other settings. All implementations compute the same function.
         attention_softcap: Soft cap for the attention scores, which are bounded to (-cap, cap) with
             ``cap * tanh(scores / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
+        attention_sinks: Whether the softmax of each head includes a learned logit that belongs to no token, so that
+            the attention weights of all tokens may sum to less than 1 (gpt-oss, https://arxiv.org/abs/2508.10925).
         sliding_window: Size of the attention window in tokens: each token attends only to itself and the
             ``sliding_window - 1`` preceding tokens (Mistral, https://arxiv.org/abs/2310.06825). By default, each token
             attends to all preceding tokens.
@@ -201,6 +203,7 @@ class GPTConfig:
     attention: AttentionName | str | None = None
     attention_backend: BackendName = "auto"
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     sliding_window: int | None = None
     sliding_window_pattern: int | None = None
     latent_kv_rank: int | None = None

@@ -52,6 +52,7 @@ class LatentAttention(Attention):
         "kv_norm": "replicated",
         "kv_up": "colwise",
         "output": "rowwise",
+        "sinks": "headwise",
     }
 
     @staticmethod

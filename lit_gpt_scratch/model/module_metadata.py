@@ -6,9 +6,10 @@ following attributes and methods of an ``nn.Module`` are optional.
 ``tensor_parallel_plan: ClassVar[dict[str, str]]``
     Tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names may
     contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the same
-    on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
-    split and outputs are summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows
-    are split and outputs are summed), ``experts`` (see ``distributed.parallelize.ExpertParallel``) and ``replicated``
+    on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are split and
+    outputs are summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows are split
+    and outputs are summed), ``experts`` (see ``distributed.parallelize.ExpertParallel``), ``headwise`` (dimension 0 of
+    all parameters, which has an element per head, is split; the child uses only its local elements) and ``replicated``
     (each process holds all parameters, applies them to its own heads or computes what its own heads use, and gradients
     are summed). A module without a plan is replicated and requires no communication.
 

@@ -19,7 +19,8 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 def test_declared_styles_are_known_and_of_existing_modules(
     settings: dict[str, Any], unused: set[str], n_feed_forward: int
 ) -> None:
-    net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, value_embeddings=True, **settings), 50, 8)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, value_embeddings=True, attention_sinks=True, **settings)
+    net = GPT(config, 50, 8)
     names = {module: name for name, module in net.named_modules()}
     found = {f"{names[module]}.{name}".strip("."): style for module, name, style in _declared_styles(net)}
     assert set(found.values()) == STYLES.keys() - unused | {REPLICATED}
@@ -28,4 +29,5 @@ def test_declared_styles_are_known_and_of_existing_modules(
     assert found["value_tables.1"] == "colwise"
     assert found["blocks.1.attention.output"] == "rowwise"
     assert found["blocks.1.attention.key_norm"] == "replicated"
-    assert len(found) == 4 + 2 * (6 + n_feed_forward)
+    assert found["blocks.0.attention.sinks"] == "headwise"
+    assert len(found) == 4 + 2 * (7 + n_feed_forward)

@@ -48,8 +48,10 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "experts": {"feed_forward": "moe", "n_experts": 8, "n_shared_experts": 2, "expert_bias_rate": 0.001},
     "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal"},
     "multi-token prediction": {"multi_token_depth": 2},
-    "latent attention": {"attention": "latent", "latent_kv_rank": 30, "latent_query_rank": 17},
-    "local blocks": {"sliding_window": 8, "sliding_window_pattern": 2, "rotary_local_base": 50.0},
+    "latent attention": {"attention": "latent", "latent_kv_rank": 30, "latent_query_rank": 17, "attention_sinks": True},
+    "local blocks, sinks": {
+        "sliding_window": 8, "sliding_window_pattern": 2, "rotary_local_base": 50.0, "attention_sinks": True,
+    },
     "joint norms": {"qk_norm_joint": True},
     "mup": {
         "parametrisation": "mup", "mup_base_width": 19, "mup_base_head_dim": 6, "tied_embeddings": True,

@@ -59,6 +59,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "attention": attention,
         "attention_backend": draw(st.sampled_from(["auto", "manual"] if softcap else ["auto", "sdpa", "manual"])),
         "attention_softcap": softcap,
+        "attention_sinks": draw(st.booleans()),
         "sliding_window": window,
         "sliding_window_pattern": every,
         "latent_kv_rank": draw(st.none() | st.integers(1, 40)) if latent else None,

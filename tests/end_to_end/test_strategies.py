@@ -41,6 +41,16 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
     assert parity.loss.keys() == {(name, kind) for name in LAYOUTS for kind in ARITHMETIC_CASES}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sinks_of_all_heads_are_trained_with_tensor_parallelism(small: list[str], tmp_path: Path) -> None:
+    local = ["--model.gpt.sliding_window=8", "--model.gpt.sliding_window_pattern=2", "--model.gpt.attention_sinks=true"]
+    flags = [*small, *SHAPE, *local, "--trainer.limit_val_batches=0", "--trainer.max_steps=10"]
+    parity = LayoutParity(flags, tmp_path, ["float64"], ["single", "manual attention", "tp 2", "fsdp2_tp 4"])
+    parity.run()
+    assert not parity.violations, f"\n{parity}"
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("settings", "off", "formats"),

@@ -44,6 +44,7 @@ def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
 
 
 GEMMA3 = replace(TINY, sliding_window=7, sliding_window_pattern=2, rotary_local_base=50.0, norm_placement="sandwich")
+GPT_OSS = replace(TINY, sliding_window=7, sliding_window_pattern=2, attention_sinks=True)
 OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qkv_bias=True, rotary_skip_every=2)
 
 
@@ -54,10 +55,10 @@ DYNAMIC = replace(
 LONGROPE = replace(
     DYNAMIC, rotary_scaling="longrope", rotary_short_factors=(1.0,) * 8, rotary_long_factors=(1.5, 3.0) * 4
 )  # fmt: skip
-LATENT = replace(TINY, attention="latent", latent_kv_rank=40, latent_query_rank=12)
+LATENT = replace(TINY, attention="latent", latent_kv_rank=40, latent_query_rank=12, attention_sinks=True)
 CACHED = {
     "plain": TINY, "looks-back": LOOKS_BACK, "alibi": ALIBI, "olmo2": OLMO2, "experts": EXPERTS, "latent": LATENT,
-    "dynamic": DYNAMIC, "longrope": LONGROPE, "gemma3": GEMMA3,
+    "dynamic": DYNAMIC, "longrope": LONGROPE, "gemma3": GEMMA3, "gpt-oss": GPT_OSS,
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_short_contexts(context: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "latent", "longrope", "gemma3"])
+@pytest.mark.parametrize("name", ["looks-back", "alibi", "experts", "latent", "longrope", "gemma3", "gpt-oss"])
 def test_compiled_step_generates_the_same(name: str) -> None:
     """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(CACHED[name]).double()

@@ -37,6 +37,11 @@ def seen(net: GPT, documents: Tensor | None = None) -> CapturedActivations[Block
     return capture_activations(net, IDS, documents, lambda layer: layer)
 
 
+def test_learned_sinks_have_a_distance_of_zero() -> None:
+    weights = torch.tensor([[[[0.6, 0.0, 0.0], [0.3, 0.5, 0.0], [0.2, 0.1, 0.4]]]])  # (1, 1, 3, 3)
+    assert attention_stats(weights).distance.item() == pytest.approx((0.3 * 1 + (0.2 * 2 + 0.1 * 1)) / 2)
+
+
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "two documents"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_captured_activations_match_the_forward_pass(shape: str, documents: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,15 +82,16 @@ def test_backends_agree_on_values_and_gradients(
 @pytest.mark.parametrize("backend", [*WAYS, "flex"])
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
 @pytest.mark.parametrize(("window", "every"), [(None, None), (4, None), (4, 2)])
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_cached_logits_match_the_full_forward_pass(
-    backend: str, position: str, window: int | None, every: int | None, fixed: bool
+    backend: str, position: str, window: int | None, every: int | None, sinks: bool, fixed: bool
 ) -> None:
     """Pieces of several sizes against a full forward pass with the manual backend, in float64."""
     config = GPTConfig(
         n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position=position, sliding_window=window,
         sliding_window_pattern=every, rotary_local_base=50.0 if every and position == "rotary" else None,
-        attention_backend=backend,
+        attention_backend=backend, attention_sinks=sinks,
     )  # fmt: skip
     net = randomised(config).double()
     exact = randomised(replace(config, attention_backend="manual")).double()
@@ -101,7 +103,9 @@ def test_cached_logits_match_the_full_forward_pass(
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-10, atol=1e-10)
 
 
-def textbook(q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None = None) -> Tensor:
+def textbook(
+    q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Attention in Python loops; ``sees(row, query, key)`` is the mask."""
     out = torch.zeros_like(q)
     for row, head, t in itertools.product(range(q.size(0)), range(q.size(1)), range(q.size(2))):
@@ -113,7 +117,8 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None =
         scores = [score / math.sqrt(q.size(3)) for score in scores]
         if softcap is not None:
             scores = [softcap * math.tanh(score / softcap) for score in scores]
-        weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        total = sum(map(math.exp, scores)) + (0.0 if sinks is None else math.exp(sinks[head]))
+        weights = [math.exp(score) / total for score in scores]
         for s, weight in zip(keys, weights, strict=True):
             out[row, head, t] += weight * v[row, shared, s]
     return out
@@ -143,12 +148,73 @@ def test_sliding_window_matches_the_reference(backend: str, window: int, documen
     torch.testing.assert_close(found, textbook(*given, sees), rtol=1e-10, atol=1e-12)
 
 
+def sink_logits(dtype: torch.dtype = torch.float64) -> Tensor:
+    """One logit per head, from negligible to dominant."""
+    return torch.linspace(-4.0, 4.0, HEADS, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("n_kv_head", [6, 2])
+def test_sinks_match_the_reference(backend: str, window: int | None, documents: bool, n_kv_head: int) -> None:
+    given, sinks = drawn(torch.float64, n_kv_head), sink_logits()
+    mask = order(shape(n_kv_head=n_kv_head, sliding_window=window), documents)[1].mask
+
+    def sees(row: int, t: int, s: int) -> bool:
+        return (not documents or bool(DOCUMENTS[row, t] == DOCUMENTS[row, s])) and (window is None or t - s < window)
+
+    found = causal_attention(*given, mask=mask, sinks=sinks, backend=backend)
+    torch.testing.assert_close(found, textbook(*given, sees, sinks=sinks), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found, causal_attention(*given, mask=mask, backend=backend), rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("position", ["none", "alibi"])
+@pytest.mark.parametrize("before", [None, [0, 0], [5, 2]])
+def test_gradients_of_sinks_match_finite_differences(backend: str, position: str, before: list[int] | None) -> None:
+    mask = order(shape(n_kv_head=2, position=position), before=before)[1].mask
+    given = [x.requires_grad_() for x in (*drawn(torch.float64, 2, T + max(before or [0])), sink_logits())]
+
+    def project(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        return causal_attention(q, k, v, mask=mask, sinks=sinks, backend=backend)
+
+    assert torch.autograd.gradcheck(project, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(9) < 7])
+def test_single_query_with_sinks(mask: Tensor | None) -> None:
+    """As in cached decoding, with and without unused slots."""
+    q, k, v = drawn(torch.float64, 2)
+    q, k, v = q[:, :, -1:], k[:, :, :9], v[:, :, :9]
+    padded = None if mask is None else mask.view(1, 1, 1, 9)
+    found = causal_attention(q, k, v, mask=padded, sinks=sink_logits())
+    n = 9 if mask is None else 7
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k[:, :, :n].repeat_interleave(3, dim=1)) / math.sqrt(WIDTH)
+    total = scores.exp().sum(-1, keepdim=True) + sink_logits().exp().view(HEADS, 1, 1)
+    torch.testing.assert_close(found, scores.exp() / total @ v[:, :, :n].repeat_interleave(3, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_match_gpt_oss(dtype: torch.dtype) -> None:
+    """Attention of ``transformers``, which appends the sinks to the scores."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = drawn(dtype, 2)
+    layer = SimpleNamespace(num_key_value_groups=3, sinks=sink_logits(dtype), training=False)
+    causal = torch.full((T, T), float("-inf"), dtype=dtype).triu(1)
+    expected = gpt_oss.eager_attention_forward(layer, q, k, v, causal, scaling=WIDTH**-0.5)[0].transpose(1, 2)
+    for backend in WAYS:
+        found = causal_attention(q, k, v, sinks=layer.sinks, backend=backend)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 4}, {"attention_softcap": 1.5}, {"position": "alibi"},
-     {"sliding_window": 5, "attention_softcap": 1.5, "position": "alibi"}],
-    ids=["plain", "window", "softcap", "alibi", "all"],
+    [{}, {"attention_sinks": True}, {"sliding_window": 4}, {"attention_softcap": 1.5}, {"position": "alibi"},
+     {"sliding_window": 5, "attention_softcap": 1.5, "position": "alibi", "attention_sinks": True}],
+    ids=["plain", "sinks", "window", "softcap", "alibi", "all"],
 )  # fmt: skip
 @pytest.mark.parametrize("n_kv_head", [6, 2])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # intended
@@ -163,12 +229,13 @@ def test_flex_attention_matches_manual_attention(
     assert isinstance(blocks.mask, BlockMask)
     given, cap = drawn(torch.float32, n_kv_head), config.attention_softcap
     bias = position.score_bias if position.has_score_bias else None
+    sinks = sink_logits(torch.float32) if config.attention_sinks else None
     with torch.no_grad():
-        found = causal_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, backend="flex")
-        expected, weights = manual_attention(*given, mask=dense, softcap=cap)
+        found = causal_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, sinks=sinks, backend="flex")
+        expected, weights = manual_attention(*given, mask=dense, softcap=cap, sinks=sinks)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         # Manual attention with the same block mask, as used to record the weights.
-        again, same = manual_attention(*given, mask=blocks.mask, softcap=cap, bias=bias)
+        again, same = manual_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, sinks=sinks)
         torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(same, weights, rtol=1e-5, atol=1e-6)
 
@@ -191,7 +258,8 @@ def test_block_mask_matches_dense_mask() -> None:
 
 @pytest.mark.parametrize("backend", [*WAYS, "flex"])
 @pytest.mark.parametrize(
-    ("changes", "documents"), [({}, False), ({"sliding_window": 3}, True), ({"position": "alibi"}, True)]
+    ("changes", "documents"),
+    [({}, False), ({"sliding_window": 3}, True), ({"position": "alibi"}, True), ({"attention_sinks": True}, True)],
 )
 def test_recorded_weights_reproduce_the_output(backend: str, changes: dict[str, Any], documents: bool) -> None:
     torch.manual_seed(0)
@@ -202,7 +270,10 @@ def test_recorded_weights_reproduce_the_output(backend: str, changes: dict[str, 
     out = attention(x, position, places)
     (weights,) = attention.recorded_weights
     assert weights.shape == (2, HEADS, T, T)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, T))
+    if config.attention_sinks:
+        assert (weights.sum(-1) < 1).all()
+    else:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, T))
     window = config.sliding_window or T
     for row, t, s in itertools.product(range(2), range(T), range(T)):
         seen = 0 <= t - s < window and not (documents and DOCUMENTS[row, t] != DOCUMENTS[row, s])

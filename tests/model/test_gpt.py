@@ -35,6 +35,7 @@ configs = st.builds(
     qk_norms=st.integers(0, 2),
     alternates=st.booleans(),
     norm_placement=st.sampled_from(NORM_PLACEMENTS),
+    attention_sinks=st.booleans(),
     sliding_window=st.sampled_from([None, 3]),
     qkv_bias=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
@@ -218,3 +219,24 @@ def test_activation_checkpointing_is_compiled_with_the_block(
             assert a.isfinite().all()
         else:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [None, torch.tensor([0] * 5 + [1] * 11).expand(3, -1)], ids=["one", "packed"])
+def test_compiled_local_and_global_blocks_have_the_same_gradients(documents: torch.Tensor | None) -> None:
+    torch.compiler.reset()
+    config = GPTConfig(
+        n_layer=4, n_head=2, n_embd=32, sliding_window=4, sliding_window_pattern=2, rotary_local_base=50.0,
+        attention_sinks=True,
+    )  # fmt: skip
+    ids = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for compiled in (True, False):
+        net = randomised(config, 50, 16).train()
+        if compiled:
+            for block in net.blocks:
+                block.compile(fullgraph=True)
+        net(ids, documents).square().mean().backward()
+        gradients.append([p.grad / p.grad.abs().max() for p in net.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
