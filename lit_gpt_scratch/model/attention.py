@@ -16,7 +16,7 @@ from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import to_local
 from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
-from lit_gpt_scratch.model.norms import RMSNorm
+from lit_gpt_scratch.model.norms import RMS_NORMS, RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
@@ -435,8 +435,9 @@ class Attention(nn.Module):
         self.key = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.value = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.output = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        rms_norm = RMS_NORMS.get(config.norm, RMSNorm)
         self.query_norm, self.key_norm = (
-            RMSNorm(heads * self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+            rms_norm(heads * self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
             for heads in ((self.n_head, self.n_kv_head) if config.qk_norm_joint else (1, 1))
         )
 
@@ -461,8 +462,11 @@ class Attention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        if (multiplier := self.config.query_multiplier) != 1:
-            q = q * multiplier
+        factor = self.config.query_multiplier
+        if (scale := self.config.attention_scale) is not None:
+            factor *= scale * self.head_dim**0.5  # all attention backends multiply the scores by head_dim ** -0.5
+        if factor != 1:
+            q = q * factor
         q = position.rotate(q, layout.cos_sin)
         if layout.key_cos_sin is None:
             k = position.rotate(k, layout.cos_sin)

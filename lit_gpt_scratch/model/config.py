@@ -72,6 +72,8 @@ class GPTConfig:
         attention_backend: Attention implementation: ``sdpa`` uses PyTorch's fused kernel, ``manual`` computes attention
             step by step, ``flex`` uses FlexAttention, and ``auto`` selects the fastest implementation that supports the
             other settings. All implementations compute the same function.
+        attention_scale: Factor by which the dot products of queries and keys are multiplied; by default,
+            ``head_dim ** -0.5``. Gemma 2 and 3 use ``query_pre_attn_scalar ** -0.5``.
         attention_softcap: Soft cap for the attention scores, which are bounded to (-cap, cap) with
             ``cap * tanh(scores / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
         attention_sinks: Whether the softmax of each head includes a learned logit that belongs to no token, so that
@@ -122,8 +124,9 @@ class GPTConfig:
         rotary_short_factors: For ``longrope``, the divisor of the frequency of each channel pair in texts up to the
             original context length (``rotary_trained_context``).
         rotary_long_factors: For ``longrope``, the same for longer texts.
-        norm: Type of normalization layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
-            (https://arxiv.org/abs/1607.06450).
+        norm: Type of normalization layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467), ``zero_centered_rmsnorm``
+            (the same with gains stored as differences from one, as in Gemma) or ``layernorm``
+            (https://arxiv.org/abs/1607.06450). ``qk_norm`` uses the same type of RMSNorm.
         norm_eps: Value added to the mean square or variance in normalization layers for numerical stability.
         norm_placement: Placement of the normalization layers: ``pre`` normalizes the input of each residual branch
             (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer),
@@ -158,6 +161,8 @@ class GPTConfig:
             the others (DeepSeek-V3, https://arxiv.org/abs/2408.15664). ``load_balance_loss`` can then be 0.
         tied_embeddings: Whether the token embedding and the output head share the same weight matrix
             (https://arxiv.org/abs/1608.05859).
+        scaled_embeddings: Whether to multiply the token embeddings by the square root of ``n_embd`` (the original
+            Transformer, Gemma).
         vocab_multiple: The number of rows in the token embedding and the output head is rounded up to a multiple of
             this value, which is faster on some hardware. The additional rows do not correspond to any token
             and are never predicted.
@@ -202,6 +207,7 @@ class GPTConfig:
     head_dim: int | None = None
     attention: AttentionName | str | None = None
     attention_backend: BackendName = "auto"
+    attention_scale: float | None = None
     attention_softcap: float | None = None
     attention_sinks: bool = False
     sliding_window: int | None = None
@@ -240,6 +246,7 @@ class GPTConfig:
     router_z_loss: float = 0.0
     expert_bias_rate: float | None = None
     tied_embeddings: bool = False
+    scaled_embeddings: bool = False
     vocab_multiple: int = 1
     logit_softcap: float | None = None
     value_embeddings: bool = False

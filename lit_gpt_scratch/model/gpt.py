@@ -404,7 +404,10 @@ class GPT(nn.Module):
         This method consists only of tensor operations, so that it can be compiled as a single graph.
         """
         positions = layouts[self.config.is_local(0)].positions  # the same in all layouts
-        x = self.position.embed(self.embedding(input_ids), positions)  # (B, T, n_embd)
+        x = self.embedding(input_ids)  # (B, T, n_embd)
+        if self.config.scaled_embeddings:
+            x = x * x.new_full((), self.config.n_embd**0.5)  # rounded to the dtype of the embeddings, as in Gemma
+        x = self.position.embed(x, positions)
         if self.bigrams is not None or self.smear is not None:
             x = self._add_previous_token(x, input_ids, positions == 0, cache)
         x = x0 = self.dropout(x)

@@ -13,7 +13,7 @@ from lit_gpt_scratch.model.attention import Attention, AttentionLayout
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.local_shard import linear_on_local_shard, to_local
 from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
-from lit_gpt_scratch.model.norms import RMSNorm
+from lit_gpt_scratch.model.norms import RMS_NORMS, RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class LatentAttention(Attention):
                 raise UserError(
                     f"model.gpt.{name} is true, which is not supported with latent attention, {reason}; set it to false"
                 )
+        if config.attention_scale is not None:
+            raise UserError(
+                f"model.gpt.attention_scale is {config.attention_scale}, which is not supported with latent attention; "
+                "remove it"
+            )
         if config.parametrisation == "mup":
             raise UserError(
                 "model.gpt.parametrisation is mup, which has no rules for the ranks of latent attention; set it to "
@@ -95,7 +100,7 @@ class LatentAttention(Attention):
         bias = config.bias or config.qkv_bias
 
         def norm(width: int) -> RMSNorm | nn.Identity:
-            return RMSNorm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+            return RMS_NORMS.get(config.norm, RMSNorm)(width, config.norm_eps) if config.qk_norm else nn.Identity()
 
         if query_rank is None:
             self.query = Linear(config.n_embd, self.n_head * query_dim, bias=False)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model.moe import ExpertLinear
+from lit_gpt_scratch.model.norms import set_gain
 from lit_gpt_scratch.model.weight_sampler import WeightSampler
 
 INIT_STD = 0.02
@@ -71,8 +72,11 @@ def zero(weights: WeightsByRole, sampler: WeightSampler) -> None:
         sampler.normal_(linear.weight, (linear.in_features / weights.width_multiplier) ** -0.5 * weights.scale(linear))
     for branch in weights.branches:
         # The gradient of a norm is very large at zero input, so the gain of the norm is initialized to zero instead.
-        for layer in branch.outputs if branch.norm is None else [branch.norm]:
-            nn.init.zeros_(layer.get_parameter("weight"))
+        if branch.norm is not None:
+            set_gain(branch.norm, 0.0)
+        else:
+            for layer in branch.outputs:
+                nn.init.zeros_(layer.weight)
     if weights.head is not None:
         nn.init.zeros_(weights.head.weight)
 

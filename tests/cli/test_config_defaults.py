@@ -39,6 +39,7 @@ NULLS = {
     "model.init_args.gpt.latent_query_rank": "off: queries are not compressed",
     "model.init_args.gpt.latent_rope_dim": "derived: head_dim / 2, or off without latent attention",
     "model.init_args.gpt.latent_value_dim": "derived: head_dim, or off without latent attention",
+    "model.init_args.gpt.attention_scale": "derived: 1 / sqrt(head_dim)",
     "model.init_args.gpt.attention_softcap": "off",
     "model.init_args.gpt.sliding_window": "off",
     "model.init_args.gpt.sliding_window_pattern": "off: sliding_window applies to all blocks",

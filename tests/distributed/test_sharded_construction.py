@@ -49,6 +49,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal"},
     "multi-token prediction": {"multi_token_depth": 2},
     "latent attention": {"attention": "latent", "latent_kv_rank": 30, "latent_query_rank": 17, "attention_sinks": True},
+    "zero-centered norms": {"norm": "zero_centered_rmsnorm", "norm_placement": "sandwich", "scaled_embeddings": True},
     "local blocks, sinks": {
         "sliding_window": 8, "sliding_window_pattern": 2, "rotary_local_base": 50.0, "attention_sinks": True,
     },

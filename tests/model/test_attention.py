@@ -23,6 +23,19 @@ def causal_layout(config: GPTConfig, tokens: int) -> tuple[PositionEncoding, Att
     return position, build_attention_layout(config, position, torch.zeros(1, tokens, dtype=torch.int64), None, None)
 
 
+@pytest.mark.parametrize("backend", ["manual", "sdpa"])
+def test_attention_scale_replaces_the_default(backend: str) -> None:
+    """As if the queries were larger, as ``query_pre_attn_scalar`` in Gemma 2 (144 with heads of 128 channels)."""
+    config = GPTConfig(n_head=2, n_embd=16, attention_backend=backend, qk_norm=False, position="none")
+    attention, x = Attention(config).double(), torch.randn(1, 7, 16, dtype=torch.float64)
+    scaled = Attention(replace(config, attention_scale=9.0**-0.5)).double()
+    scaled.load_state_dict(attention.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(scaled(x, *causal_layout(config, 7)), attention(x, *causal_layout(config, 7)))
+        attention.query.weight *= (8 / 9) ** 0.5
+    torch.testing.assert_close(scaled(x, *causal_layout(config, 7)), attention(x, *causal_layout(config, 7)))
+
+
 def rms_normed(x: Tensor, gain: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 

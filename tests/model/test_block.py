@@ -39,8 +39,9 @@ def order(config: GPTConfig) -> tuple[PositionEncoding, AttentionLayout]:
 def normed(config: GPTConfig, norm: nn.Module, x: Tensor) -> Tensor:
     """The norm by the equations of its paper."""
     weights = dict(norm.named_parameters())
-    if config.norm == "rmsnorm":
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights["weight"]
+    if config.norm != "layernorm":
+        gain = weights["weight"] + (config.norm == "zero_centered_rmsnorm")
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * gain
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights["weight"] + weights.get(
         "bias", 0.0

@@ -14,7 +14,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
-from lit_gpt_scratch.model.norms import NORM_PLACEMENTS
+from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from tests.conftest import TINY, randomised
 
 configs = st.builds(
@@ -35,11 +35,14 @@ configs = st.builds(
     qk_norms=st.integers(0, 2),
     alternates=st.booleans(),
     norm_placement=st.sampled_from(NORM_PLACEMENTS),
+    attention_scale=st.sampled_from([None, 0.5]),
     attention_sinks=st.booleans(),
     sliding_window=st.sampled_from([None, 3]),
+    norm=st.sampled_from(NORMS),
     qkv_bias=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
     logit_softcap=st.sampled_from([None, 15.0]),
+    scaled_embeddings=st.booleans(),
     value_embeddings=st.booleans(),
     bigram_rows=st.sampled_from([None, 50]),
     smear=st.booleans(),
@@ -81,6 +84,20 @@ def test_softcap_bounds_the_logits() -> None:
     capped = model(ids)
     object.__setattr__(config, "logit_softcap", None)
     torch.testing.assert_close(capped, 2.0 * torch.tanh(model(ids) / 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_scaled_as_in_gemma(dtype: torch.dtype) -> None:
+    """By a factor that is rounded to the dtype, before anything is added."""
+    gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=36, scaled_embeddings=True, position="learned")
+    net, ids = randomised(config).to(dtype), torch.randint(61, (2, 24))
+    theirs = gemma3.Gemma3TextScaledWordEmbedding(61, 36, None, 36**0.5).to(dtype)
+    theirs.weight.data.copy_(net.embedding.weight)
+    found: list[torch.Tensor] = []
+    net.blocks[0].register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    net(ids)
+    assert torch.equal(found[0], theirs(ids) + net.position.table.weight)
 
 
 def test_dropout_is_only_active_in_training() -> None:

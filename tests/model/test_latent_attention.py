@@ -269,6 +269,7 @@ def test_muon_updates_its_matrices() -> None:
         ({"n_kv_head": 1}, r"n_kv_head is 1, but latent attention has keys and values for each of the 2 query heads"),
         ({"value_embeddings": True}, r"value_embeddings is true, which is not supported with latent attention"),
         ({"qk_norm_joint": True}, r"qk_norm_joint is true, which is not supported with latent attention"),
+        ({"attention_scale": 0.1}, r"attention_scale is 0.1, which is not supported with latent attention"),
         ({"parametrisation": "mup", "mup_base_width": 8}, r"parametrisation is mup, which has no rules for the ranks"),
         ({"latent_rope_dim": 3}, r"latent_rope_dim is 3; it must be even"),
         ({"latent_value_dim": 25}, r"latent_value_dim is 25, but the keys have only 16 \+ 8 channels"),

@@ -101,8 +101,9 @@ def test_biases_start_at_zero_and_gains_at_one(scheme: str, norm: str) -> None:
     net = network(initialisation=scheme, norm=norm)
     vectors = {name: parameter for name, parameter in net.named_parameters() if parameter.ndim == 1}
     assert len(vectors) > 20
+    one = 0.0 if norm == "zero_centered_rmsnorm" else 1.0
     for name, vector in vectors.items():
-        assert vector.unique().tolist() == [0.0 if name.endswith("bias") else 1.0], name
+        assert vector.unique().tolist() == [0.0 if name.endswith("bias") else one], name
 
 
 @pytest.mark.parametrize("scheme", INITIALISATIONS)
@@ -150,11 +151,12 @@ def test_zero_sets_the_gain_of_norms_of_outputs(placement: str, norm: str) -> No
     by_role = matrices(net)
     assert spread(by_role["attention outputs"]) == pytest.approx(WIDTH**-0.5, rel=0.02)
     assert spread(by_role["feed-forward outputs"]) == pytest.approx(HIDDEN**-0.5, rel=0.02)
+    offset = float(norm == "zero_centered_rmsnorm")
     for block in net.blocks:
-        assert not block.attention_end.weight.any()
-        assert not block.feed_forward_end.weight.any()
+        assert (block.attention_end.weight + offset == 0).all()
+        assert (block.feed_forward_end.weight + offset == 0).all()
         if placement == "sandwich":
-            assert (block.attention_norm.weight == 1).all()
+            assert (block.attention_norm.weight + offset == 1).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
