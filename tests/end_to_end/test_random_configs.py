@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "head_dim": 2 * half,
         "attention": attention,
         "attention_backend": draw(st.sampled_from(["auto", "manual"] if softcap else ["auto", "sdpa", "manual"])),
-        "attention_scale": draw(st.sampled_from([None, 0.3])),
+        "attention_scale": None if latent else draw(st.sampled_from([None, 0.3])),
         "attention_softcap": softcap,
         "attention_sinks": draw(st.booleans()),
         "sliding_window": window,
