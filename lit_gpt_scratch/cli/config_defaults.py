@@ -30,6 +30,7 @@ LOG_EVERY: Final = 10
 """Default of ``trainer.log_every_n_steps``, except in the ``barebones`` mode, which logs nothing."""
 PUBLISHED_VOCABULARIES: Final = {
     "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
+    "gemma2": 256_000, "gemma3": 262_144,
 }  # fmt: skip
 """Vocabulary sizes of the published models, keyed by preset family; other presets use the default vocabulary size."""
 TRAINER_DEFAULTS: Final[dict[str, Any]] = {

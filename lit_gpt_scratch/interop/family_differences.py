@@ -22,6 +22,8 @@ MEANINGS: Final = {
     "use_parallel_residual": "attention and feed-forward network in parallel",
     "kv_lora_rank": "multi-head latent attention",
     "state_size": "state-space layers",
+    "text_config": "a multimodal model, whose language model is described by text_config",
+    "vision_config": "an image encoder",
 }
 """Meanings of ``config.json`` fields whose names do not explain themselves."""
 

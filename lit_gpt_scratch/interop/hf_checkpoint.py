@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.family_differences import describe_differences
+from lit_gpt_scratch.interop.gemma_family import Gemma2Family, Gemma3Family
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
 from lit_gpt_scratch.interop.hf_config import HFConfigReader, shorten
 from lit_gpt_scratch.interop.hf_tokenizer import (
@@ -57,6 +58,8 @@ FAMILIES: Final[dict[str, ModelFamily]] = {
         MixtralFamily(),
         Qwen3MoEFamily(),
         Phi3Family(),
+        Gemma2Family(),
+        Gemma3Family(),
         GPT2Family(),
     )
 }

@@ -47,7 +47,21 @@ def read_rope(fields: HFConfigReader, default_theta: float = DEFAULT_THETA, part
         UserError: A number is missing or invalid.
     """
     rope = fields.nested("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
-    settings: dict[str, Any] = {"rotary_base": rope.number("rope_theta", fields.number("rope_theta", default_theta))}
+    return read_rope_settings(rope, fields, fields.number("rope_theta", default_theta), partial)
+
+
+def read_rope_settings(
+    rope: HFConfigReader, fields: HFConfigReader, default_theta: float, partial: bool = False
+) -> dict[str, Any]:
+    """Convert the settings in one object of a ``config.json``; see ``read_rope``.
+
+    Args:
+        rope: Reader for the object.
+        fields: Reader for the whole ``config.json``.
+        default_theta: Value of ``rope_theta`` if it is missing from the object.
+        partial: Whether the family can rotate only a fraction of the channels.
+    """
+    settings: dict[str, Any] = {"rotary_base": rope.number("rope_theta", default_theta)}
     name = "rope_type" if "rope_type" in rope.values else "type"
     kind = rope.values.get(name, "default")
     kind = "longrope" if kind == "su" else kind  # the name in the first files

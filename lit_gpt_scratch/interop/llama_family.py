@@ -41,6 +41,10 @@ class LlamaLikeFamily(ModelFamily):
             the number of attention heads.
         default_norm_eps: Epsilon of the norms if ``config.json`` does not specify it.
         default_theta: Base of the rotation frequencies if ``config.json`` does not specify it.
+        heads_divide_width: Whether ``transformers`` requires the hidden size to be a multiple of the number of
+            attention heads, even if ``head_dim`` is set.
+        activation_field: Name of the ``config.json`` field with the activation function of the gate.
+        activations: Supported values of this field; the first is exported.
         norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
         linear_names: Map from the Hugging Face names of a block's linear layers to the names in this package; several
             layers of this package may be one layer there.
@@ -54,6 +58,9 @@ class LlamaLikeFamily(ModelFamily):
     default_head_dim: ClassVar[int | None] = None
     default_norm_eps: ClassVar[float] = 1e-6
     default_theta: ClassVar[float] = DEFAULT_THETA
+    heads_divide_width: ClassVar[bool] = False
+    activation_field: ClassVar[str] = "hidden_act"
+    activations: ClassVar[tuple[str, ...]] = ("silu", "swish")
     norm_names: ClassVar[dict[str, tuple[str, ...] | str]] = {
         "input_layernorm.weight": "attention_norm.weight",
         "post_attention_layernorm.weight": "feed_forward_norm.weight",
@@ -70,7 +77,7 @@ class LlamaLikeFamily(ModelFamily):
     @override
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
         heads, width = fields.positive_int("num_attention_heads"), fields.positive_int("hidden_size")
-        fields.allow_only("hidden_act", "silu", "swish")
+        fields.allow_only(self.activation_field, *self.activations)
         fields.allow_only("attention_dropout", 0)
         return {
             **self.fixed,
@@ -82,8 +89,16 @@ class LlamaLikeFamily(ModelFamily):
             "ffn_dim": fields.positive_int("intermediate_size"),
             "norm_eps": fields.number("rms_norm_eps", self.default_norm_eps),
             "initialisation": "normal",
-            **read_rope(fields, self.default_theta, self.partial_rotation),
+            **self.parse_rope(fields),
         }
+
+    def parse_rope(self, fields: HFConfigReader) -> dict[str, Any]:
+        """Convert the settings of the rotary position embeddings to fields of ``GPTConfig``."""
+        return read_rope(fields, self.default_theta, self.partial_rotation)
+
+    def build_rope(self, gpt: GPTConfig) -> dict[str, Any]:
+        """Build the value of ``rope_parameters``."""
+        return write_rope(gpt)
 
     @override
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
@@ -95,10 +110,10 @@ class LlamaLikeFamily(ModelFamily):
             "num_attention_heads": gpt.n_head,
             "num_key_value_heads": gpt.kv_heads,
             "head_dim": gpt.head_width,
-            "hidden_act": "silu",
+            self.activation_field: self.activations[0],
             "max_position_embeddings": write_context(gpt, shape.block_size),
             "rms_norm_eps": gpt.norm_eps,
-            "rope_parameters": write_rope(gpt),
+            "rope_parameters": self.build_rope(gpt),
             "attention_dropout": 0.0,
         }
 
@@ -118,11 +133,19 @@ class LlamaLikeFamily(ModelFamily):
                 )
         yield TensorMapping("model.norm.weight", (NORM,))
 
+    @override
+    def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
+        found = super().unsupported_settings(gpt)
+        if self.heads_divide_width and gpt.n_embd % gpt.n_head:
+            found.append(f"n_embd is {gpt.n_embd} (must be a multiple of n_head, which is {gpt.n_head})")
+        return found
+
 
 class LlamaFamily(LlamaLikeFamily):
     """Llama 1, 2 and 3 models (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783)."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
+    heads_divide_width = True
     configurable = LlamaLikeFamily.configurable | {"bias"}
 
     @override
@@ -136,13 +159,6 @@ class LlamaFamily(LlamaLikeFamily):
     @override
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
         return super().build_config(shape) | {"attention_bias": shape.gpt.bias, "mlp_bias": shape.gpt.bias}
-
-    @override
-    def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
-        found = super().unsupported_settings(gpt)
-        if gpt.n_embd % gpt.n_head:  # transformers' LlamaConfig rejects this, even with head_dim set
-            found.append(f"n_embd is {gpt.n_embd} (must be a multiple of n_head, which is {gpt.n_head})")
-        return found
 
 
 class MistralFamily(LlamaLikeFamily):

@@ -96,7 +96,8 @@ class ModelFamily(ABC):
         config = self.parse_config(fields)
         layer_type = "full_attention" if config.get("sliding_window") is None else "sliding_attention"
         layers = fields.values.get("layer_types")
-        if layers is not None and not (isinstance(layers, list) and all(layer == layer_type for layer in layers)):
+        is_uniform = isinstance(layers, list) and all(layer == layer_type for layer in layers)
+        if layers is not None and not is_uniform and "sliding_window_pattern" not in self.configurable:
             fields.reject("layer_types", f"only {layer_type} in every layer")
         config["tied_embeddings"] = fields.boolean("tie_word_embeddings", self.tied_by_default)
         vocab_size, block_size = fields.positive_int("vocab_size"), fields.positive_int(self.context_field)

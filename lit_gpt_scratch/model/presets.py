@@ -23,6 +23,13 @@ _QWEN3: Final = GPTConfig(
     initialisation="normal",
 )  # fmt: skip
 
+_GEMMA2: Final = GPTConfig(
+    n_layer=26, n_head=8, n_embd=2304, n_kv_head=4, head_dim=256, ffn_dim=9216, attention_softcap=50.0,
+    sliding_window=4096, sliding_window_pattern=2, qk_norm=False, norm="zero_centered_rmsnorm",
+    norm_placement="sandwich", feed_forward="geglu", tied_embeddings=True, scaled_embeddings=True, logit_softcap=30.0,
+    initialisation="normal",
+)  # fmt: skip
+
 PRESETS: Final[dict[str, GPTConfig]] = {
     "nano": GPTConfig(n_layer=4, n_head=2, n_embd=128),
     "micro": GPTConfig(n_layer=5, n_head=4, n_embd=256),
@@ -64,6 +71,11 @@ PRESETS: Final[dict[str, GPTConfig]] = {
         n_layer=32, n_head=32, n_embd=3072, ffn_dim=8192, sliding_window=2047, qk_norm=False, norm_eps=1e-5,
         initialisation="normal",
     ),
+    "gemma2_2b": _GEMMA2,
+    "gemma3_1b": replace(
+        _GEMMA2, n_head=4, n_embd=1152, n_kv_head=1, ffn_dim=6912, attention_softcap=None, sliding_window=512,
+        sliding_window_pattern=6, qk_norm=True, rotary_base=1_000_000.0, rotary_local_base=10_000.0, logit_softcap=None,
+    ),
 }  # fmt: skip
 """Architectures, keyed by preset name.
 
@@ -85,6 +97,8 @@ Parameter counts for the published vocabulary size and, if positions are learned
 - ``smollm3_3b`` 3,075,098,624, with Llama 3's vocabulary (https://huggingface.co/HuggingFaceTB/SmolLM3-3B).
 - ``phi3_mini`` 3,821,079,552, with a vocabulary of 32,064 tokens and a context of 4,096 tokens
   (https://arxiv.org/abs/2404.14219).
+- ``gemma2_2b`` 2,614,341,888, with a vocabulary of 256,000 tokens (https://arxiv.org/abs/2408.00118).
+- ``gemma3_1b`` 999,885,952, with a vocabulary of 262,144 tokens (https://arxiv.org/abs/2503.19786).
 
 A different vocabulary size or ``vocab_multiple`` changes only the embedding and the head. The published families use
 the ``initialisation`` of their authors when they are trained from scratch.

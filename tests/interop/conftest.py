@@ -35,6 +35,9 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 2.5, 4.0, 9.0],
 }  # fmt: skip
 NO_PADDING = {"pad_token_id": None}  # otherwise, the embedding of that token has no gradient
+GEMMA = LLAMA | NO_PADDING | {
+    "num_hidden_layers": 5, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2, untied": (
@@ -104,8 +107,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0}),
+    "gemma2, untied, no caps": (
+        "Gemma2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 12,
+            "num_hidden_layers": 2,
+        },
+    ),
+    "gemma3": ("Gemma3", GEMMA | {"num_hidden_layers": 7}),
+    "gemma3, scaled, cap": (
+        "Gemma3",
+        GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "final_logit_softcapping": 6.0,
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gemma3, all local": ("Gemma3", GEMMA),
+    "gemma3, all global": ("Gemma3", GEMMA | {"layer_types": ["full_attention"] * 5}),
     "mistral, no window": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 16}),
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+"""Config classes that are not named like the model's class."""
 Published = Callable[..., tuple[Any, Path]]
 
 
@@ -126,7 +159,7 @@ def published(tmp_path: Path, tokenizer: Tokenizer) -> Published:
     def build(case: str, dtype: torch.dtype = torch.float32, name: str = "published", **save: Any) -> tuple[Any, Path]:
         family, settings = CASES[case]
         transformers = library()
-        config = getattr(transformers, f"{family}Config")(**json.loads(json.dumps(settings)))
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**json.loads(json.dumps(settings)))
         model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
         model = randomised(model.to(dtype))
         folder = tmp_path / name
@@ -141,9 +174,10 @@ def published(tmp_path: Path, tokenizer: Tokenizer) -> Published:
 def randomised(model: Any) -> Any:
     """Randomise all weights: none is zero or one, so that a missing one changes the result."""
     generator = torch.Generator().manual_seed(0)
+    zero_centered = "Gemma" in type(model).__name__ or getattr(model.config, "norm", None) == "zero_centered_rmsnorm"
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        gain = "norm" in name.lower() or "ln_" in name
+        gain = ("norm" in name.lower() or "ln_" in name) and not zero_centered
         parameter.copy_(noise * 0.15 + (1.0 if gain and name.endswith("weight") else 0.0))
     return model.eval()
 

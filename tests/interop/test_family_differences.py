@@ -49,7 +49,7 @@ def error_message(folder: Path) -> str:
 )
 def test_differences_are_named(tmp_path: Path, model_type: str, closest: str, differences: list[str]) -> None:
     message = error_message(saved(model_type, tmp_path))
-    assert f"config.json: model_type is {model_type}; it must be one of gpt2, " in message
+    assert f"config.json: model_type is {model_type}; it must be one of gemma2, " in message
     assert f"it differs from {closest}" in message
     for difference in differences:
         assert difference in message

@@ -22,6 +22,15 @@ from tests.interop.conftest import LENGTH, library, network, randomised
 TEXT = "the cat sees <|endoftext| a dog.\r\n\t Çé 東京 🎉  x"
 
 
+KINDS = (
+    "gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe", "phi3", "gemma2",
+    "gemma3",
+)  # fmt: skip
+GEMMA = {
+    "norm": "zero_centered_rmsnorm", "norm_placement": "sandwich", "feed_forward": "geglu", "scaled_embeddings": True,
+}  # fmt: skip
+
+
 def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> PortableModel:
     """A model of this package with random weights, and more ids than the tokenizer uses."""
     from lit_gpt_scratch.model import GPT
@@ -33,9 +42,8 @@ def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Portabl
 def any_config(seed: int) -> GPTConfig:
     """A random config that some family can express."""
     rng = random.Random(seed)
-    kinds = "gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe", "phi3"
-    kind, mup = kinds[seed % len(kinds)], {}
-    if seed // len(kinds) % 3 == 1:
+    kind, mup = KINDS[seed % len(KINDS)], {}
+    if seed // len(KINDS) % 3 == 1:
         mup = {"parametrisation": "mup", "mup_base_width": 20, "mup_base_head_dim": 3}
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
     settings: dict[str, Any] = {
@@ -49,7 +57,7 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True, "qk_norm": False}
         return GPTConfig(**settings, dropout=rng.choice([0.0, 0.2]))
     settings |= {"n_kv_head": heads, "head_dim": rng.choice([None, 6, 16]), "rotary_base": rng.choice([100.0, 1e4])}
-    settings["qk_norm"] = kind in ("qwen3", "qwen3_moe", "olmo2")
+    settings["qk_norm"] = kind in ("qwen3", "qwen3_moe", "olmo2", "gemma3")
     if kind in ("mixtral", "qwen3_moe"):
         chosen = rng.randint(2, 4)
         settings |= {"feed_forward": "moe", "n_experts": rng.randint(chosen, 6), "experts_per_token": chosen}
@@ -62,6 +70,16 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"qkv_bias": True, "head_dim": None}
     elif kind == "smollm3":
         settings["rotary_skip_every"] = rng.randint(1, settings["n_layer"])
+    elif kind in ("gemma2", "gemma3"):
+        settings |= GEMMA | {
+            "attention_scale": rng.choice([None, 20**-0.5]), "logit_softcap": rng.choice([None, 6.0]),
+            "sliding_window": rng.choice([None, 5]), "n_layer": rng.choice([2, 5]),
+        }  # fmt: skip
+        if kind == "gemma2":
+            settings["attention_softcap"] = rng.choice([None, 3.0])
+        if settings["sliding_window"] and rng.random() < 0.7:
+            settings["sliding_window_pattern"] = 2
+            settings["rotary_local_base"] = rng.choice([None, 50.0]) if kind == "gemma3" else None
     if kind == "mistral":
         settings["sliding_window"] = rng.randint(1, 20)
         if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config rejects
@@ -89,7 +107,7 @@ def any_config(seed: int) -> GPTConfig:
     return GPTConfig(**settings)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(10 * len(KINDS)))
 def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
@@ -122,6 +140,8 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False, "feed_forward": "moe"}, "MixtralForCausalLM"),
         ({"feed_forward": "moe"}, "Qwen3MoeForCausalLM"),
         ({"qk_norm": False, "rotary_share": 0.5}, "Phi3ForCausalLM"),
+        (GEMMA | {"qk_norm": False}, "Gemma2ForCausalLM"),
+        (GEMMA, "Gemma3ForCausalLM"),
         (
             {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
             "GPT2LMHeadModel",
@@ -171,6 +191,9 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
         ({"bias": True}, ["bias"]),
         ({"sliding_window": 5}, ["sliding_window is 5"]),
         ({"feed_forward": "relu2"}, ["feed_forward is relu2 (must be swiglu)"]),
+        ({"attention_sinks": True}, ["attention_sinks is True"]),
+        (GEMMA | {"attention_scale": 0.3}, ["attention_scale is 0.3 (must be the inverse square root of an integer)"]),
+        (GEMMA | {"n_embd": 33, "head_dim": 16}, ["n_embd is 33 (must be a multiple of n_head, which is 2)"]),
         ({"rotary_share": 0.5}, ["rotary_share is 0.5"]),
         ({"attention": "latent"}, ["attention is latent (must be None)"]),
         ({"attention": "lit_gpt_scratch.model.attention.Attention"}, ["attention is lit_gpt_scratch.model.attention"]),
@@ -186,7 +209,7 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
 def test_unsupported_settings_are_reported(
     tmp_path: Path, tokenizer: Tokenizer, settings: dict[str, Any], messages: list[str]
 ) -> None:
-    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **settings), tokenizer)
+    model = made(GPTConfig(**({"n_layer": 1, "n_head": 2, "n_embd": 32} | settings)), tokenizer)
     with pytest.raises(UserError) as error:
         write_hf_checkpoint(model, tmp_path / "hf")
     for message in messages:

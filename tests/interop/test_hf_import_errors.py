@@ -99,10 +99,38 @@ def error_message(folder: Path) -> str:
         ("qwen2", {"use_sliding_window": True}, ["use_sliding_window is True"]),
         (
             "llama",
-            {"model_type": "gemma2"},
-            ["model_type is gemma2; it must be one of gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, "],
+            {"model_type": "gemma"},
+            ["model_type is gemma; it must be one of gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3"],
         ),
-        ("llama", {"model_type": ...}, ["has no model_type; it must be one of gpt2"]),
+        (
+            "llama",
+            {
+                "model_type": "gemma3",
+                "text_config": {"model_type": "gemma3_text"},
+                "vision_config": {"model_type": "siglip_vision_model"},
+            },
+            ["a multimodal model, whose language model is described by text_config", "an image encoder"],
+        ),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0 (only null)"]),
+        ("gemma3", {"use_bidirectional_attention": True}, ["use_bidirectional_attention is True (only False)"]),
+        ("gemma2", {"attention_bias": True}, ["attention_bias is True (only False)"]),
+        ("gemma2", {"hidden_activation": "silu"}, ["hidden_activation is silu (only gelu_pytorch_tanh or gelu_new)"]),
+        ("gemma2", {"query_pre_attn_scalar": 2.5}, ["query_pre_attn_scalar is 2.5; it must be a positive integer"]),
+        (
+            "gemma2",
+            {"layer_types": ["full_attention", *["sliding_attention"] * 4]},
+            ["layer_types is", "must be full_attention in every n-th layer, and sliding_attention in the others"],
+        ),
+        ("gemma2", {"layer_types": ["full_attention"]}, ["must be a list with an element for each of the 5 layers"]),
+        ("gemma2", {"sliding_window": None}, ["sliding_window is None; it must be a positive integer"]),
+        ("gemma2", {"final_logit_softcapping": -1.0}, ["model.gpt.logit_softcap is -1.0; it must be positive"]),
+        ("gemma3", {"rope_parameters": {"rope_theta": 9.0}}, ["rope_parameters.rope_theta is 9.0 (only null)"]),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+            ["rope_parameters.sliding_attention is", "rope_type must be default"],
+        ),
+        ("llama", {"model_type": ...}, ["has no model_type; it must be one of gemma2"]),
     ],
 )
 def test_unsupported_config(published: Published, case: str, fields: dict[str, Any], messages: list[str]) -> None:

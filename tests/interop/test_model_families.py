@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read_hf_checkpoint, write_hf_checkpoint
+from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, PortableModel, read_hf_checkpoint, write_hf_checkpoint
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.model import GPT
 from tests.interop.conftest import CASES, LENGTH, LLAMA3, YARN, Published, change, ids, library, network
 
 EXACT = 1e-5
@@ -48,7 +49,30 @@ def test_logits_and_gradients_equal_transformers(published: Published, case: str
     model = read_hf_checkpoint(folder)
     ours = network(model)
     x = ids()
-    got, expected = ours(x), logits(reference, x)
+    compare(model, ours, reference, ours(x), logits(reference, x))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "gemma" in case])
+def test_packed_documents_equal_transformers(published: Published, case: str) -> None:
+    """Three documents per row, one of them longer than the sliding window, which does not extend beyond a document."""
+    reference, folder = published(case)
+    model, x = read_hf_checkpoint(folder), ids()
+    ours, document_ids = network(model), torch.tensor([0] * 3 + [1] * (LENGTH - 12) + [2] * 9).expand(3, -1)
+    positions = torch.cat([torch.arange(n) for n in (3, LENGTH - 12, 9)]).expand(3, -1)
+    index = torch.arange(LENGTH)
+    distance = index[:, None] - index
+    visible = (distance >= 0) & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # (3, 1, T, T)
+    masks = {
+        kind: torch.zeros(3, 1, LENGTH, LENGTH).masked_fill_(~seen, torch.finfo().min)
+        for kind, seen in (("full_attention", visible), ("sliding_attention", visible & (distance < 5)))
+    }
+    expected = reference(x, attention_mask=masks, position_ids=positions, use_cache=False).logits
+    assert (expected - logits(reference, x)).abs().max() > 0.1
+    compare(model, ours, reference, ours(x, document_ids), expected)
+
+
+def compare(model: PortableModel, ours: GPT, reference: Any, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare logits and the gradients of all parameters with those of ``transformers``."""
     assert expected.std() > 0.3  # so that the comparison is not between values near zero
     assert (got - expected).abs().max() <= EXACT
     target = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
@@ -228,6 +252,44 @@ def test_files_of_phi4_mini(published: Published) -> None:
     change(folder, original_max_position_embeddings=..., max_position_embeddings=8192)
     assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == 4096
     assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3Text"])
+def test_minimal_config_of_gemma(family: str) -> None:
+    known = {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 13, "num_attention_heads": 8,
+             "intermediate_size": 32, "max_position_embeddings": 48}  # fmt: skip
+    reference = getattr(library(), f"{family}Config")(**known)
+    gpt = FAMILIES[reference.model_type].read_config(HFConfigReader(Path("config.json"), dict(known))).gpt
+    assert (gpt.kv_heads, gpt.head_width) == (reference.num_key_value_heads, reference.head_dim)
+    assert [gpt.is_local(layer) for layer in range(13)] == [kind != "full_attention" for kind in reference.layer_types]
+    assert gpt.sliding_window == reference.sliding_window
+    assert gpt.norm_eps == reference.rms_norm_eps
+    assert gpt.tied_embeddings == reference.tie_word_embeddings
+    assert (gpt.attention_scale or gpt.head_width**-0.5) == reference.query_pre_attn_scalar**-0.5
+    assert (gpt.attention_softcap, gpt.logit_softcap) == (
+        reference.attn_logit_softcapping, reference.final_logit_softcapping,
+    )  # fmt: skip
+    ropes = reference.rope_parameters
+    if family == "Gemma2":
+        assert gpt.rotary_base == ropes["rope_theta"]
+        assert gpt.rotary_local_base is None
+    else:
+        assert gpt.rotary_base == ropes["full_attention"]["rope_theta"]
+        assert gpt.rotary_local_base == ropes["sliding_attention"]["rope_theta"]
+
+
+def test_old_gemma3_layout(published: Published) -> None:
+    """As published with Gemma 3: rope settings at the top level, and a pattern instead of ``layer_types``."""
+    _, folder = published("gemma3")
+    old = {"rope_theta": 700.0, "rope_local_base_freq": 90.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    change(folder, rope_parameters=..., layer_types=..., sliding_window_pattern=3, **old)
+    model = read_hf_checkpoint(folder)
+    gpt = model.shape.gpt
+    assert (gpt.sliding_window_pattern, gpt.rotary_base, gpt.rotary_local_base) == (3, 700.0, 90.0)
+    assert (gpt.rotary_scaling, gpt.rotary_factor) == ("linear", 8.0)
+    assert (network(model)(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+    change(folder, sliding_window_pattern=1)
+    assert read_hf_checkpoint(folder).shape.gpt.sliding_window is None
 
 
 @pytest.mark.parametrize(("rotates", "every"), [([1, 1, 0, 1, 1, 0, 1], 3), ([1] * 5, None), ([0] * 5, 1)])

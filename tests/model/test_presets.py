@@ -9,16 +9,16 @@ from torch import nn
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.module_metadata import inactive_parameters
-from lit_gpt_scratch.model.positions import rotary_frequencies
+from lit_gpt_scratch.model.positions import rotary_frequencies, unscaled_frequencies
 from lit_gpt_scratch.model.presets import PRESETS
 
 VOCABULARY = {
     "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
-    "mixtral": 32_000, "phi3": 32_064,
+    "mixtral": 32_000, "phi3": 32_064, "gemma2": 256_000, "gemma3": 262_144,
 }  # fmt: skip
 FAMILIES = {
     "gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3", "qwen2.5": "Qwen2", "olmo2": "Olmo2", "smollm3": "SmolLM3",
-    "mixtral": "Mixtral", "phi3": "Phi3",
+    "mixtral": "Mixtral", "phi3": "Phi3", "gemma2": "Gemma2", "gemma3": "Gemma3",
 }  # fmt: skip
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
@@ -26,12 +26,17 @@ PUBLISHED = {
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
     "qwen2.5_0.5b": 494_032_768, "olmo2_1b": 1_484_916_736, "smollm3_3b": 3_075_098_624,
     "qwen3_moe_30b": 30_532_122_624, "mixtral_8x7b": 46_702_792_704, "phi3_mini": 3_821_079_552,
+    "gemma2_2b": 2_614_341_888, "gemma3_1b": 999_885_952,
 }  # fmt: skip
 
 # From the published config.json files.
 LLAMA = {"rms_norm_eps": 1e-5, "vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 QWEN = {"rms_norm_eps": 1e-6, "vocab_size": 151_936, "max_position_embeddings": 40_960, "num_key_value_heads": 8}
 ROTARY = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA = {
+    "num_hidden_layers": 26, "head_dim": 256, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 THEIRS: dict[str, dict[str, Any]] = {
     "gpt2_124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2_350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -100,6 +105,17 @@ THEIRS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 4096, "sliding_window": 2047, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     },
+    "gemma2_2b": GEMMA | {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 256_000, "max_position_embeddings": 8192, "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rope_theta": 10_000.0,
+    },
+    "gemma3_1b": GEMMA | {
+        "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "vocab_size": 262_144, "max_position_embeddings": 32_768, "sliding_window": 512, "sliding_window_pattern": 6,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
 }  # fmt: skip
 
 
@@ -134,7 +150,7 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     family = "Qwen3Moe" if name == "qwen3_moe_30b" else FAMILIES[name.split("_")[0]]
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    config = getattr(transformers, f"{family}Config")(**THEIRS[name])
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**THEIRS[name])
     with torch.device("meta"):
         theirs = getattr(transformers, head)(config)
     ours = PRESETS[name]
@@ -172,10 +188,24 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     if family == "Phi3":
         assert ours.sliding_window == config.sliding_window
     assert ours.norm_eps == config.rms_norm_eps
-    assert (ours.feed_forward in ("swiglu", "moe"), config.hidden_act) == (True, "silu")
+    if "gemma" in name:
+        assert (ours.feed_forward, config.hidden_activation) == ("geglu", "gelu_pytorch_tanh")
+        assert (ours.norm, ours.norm_placement) == ("zero_centered_rmsnorm", "sandwich")
+        assert (ours.head_width, ours.attention_scale) == (config.query_pre_attn_scalar, None)
+        assert ours.attention_softcap == config.attn_logit_softcapping
+        assert ours.logit_softcap == config.final_logit_softcapping
+        assert ours.sliding_window == config.sliding_window
+        kinds = [kind == "sliding_attention" for kind in config.layer_types]
+        assert [ours.is_local(layer) for layer in range(ours.n_layer)] == kinds
+    else:
+        assert (ours.feed_forward in ("swiglu", "moe"), config.hidden_act) == (True, "silu")
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
     rotary = type(theirs.model.rotary_emb)(config)  # not on the meta device: its values are compared
-    expected, factor = rotary.inv_freq, rotary.attention_scaling
+    kind = "full_attention_" if family == "Gemma3" else ""
+    expected, factor = getattr(rotary, f"{kind}inv_freq"), getattr(rotary, f"{kind}attention_scaling")
+    if ours.rotary_local_base is not None:
+        found = unscaled_frequencies(ours.rotary_local_base, ours.rotary_width)
+        torch.testing.assert_close(found, rotary.sliding_attention_inv_freq, rtol=1e-5, atol=0)
     found, ours_factor = rotary_frequencies(ours, ours.rotary_width)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert ours_factor == factor == 1.0
