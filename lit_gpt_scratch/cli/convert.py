@@ -103,8 +103,8 @@ def main(args: Sequence[str] | None = None) -> None:
     from_hf = formats.add_parser(
         "from-hf",
         help="import a folder from Hugging Face transformers",
-        description="Import a folder written by save_pretrained, of a model such as Llama, Qwen3 or Gemma, as a checkpoint "
-        "that generate and evaluate can read. No code in the folder is executed.",
+        description="Import a folder written by save_pretrained, of a model such as Llama, Qwen3 or Gemma, as a "
+        "checkpoint that generate and evaluate can read. No code in the folder is executed.",
     )
     from_hf.add_argument(
         "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors files and tokenizer.json"

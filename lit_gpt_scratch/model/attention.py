@@ -55,7 +55,7 @@ class AttentionLayout(NamedTuple):
 
 
 def build_attention_layouts(
-    config: GPTConfig,
+    config: "GPTConfig",
     position: PositionEncoding,
     input_ids: Tensor,
     document_ids: Tensor | None,

@@ -307,7 +307,8 @@ def logits_by_hand(config: GPTConfig, text: list[int], sink_tokens: int) -> Tens
             hand.visible = visible
         positions = torch.tensor([len(visible) - 1])
         layout = AttentionLayout(positions, model.position.cos_sin(positions, [len(visible)]), None)
-        found.append(model.apply_head(model.forward_blocks(torch.tensor([[token]]), layout, previous))[0, 0])
+        layouts = {config.is_local(layer): layout for layer in range(config.n_layer)}
+        found.append(model.apply_head(model.forward_blocks(torch.tensor([[token]]), layouts, previous))[0, 0])
     return torch.stack(found)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.module_metadata import optimizer_groups
+from lit_gpt_scratch.model.module_metadata import parameter_roles
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.weight_init import INITIALISATIONS
 
@@ -42,7 +42,7 @@ def matrices(net: GPT) -> dict[str, list[Tensor]]:
 
 def test_sinks_start_at_zero_and_belong_to_the_vectors() -> None:
     net = network(attention_sinks=True)
-    groups = dict(optimizer_groups(net))
+    groups = parameter_roles(net)
     for block in net.blocks:
         sinks = block.attention.sinks.logits
         assert sinks.tolist() == [0.0] * 4
