@@ -37,7 +37,6 @@ from lit_gpt_scratch.interop.llama_family import (
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, NORM, ModelFamily, ModelShape
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, on_meta, select, write_safetensors
 from lit_gpt_scratch.model.expected_weights import expected_weights
-from lit_gpt_scratch.model.norms import RMS_NORMS
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.model.weight_init import INIT_STD
 from lit_gpt_scratch.schema import read_json
@@ -201,10 +200,8 @@ def fold_multipliers(model: PortableModel) -> PortableModel:
     multipliers |= {NORM.removesuffix(".weight"): gpt.logit_multiplier}
 
     def scaled(name: str) -> Tensor:
-        module = name.rpartition(".")[0]
-        weight, multiplier = model.weights[name], multipliers.get(module, 1.0)
-        offset = RMS_NORMS[gpt.norm].offset if module.endswith("norm") and gpt.norm in RMS_NORMS else 0.0
-        return weight if multiplier == 1 else (weight + offset) * multiplier - offset
+        multiplier = multipliers.get(name.rpartition(".")[0], 1.0)
+        return model.weights[name] if multiplier == 1 else model.weights[name] * multiplier
 
     standard = replace(gpt, parametrisation="standard", mup_base_width=None, mup_base_head_dim=None)
     weights = LazyTensors(on_meta(model.weights), scaled)

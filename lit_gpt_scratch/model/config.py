@@ -323,6 +323,11 @@ class GPTConfig:
                 "model.gpt.parametrisation is mup, but model.gpt.mup_base_width is not set; set it to the n_embd of "
                 "the model for which the learning rate was tuned"
             )
+        if self.parametrisation == "mup" and self.scaled_embeddings:
+            raise UserError(
+                "model.gpt.scaled_embeddings is true, with which embeddings grow with the width, but "
+                "model.gpt.parametrisation is mup; set one of them to its default"
+            )
         for name in ("mup_base_width", "mup_base_head_dim"):
             if self.parametrisation != "mup" and (value := getattr(self, name)) is not None:
                 raise UserError(

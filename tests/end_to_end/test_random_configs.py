@@ -44,6 +44,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
     has_turns = scaling in DEFAULT_ROTARY_FAST
     attention = draw(st.sampled_from([None, *choices("attention"), OWN]))
     latent = attention == "latent"
+    parametrisation = "standard" if latent else draw(st.sampled_from(choices("parametrisation")))
     share = draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 and not latent else 1.0
     rotated = 4 if latent else round(half * share)
     pairs = tuple(1.0 + n for n in range(rotated)) if scaling == "longrope" else None
@@ -97,7 +98,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "router_z_loss": 0.001,
         "expert_bias_rate": draw(st.sampled_from([None, 0.001])),
         "tied_embeddings": draw(st.booleans()),
-        "scaled_embeddings": draw(st.booleans()),
+        "scaled_embeddings": parametrisation == "standard" and draw(st.booleans()),
         "vocab_multiple": draw(st.sampled_from([1, 64])),
         "logit_softcap": draw(st.sampled_from([None, 15.0])),
         "value_embeddings": not latent and draw(st.booleans()),
@@ -107,9 +108,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "multi_token_depth": draw(st.integers(0, 2)),
         "dropout": dropout,
         "initialisation": draw(st.sampled_from(choices("initialisation"))),
-        "parametrisation": (
-            parametrisation := "standard" if latent else draw(st.sampled_from(choices("parametrisation")))
-        ),
+        "parametrisation": parametrisation,
         "mup_base_width": draw(st.sampled_from([2, 24, 200])) if parametrisation == "mup" else None,
         "mup_base_head_dim": draw(st.sampled_from([None, 1, 16])) if parametrisation == "mup" else None,
     }

@@ -29,6 +29,10 @@ LONGROPE = {
         ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
         ({"parametrisation": "mup"}, "model.gpt.parametrisation is mup, but model.gpt.mup_base_width is not set; set"),
         ({"parametrisation": "mup", "mup_base_width": 0}, "model.gpt.mup_base_width is 0"),
+        (
+            {"parametrisation": "mup", "mup_base_width": 64, "scaled_embeddings": True},
+            "scaled_embeddings is true, with which embeddings grow with the width, but model.gpt.parametrisation",
+        ),
         ({"mup_base_width": 64}, "model.gpt.mup_base_width is 64, but model.gpt.parametrisation is standard; set"),
         ({"mup_base_head_dim": 64}, "model.gpt.mup_base_head_dim is 64, but model.gpt.parametrisation is standard"),
     ],
