@@ -297,6 +297,7 @@ class RunSummary(RunDirCallback):
             "seconds": self._seconds(),
             "tokens_per_second": throughput and throughput.mean,
             "throughput": throughput and throughput.figures,
+            **({"flops_per_token": throughput.flops_per_token} if throughput and throughput.flops_per_token else {}),
             "parameters": sum(p.numel() for p in learned.parameters()),
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }

@@ -79,7 +79,8 @@ class Throughput(Callback):
         self._step_started: float | None = None
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
         self._memory: float | None = None
-        self._flops_per_token = 0
+        self.flops_per_token = 0
+        """FLOPs per training token (see ``training_flops_per_token``), or 0 if the task's ``net`` is not a ``GPT``."""
         self._timer = StepTimer(torch.device("cpu"))
         self._loader_timer = DataLoaderTimer(PassThroughProfiler())
         self._batch_started = 0.0
@@ -98,7 +99,7 @@ class Throughput(Callback):
         trainer.profiler = self._loader_timer  # type: ignore[attr-defined]  # the trainer sets it late
         net = getattr(pl_module, "net", None)
         if isinstance(net, GPT):
-            self._flops_per_token = training_flops_per_token(net)
+            self.flops_per_token = training_flops_per_token(net)
             peaks = peak_flops(pl_module.device, matmul_dtype(trainer, pl_module))
             self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
         if pl_module.device.type == "cuda":
@@ -180,7 +181,7 @@ class Throughput(Callback):
 
     def utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Return the model FLOPs utilization at the given speed relative to each peak FLOP/s in ``peaks``."""
-        return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
+        return {kind: tokens_per_second * self.flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property
     def figures(self) -> dict[str, Any]:

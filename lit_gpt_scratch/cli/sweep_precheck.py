@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.cli.config_files import config_to_dict
@@ -37,7 +36,7 @@ def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
     known_flags = [short_flag(name) for name in flatten(config_to_dict(cli.parser, cli.config))]
     for assignment in _each_setting(sweep):
         _check_assignment(cli, sweep, assignment, known_flags)
-    built = FitCLI(_arguments_without_token_budget(sweep, sweep.baseline_assignment))
+    built = FitCLI(build_arguments(sweep, sweep.baseline_assignment, baseline=None))
     flags = {short_flag(name): value for name, value in flatten(config_to_dict(built.parser, built.config)).items()}
     baseline = ResolvedBaseline(flags, built.trainer.world_size)
     build_arguments(sweep, sweep.baseline_assignment, baseline)
@@ -47,7 +46,7 @@ def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
 def _check_assignment(cli: FitCLI, sweep: SweepConfig, assignment: Assignment, known_flags: Sequence[str]) -> None:
     try:
         with user_errors():
-            cli.parse_arguments(cli.parser, _arguments_without_token_budget(sweep, assignment))
+            cli.parse_arguments(cli.parser, build_arguments(sweep, assignment, baseline=None))
     except UserError as error:
         message = str(error)
         for name in map(short_flag, sweep.fit_flags(assignment)):
@@ -67,9 +66,3 @@ def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
         for setting in dimension.example_settings():
             if setting != baseline[name]:
                 yield baseline | {name: setting}
-
-
-def _arguments_without_token_budget(sweep: SweepConfig, assignment: Assignment) -> list[str]:
-    """Return the arguments for ``fit`` without the token budget, which is converted to steps only after this check."""
-    budget = {unit: amount for unit, amount in sweep.budget.items() if unit != "tokens"}
-    return build_arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())

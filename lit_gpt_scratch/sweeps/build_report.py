@@ -7,16 +7,17 @@ from typing import Any, Final
 
 import optuna
 from optuna.importance import FanovaImportanceEvaluator
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from lit_gpt_scratch.bounded_yaml import load_yaml
 from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, format_flag_value, short_flag
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, format_flag_value, short_flag
 from lit_gpt_scratch.sweeps.report import SweepReport
 from lit_gpt_scratch.sweeps.run_results import RunResult, TrialResult, format_setting, logged_metrics, read_run_result
+from lit_gpt_scratch.sweeps.scaling_report import analyze_ladder
 from lit_gpt_scratch.sweeps.search_space import Choices, NumericRange, SearchDimension, format_label
-from lit_gpt_scratch.sweeps.study import Study, recorded_runs
+from lit_gpt_scratch.sweeps.study import Study, study_trials
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
 MIN_TRIALS: Final = 4
@@ -37,9 +38,7 @@ def build_study_report(study: Study, path: Path) -> SweepReport:
         path: Path to the sweep file.
     """
     sweep, baseline = study.sweep, study.baseline or ResolvedBaseline()
-    trials = [
-        _trial_result(trial, sweep, baseline) for trial in study.trials() if trial.params.keys() >= sweep.vary.keys()
-    ]
+    trials = study_trials(study, baseline)
     return SweepReport(
         title=sweep.name.replace("_", " ").capitalize(),
         question=sweep.question,
@@ -49,7 +48,8 @@ def build_study_report(study: Study, path: Path) -> SweepReport:
         baseline=next((trial for trial in trials if trial.assignment == sweep.baseline_assignment), None),
         setup=describe_setup(sweep),
         command=shlex.join(["python", "-m", "lit_gpt_scratch.sweep", str(path)]),
-        importance=_importance(study),
+        importance={} if sweep.scaling is not None else _importance(study),
+        scaling=analyze_ladder(sweep, trials, study.prediction) if sweep.scaling is not None else None,
     )
 
 
@@ -111,6 +111,8 @@ def describe_setup(sweep: SweepConfig) -> dict[str, str]:
     setup |= {"metric": f"{sweep.direction} {sweep.metric}"}
     if sweep.pruning:
         setup["pruning"] = ", ".join(f"{name} {format_flag_value(each)}" for name, each in sweep.pruning.items())
+    if sweep.held_out is not None:
+        setup["held out"] = ", ".join(f"{name} {format_setting(each)}" for name, each in sweep.held_out.items())
     return setup
 
 
@@ -124,14 +126,6 @@ def _describe_dimension(dimension: SearchDimension) -> str:
     elif dimension.step:
         scale = f" in steps of {dimension.step:g}"
     return f"{format_setting(dimension.low)} to {format_setting(dimension.high)}{scale}"
-
-
-def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBaseline) -> TrialResult:
-    assignment = {name: trial.params[name] for name in sweep.vary}
-    runs = list(recorded_runs(trial).values())
-    return TrialResult(
-        trial.number, assignment, runs, build_arguments(sweep, assignment, baseline), expected_runs=len(sweep.seeds)
-    )
 
 
 def _importance(study: Study) -> dict[str, float]:

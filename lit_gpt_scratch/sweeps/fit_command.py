@@ -28,23 +28,28 @@ class ResolvedBaseline:
     replicas: int = 1
 
 
-def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: ResolvedBaseline) -> list[str]:
+def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: ResolvedBaseline | None) -> list[str]:
     """Return the command-line arguments of ``fit`` for a trial, except for the seed and the run folder.
+
+    Args:
+        sweep: The parsed sweep file.
+        assignment: Settings of the trial.
+        baseline: All flags of the baseline, or None to omit a token budget, which cannot be converted without them.
 
     Raises:
         UserError: The token budget cannot be converted to optimizer steps.
     """
-    flags = sweep.fit_flags(assignment)
+    flags, budget = sweep.fit_flags(assignment), sweep.budget_of(assignment)
     arguments = [f"--config={path}" for path in sweep.base]
     arguments += [f"--{name}={format_flag_value(value)}" for name, value in flags.items()]
-    if "steps" in sweep.budget:
-        arguments.append(f"--trainer.max_steps={round(sweep.budget['steps'])}")
-    if "tokens" in sweep.budget:
+    if "steps" in budget:
+        arguments.append(f"--trainer.max_steps={round(budget['steps'])}")
+    if "tokens" in budget and baseline is not None:
         overridden = {**baseline.flags, **{short_flag(name): value for name, value in flags.items()}}
-        steps = tokens_to_steps(sweep.budget["tokens"], overridden, baseline.replicas)
+        steps = tokens_to_steps(budget["tokens"], overridden, baseline.replicas)
         arguments.append(f"--trainer.max_steps={steps}")
-    if "minutes" in sweep.budget:
-        seconds = round(60 * sweep.budget["minutes"])
+    if "minutes" in budget:
+        seconds = round(60 * budget["minutes"])
         clock = f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         arguments.append(f"--trainer.max_time={clock}")
     return arguments

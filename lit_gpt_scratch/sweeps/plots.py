@@ -62,8 +62,8 @@ def plot_differences(
     """
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
     limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
-    with _style():
-        figure, axes = _new_figure(height=2.0 + 0.4 * len(shown))
+    with plot_style():
+        figure, axes = new_figure(height=2.0 + 0.4 * len(shown))
         axes.axvline(0.0, color="black", linewidth=0.8)
         for y, trial in enumerate(reversed(shown)):
             comparison = comparisons[trial.number]
@@ -81,7 +81,7 @@ def plot_differences(
         axes.set_title(f"Difference from the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
         _add_legend(figure, axes)
         caption = "Per-seed differences from the baseline (dots), their means and 95% confidence intervals."
-        return _save("differences", figure, caption)
+        return save_plot("differences", figure, caption)
 
 
 def plot_differences_over(
@@ -107,8 +107,8 @@ def plot_differences_over(
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
     limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
     means = {float(baseline.assignment[dimension]): 0.0}
-    with _style():
-        figure, axes = _new_figure(height=5.2)
+    with plot_style():
+        figure, axes = new_figure(height=5.2)
         axes.axhline(0.0, color="black", linewidth=0.8)
         for trial in shown:
             comparison, x = comparisons[trial.number], float(trial.assignment[dimension])
@@ -134,7 +134,7 @@ def plot_differences_over(
         caption = (
             f"Per-seed differences from the baseline (dots) over {dimension}, their means and 95% confidence intervals."
         )
-        return _save("differences", figure, caption)
+        return save_plot("differences", figure, caption)
 
 
 def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over: str) -> Plot | None:
@@ -163,10 +163,10 @@ def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over
     best = pick(value for each in values.values() for value in each)
     limits = robust_limits([(min(each) - best, max(each) - best) for each in values.values()])
     low, high = (best + limit for limit in limits)
-    with _style():
+    with plot_style():
         from matplotlib.ticker import EngFormatter
 
-        figure, axes = _new_figure()
+        figure, axes = new_figure()
         for index, trial in enumerate(shown):
             label = _shorten(trial.label)
             furthest = max(values[trial.number], key=lambda value: abs(value - best))
@@ -184,20 +184,20 @@ def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over
         count = "" if len(shown) == len(drawable) else f", best {len(shown)} of {len(drawable)} trials"
         axes.set_title(f"{_plain(metric)} over {over}{count}", loc="left")
         axes.legend(fontsize="small", frameon=False)
-        return _save(f"curves_over_{over}", figure, f"{metric} over {over}, one line per run.")
+        return save_plot(f"curves_over_{over}", figure, f"{metric} over {over}, one line per run.")
 
 
 def plot_importance(shares: Mapping[str, float]) -> Plot:
     """Draw a bar plot of the fraction of the variance between trials that each search dimension explains."""
-    with _style():
-        figure, axes = _new_figure(height=1.4 + 0.36 * len(shares))
+    with plot_style():
+        figure, axes = new_figure(height=1.4 + 0.36 * len(shares))
         names = list(shares)[::-1]
         axes.barh(range(len(names)), [shares[name] for name in names], color="C0")
         axes.set_yticks(range(len(names)), [_plain(name) for name in names])
         axes.set_xlim(0, 1)
         axes.set_xlabel("fraction of the variance between trials (fANOVA)")
         axes.set_title("Importance of each dimension", loc="left")
-        return _save(
+        return save_plot(
             "importance", figure, "Fraction of the variance between trials explained by each dimension (fANOVA)."
         )
 
@@ -297,13 +297,15 @@ def _add_legend(figure: "Figure", axes: "Axes") -> None:
     figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=1, fontsize="small", frameon=False)
 
 
-def _style() -> Any:
+def plot_style() -> Any:
+    """Return a context manager that sets the style of figures."""
     import matplotlib as mpl
 
     return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # rc_context types its keys as a Literal
 
 
-def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
+def new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
+    """Build a figure with one set of axes; the height is in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height), layout="constrained")
@@ -319,7 +321,8 @@ def _plain(text: str) -> str:
     return escape_line(text).replace("$", r"\$")
 
 
-def _save(name: str, figure: "Figure", caption: str) -> Plot:
+def save_plot(name: str, figure: "Figure", caption: str) -> Plot:
+    """Render a figure as SVG."""
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})  # for deterministic output
     return Plot(name, svg.getvalue(), caption)

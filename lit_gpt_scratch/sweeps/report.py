@@ -22,7 +22,8 @@ from lit_gpt_scratch.sweeps.plots import (
     plot_differences_over,
     plot_importance,
 )
-from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
+from lit_gpt_scratch.sweeps.run_results import ENVIRONMENT_PARTS, TrialResult, format_setting, rank_finished
+from lit_gpt_scratch.sweeps.scaling_report import SCALING_LAW_FILE, SCALING_METHOD, ScalingAnalysis
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
 from lit_gpt_scratch.terminal_output import escape_terminal, redact
 from lit_gpt_scratch.text.atomic_files import write_atomically
@@ -46,6 +47,7 @@ class SweepReport:
         setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
         importance: Fraction of the variance between trials that each search dimension explains, keyed by its name.
+        scaling: Scaling law of the trials; it replaces the comparison with the baseline.
     """
 
     title: str
@@ -57,9 +59,12 @@ class SweepReport:
     setup: Mapping[str, str]
     command: str
     importance: Mapping[str, float] = field(default_factory=dict)
+    scaling: ScalingAnalysis | None = None
 
     def write(self, folder: Path) -> Path:
         """Write ``report.html``, ``report.md`` with its plots, and ``results.csv``, each atomically.
+
+        With a scaling law, also write ``scaling_law.json``.
 
         Returns:
             The path of ``report.html``.
@@ -72,6 +77,7 @@ class SweepReport:
             "report.md": self.markdown(),
             **{f"{plot.name}.svg": plot.svg for plot in self.plots},
             "report.html": self.html(),
+            **({SCALING_LAW_FILE: self.scaling.to_json()} if self.scaling and self.scaling.fit else {}),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +119,7 @@ class SweepReport:
     @cached_property
     def comparisons(self) -> dict[int, Comparison]:
         """Comparisons with the baseline, keyed by trial number, or an empty dict if the baseline has not finished."""
-        if self.baseline not in self.ranked or self.baseline is None:
+        if self.baseline not in self.ranked or self.baseline is None or self.scaling is not None:
             return {}
         values = {trial.number: trial.values(self.metric) for trial in self.ranked if trial is not self.baseline}
         return compare_to_baseline(values, self.baseline.values(self.metric), self.direction)
@@ -121,7 +127,7 @@ class SweepReport:
     @cached_property
     def plots(self) -> list[Plot]:
         """Plots of differences from the baseline, training curves and importance; plots without data are omitted."""
-        drawn: list[Plot | None] = []
+        drawn: list[Plot | None] = [] if self.scaling is None else list(self.scaling.plots(self.metric))
         baseline = self.baseline
         if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
             data = self.ranked, baseline, self.comparisons, self.metric, self.direction
@@ -141,15 +147,24 @@ class SweepReport:
     @cached_property
     def _context(self) -> dict[str, Any]:
         """Variables of the report templates."""
-        best = self.ranked[0] if self.ranked else None
+        best = self.ranked[0] if self.ranked and self.scaling is None else None
         failures = self.describe_failures()
+        if self.scaling is None:
+            findings = self._describe_findings()
+            comparison = [self._comparison_head(), *(self._comparison_row(trial) for trial in self.ranked)]
+            method = self._describe_method()
+        else:
+            findings = self.scaling.describe_findings(self.metric)
+            comparison, method = self.scaling.table(self.metric), SCALING_METHOD
         unfinished = sum(trial.state == "unfinished" for trial in self.trials)
         return {
             "title": self.title,
             "question": self.question,
-            "findings": f"{self._describe_findings()} {failures}".rstrip(),
-            "comparison": [self._comparison_head(), *(self._comparison_row(trial) for trial in self.ranked)],
-            "method": self._describe_method(),
+            "findings": f"{findings} {failures}".rstrip(),
+            "comparison": comparison,
+            "method": method,
+            "coefficients": self.scaling.coefficient_table() if self.scaling else [],
+            "optima": self.scaling.optimum_table() if self.scaling else [],
             "diagnostics": list(summarize_diagnostics(self.trials)),
             "setup": list(self.setup.items()),
             "command": self.command,
@@ -301,7 +316,7 @@ def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str,
     facts: dict[str, dict[str, None]] = {}
     for trial in trials:
         for run in trial.runs:
-            for part in ("code", "versions", "hardware"):
+            for part in ENVIRONMENT_PARTS:
                 about: Mapping[str, Any] = run.session.get(part, {})
                 for name, value in about.items():
                     if value is not None:

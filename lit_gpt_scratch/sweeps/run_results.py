@@ -29,6 +29,8 @@ from lit_gpt_scratch.text.atomic_files import write_atomically
 log = logging.getLogger(__name__)
 
 SUMMARY_FILE: Final = "summary.json"
+ENVIRONMENT_PARTS: Final = ("code", "versions", "hardware")
+"""Parts of a ``provenance.json`` entry that describe the environment of a session."""
 MAX_METRIC: Final = 1e38
 """Maximum absolute value of a metric, close to the maximum of float32; larger values are treated as non-finite."""
 MAX_CURVE_POINTS: Final = 200
@@ -67,6 +69,7 @@ class RunResult:
         retryable: Whether the run failed because of its environment, not its settings, so that repeating the sweep
             executes it again.
         attempts: Number of times that the run failed because of its environment, even after retries.
+        started: Time in ISO 8601 at which the first session of the run started, from ``provenance.json``.
     """
 
     seed: int
@@ -79,6 +82,7 @@ class RunResult:
     session: dict[str, Any] = field(default_factory=dict)
     retryable: bool = False
     attempts: int = 0
+    started: str = ""
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -177,6 +181,7 @@ def read_run_result(
     if not metrics and points:
         metrics = {metric: points[-1].value, "step": points[-1].step}
     every = math.ceil(len(points) / MAX_CURVE_POINTS)
+    sessions = _read_sessions(folder)
     return RunResult(
         seed=seed,
         state=state,
@@ -185,8 +190,9 @@ def read_run_result(
         curve=points[:: -every or 1][::-1],  # subsampled from the end, to keep the last point
         folder=str(folder),
         diagnoses=_read_diagnoses(folder),
-        session=_read_last_session(folder),
+        session={key: value for key, value in sessions[-1].items() if key in ENVIRONMENT_PARTS} if sessions else {},
         retryable=retryable,
+        started=sessions[0].get("started", "") if sessions else "",
     )
 
 
@@ -326,8 +332,9 @@ class RecordedDiagnosis(TypedDict):
 
 
 class RecordedSession(TypedDict, total=False):
-    """Fields of a ``provenance.json`` entry that are shown in the report."""
+    """Fields of a ``provenance.json`` entry that are used in the report."""
 
+    started: str
     versions: dict[str, str | int | float | bool | None]
     hardware: dict[str, str | int | float | bool | None]
     code: dict[str, str | int | float | bool | None]
@@ -344,10 +351,9 @@ def _read_diagnoses(folder: Path) -> list[dict[str, str]]:
     return [{"symptom": each["symptom"], "cause": each["cause"], "flag": each["flag"]} for each in diagnoses]
 
 
-def _read_last_session(folder: Path) -> dict[str, Any]:
+def _read_sessions(folder: Path) -> list[RecordedSession]:
     provenance = _read_optional_json(folder / "provenance.json", RecordedSessions)
-    sessions = provenance["sessions"] if provenance else []
-    return {key: value for key, value in (sessions or [{}])[-1].items() if key in RecordedSession.__annotations__}
+    return provenance["sessions"] if provenance else []
 
 
 def _read_optional_json(path: Path, hint: type[T]) -> T | None:

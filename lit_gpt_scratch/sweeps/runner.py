@@ -1,11 +1,13 @@
 """Execute the runs of a study in parallel."""
 
+import json
 import logging
 import shutil
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,8 +27,10 @@ from lit_gpt_scratch.sweeps.run_results import (
     read_run_result,
     write_hparams,
 )
-from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
+from lit_gpt_scratch.sweeps.scaling_report import predict_held_out
+from lit_gpt_scratch.sweeps.study import ClaimedRun, Study, study_trials
 from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, suggest_closest
+from lit_gpt_scratch.text.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ PRUNING_SECONDS = 1.0
 """Interval in seconds at which the event files of a run that may be pruned are read."""
 INTERRUPTED_CODES = [128 + signum for signum in STOP_SIGNALS]
 """Exit codes of runs stopped by a signal from outside the sweep; SLURM, for example, signals all processes of a job."""
+PREDICTION_FILE: Final = "prediction.json"
+"""File in the sweep's folder that contains the prediction for the held-out trial."""
 RETRY_DELAYS: Final = (1.0, 10.0)
 """Time in seconds before the first and the second retry of a run that failed because of its environment."""
 
@@ -82,13 +88,35 @@ class SweepRunner:
         """Event that, when set, makes all runs save a checkpoint and exit; repeating the sweep resumes these runs."""
 
     def run(self) -> None:
-        """Execute all remaining runs.
+        """Execute all remaining runs; a held-out trial starts after all others have ended and it has been predicted.
 
         Raises:
-            UserError: The runs do not log the sweep's metric.
+            UserError: The runs do not log the sweep's metric, or no scaling law can be fitted to them.
         """
+        n_trials = self.sweep.n_trials
+        if self.sweep.held_out is not None:
+            self._run_trials(n_trials - 1)
+            if self.stopping.is_set() or not self.study.have_ended(n_trials - 1):
+                return  # another process is executing the last of these runs, or some are to be retried
+            self._predict_held_out()
+        self._run_trials(n_trials)
+
+    def _predict_held_out(self) -> None:
+        prediction = self.study.prediction
+        if prediction is None:
+            trials = study_trials(self.study, self.baseline)
+            prediction = self.study.record_prediction(predict_held_out(self.sweep, trials))
+        content = json.dumps(asdict(prediction), indent=2) + "\n"
+        try:
+            write_atomically(self.folder / PREDICTION_FILE, content)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / PREDICTION_FILE}: {error.strerror}") from error
+        log.info("predicted %s of the held-out trial: %s", self.sweep.metric, prediction.describe())
+
+    def _run_trials(self, n_trials: int) -> None:
+        """Execute the remaining runs of the first ``n_trials`` trials."""
         with ThreadPoolExecutor(self.workers) as pool:
-            workers = [pool.submit(self._work) for _ in range(self.workers)]
+            workers = [pool.submit(self._work, n_trials) for _ in range(self.workers)]
             try:
                 wait(workers, return_when=FIRST_EXCEPTION)
             finally:  # a worker failed, or this thread was interrupted
@@ -97,8 +125,8 @@ class SweepRunner:
         for each in workers:
             each.result()
 
-    def _work(self) -> None:
-        while not self.stopping.is_set() and (claim := self.study.claim_run()):
+    def _work(self, n_trials: int) -> None:
+        while not self.stopping.is_set() and (claim := self.study.claim_run(n_trials)):
             try:
                 result = self._run(claim)
             except BaseException:  # on any error: an unfinished run must not stay claimed

@@ -15,9 +15,10 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments
 from lit_gpt_scratch.sweeps.locks import StudyLocks
-from lit_gpt_scratch.sweeps.run_results import RunResult
+from lit_gpt_scratch.sweeps.run_results import RunResult, TrialResult
+from lit_gpt_scratch.sweeps.scaling_law import Prediction
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ MAX_ATTEMPTS: Final = 3
 """Number of environment failures after which a run is repeated only on request."""
 BASELINE_ATTRIBUTE: Final = "known"
 """Name of the Optuna study attribute that stores the ``ResolvedBaseline``."""
+PREDICTION_ATTRIBUTE: Final = "prediction"
+"""Name of the Optuna study attribute that stores the ``Prediction`` of the held-out trial."""
 
 
 @dataclass
@@ -83,6 +86,20 @@ class Study:
         plain = self._study.user_attrs.get(BASELINE_ATTRIBUTE) if self._study else None
         return ResolvedBaseline(**plain) if plain else None
 
+    @property
+    def prediction(self) -> Prediction | None:
+        """Prediction of the held-out trial, or None if it has not been made."""
+        plain = self._study.user_attrs.get(PREDICTION_ATTRIBUTE) if self._study else None
+        return Prediction(**plain) if plain else None
+
+    def record_prediction(self, prediction: Prediction) -> Prediction:
+        """Store the prediction of the held-out trial, unless another process has done so, and return the stored one."""
+        with self._locks.exclusive():
+            if self.prediction is None:
+                self.optuna_study.set_user_attr(PREDICTION_ATTRIBUTE, asdict(prediction))
+            assert self.prediction is not None
+            return self.prediction
+
     def create(self, baseline: ResolvedBaseline) -> None:
         """Create the study in the storage, or load it if another process has already created it."""
         pruner = self.sweep.build_pruner()
@@ -108,19 +125,28 @@ class Study:
     @property
     def is_finished(self) -> bool:
         """Whether all trials of the sweep have been created and have ended."""
-        trials = self.trials()
-        return len(trials) >= self.sweep.n_trials and all(
+        return self.have_ended(max(self.sweep.n_trials, len(self.trials())))
+
+    def have_ended(self, n_trials: int) -> bool:
+        """Return whether the first ``n_trials`` trials have ended, successfully or not."""
+        trials = self.trials()[:n_trials]
+        return len(trials) == n_trials and all(
             trial.state.is_finished() or not self._missing_seeds(trial) for trial in trials
         )
 
-    def claim_run(self) -> ClaimedRun | None:
-        """Claim the next available run for this process; return None if no run is available."""
+    def claim_run(self, n_trials: int | None = None) -> ClaimedRun | None:
+        """Claim the next available run for this process; return None if no run is available.
+
+        Args:
+            n_trials: Number of trials, starting with the first, whose runs may be claimed; all by default.
+        """
+        n_trials = self.sweep.n_trials if n_trials is None else n_trials
         with self._locks.exclusive():
-            for trial in self.trials():
+            for trial in self.trials()[:n_trials]:
                 if not trial.state.is_finished() and (claim := self._claim_run_of(trial)):
                     return claim
             number = len(self.trials())
-            if number >= self.sweep.n_trials:
+            if number >= n_trials:
                 return None
             self.optuna_study.sampler = self._build_sampler(number, "")
             number = self.optuna_study.ask().number
@@ -251,3 +277,20 @@ def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
     results = [plain for name, plain in attributes.items() if name.startswith("run_") and isinstance(plain, Mapping)]
     runs = [RunResult.from_dict(plain) for plain in results]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}
+
+
+def study_trials(study: Study, baseline: ResolvedBaseline) -> list[TrialResult]:
+    """Return the results of all trials of a study whose settings are known.
+
+    Args:
+        study: The study.
+        baseline: All flags of its baseline.
+    """
+    found = []
+    for trial in study.trials():
+        if trial.params.keys() >= study.sweep.vary.keys():
+            assignment: Assignment = {name: trial.params[name] for name in study.sweep.vary}
+            flags = build_arguments(study.sweep, assignment, baseline)
+            runs = list(recorded_runs(trial).values())
+            found.append(TrialResult(trial.number, assignment, runs, flags, expected_runs=len(study.sweep.seeds)))
+    return found

@@ -3,7 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -15,6 +16,7 @@ import optuna
 from lit_gpt_scratch.bounded_yaml import load_yaml
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.schema import MAX_SEED
+from lit_gpt_scratch.sweeps.scaling_law import MIN_SETTINGS
 from lit_gpt_scratch.sweeps.search_space import (
     FitFlags,
     NumericRange,
@@ -33,6 +35,8 @@ RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "
 """Flags of ``fit`` that only the sweep may set."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
 """Flag of ``fit`` that enforces a training budget, keyed by the unit of the budget."""
+BUDGET_PREFIX: Final = "budget."
+"""Prefix of a unit in ``BUDGET_FLAGS`` that is listed under ``vary`` like a flag, such as ``budget.tokens``."""
 
 Assignment = dict[str, Setting]
 """Settings of one trial, keyed by the name of the search dimension."""
@@ -59,6 +63,8 @@ class SweepConfig:
             after each validation of the first seed's run; if that run is pruned, the remaining seeds are skipped.
         baseline: Settings of the baseline that differ from the defaults. By default, the baseline uses the first choice
             of each list and the midpoint of each range. The baseline is always the first trial.
+        scaling: If set, the report fits a scaling law to sizes and training lengths. The setting of each dimension in
+            ``hold_out``, if there is one, selects the trial that is executed last, after its loss has been predicted.
 
     Raises:
         UserError: A value is invalid, or contradicts another value.
@@ -79,6 +85,7 @@ class SweepConfig:
     budget: Mapping[str, float] = field(default_factory=dict)
     pruning: Mapping[str, Any] | None = None
     baseline: Assignment = field(default_factory=dict)
+    scaling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _require_one_of("method", self.method, METHODS)
@@ -102,6 +109,7 @@ class SweepConfig:
             _read_config_file(path)
         self._validate_flags()
         self._validate_baseline()
+        self._validate_scaling()
         self.build_pruner()
         _ = self.predefined_assignments
 
@@ -118,8 +126,13 @@ class SweepConfig:
                 raise UserError(f"{name} is set by the sweep; {hint}")
             if name in self.fixed and name in varied:
                 raise UserError(f"{name} is listed under both fixed and vary; remove one of the entries")
-        for unit, flag in BUDGET_FLAGS.items():
-            if unit in self.budget and {flag} & {*self.fixed, *varied}:
+        units = dict.fromkeys(self.budget)
+        for name, dimension in self.vary.items():
+            for setting in dimension.example_settings():
+                units |= dict.fromkeys(self.budget_of({name: setting}))
+        _require_one_limit(units)
+        for unit in units:
+            if (flag := BUDGET_FLAGS.get(unit)) in (*self.fixed, *varied):
                 raise UserError(
                     f"budget: {unit} sets {flag}, which is also listed under fixed or vary; remove one of them"
                 )
@@ -130,6 +143,51 @@ class SweepConfig:
                 raise UserError(f"baseline: {name} is not listed under vary{suggest_closest(name, self.vary)}")
             if not self.vary[name].contains(setting):
                 raise UserError(f"baseline: {name} is {setting}; it must be one of the settings under vary")
+
+    def _validate_scaling(self) -> None:
+        if self.scaling is None:
+            return
+        if unknown := self.scaling.keys() - {"hold_out"}:
+            raise UserError(f"scaling: unknown key {shorten(min(map(str, unknown)))}; the only valid key is hold_out")
+        if self.method != "grid":
+            raise UserError(f"scaling: method is {self.method}; the sizes and training lengths must form a grid")
+        lengths = self.length_dimensions
+        for what, names in (("training lengths (budget.tokens)", lengths), ("sizes", self.vary.keys() - lengths)):
+            found = math.prod(len(self.vary[name].grid()) for name in names)
+            if found < MIN_SETTINGS:
+                raise UserError(
+                    f"scaling: vary has {found if names else 'no'} different {what}, but the five coefficients of the "
+                    f"law require at least {MIN_SETTINGS}"
+                )
+        held_out = self.held_out
+        if held_out is None:
+            return
+        for name in self.vary:
+            if name not in held_out:
+                raise UserError(f"scaling: hold_out has no {name}; it must name a setting of each dimension under vary")
+            if not self.vary[name].contains(held_out[name]):
+                raise UserError(
+                    f"scaling: hold_out: {name} is {shorten(held_out[name])}; it must be one of the settings under vary"
+                )
+        if unknown := held_out.keys() - self.vary.keys():
+            raise UserError(f"scaling: hold_out: {shorten(min(unknown))} is not listed under vary")
+        if held_out == self.baseline_assignment:
+            raise UserError("scaling: hold_out is the baseline, which is the first trial; list the smallest size first")
+
+    @property
+    def length_dimensions(self) -> set[str]:
+        """Names of the dimensions that set a training budget or its flag."""
+        flags = {*BUDGET_FLAGS.values(), *(BUDGET_PREFIX + unit for unit in BUDGET_FLAGS)}
+        return {
+            name
+            for name, dimension in self.vary.items()
+            if any(flags & dimension.to_flags(setting).keys() for setting in dimension.example_settings())
+        }
+
+    @cached_property
+    def held_out(self) -> Assignment | None:
+        """Assignment of the trial that is executed after its loss has been predicted, or None if there is none."""
+        return dict(self.scaling["hold_out"]) if self.scaling and self.scaling.get("hold_out") else None
 
     @property
     def baseline_assignment(self) -> Assignment:
@@ -142,7 +200,8 @@ class SweepConfig:
         baseline = self.baseline_assignment
         if self.method != "grid":
             return [baseline]
-        return [baseline, *(assignment for assignment in grid_product(self.vary) if assignment != baseline)]
+        others = [each for each in grid_product(self.vary) if each not in (baseline, self.held_out)]
+        return [baseline, *others, *([] if self.held_out is None else [self.held_out])]
 
     @property
     def n_trials(self) -> int:
@@ -158,8 +217,18 @@ class SweepConfig:
         """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
-            flags |= self.vary[name].to_flags(setting)
+            chosen = self.vary[name].to_flags(setting)
+            flags |= {flag: value for flag, value in chosen.items() if not flag.startswith(BUDGET_PREFIX)}
         return {name: value for name, value in flags.items() if value is not None}
+
+    def budget_of(self, assignment: Assignment) -> dict[str, float]:
+        """Return the training budget of each run of a trial, keyed by its unit."""
+        budget = dict(self.budget)
+        for name, setting in assignment.items():
+            for flag, amount in self.vary[name].to_flags(setting).items():
+                if flag.startswith(BUDGET_PREFIX):
+                    budget |= _parse_budget({flag.removeprefix(BUDGET_PREFIX): amount})
+        return budget
 
     def build_pruner(self) -> optuna.pruners.BasePruner:
         """Build the Optuna pruner specified by ``pruning``.
@@ -184,6 +253,8 @@ class SweepConfig:
     def fingerprint(self) -> str:
         """Hash of everything that defines the study, except ``trials``, so that trials can be added to a study."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("question", "trials", "vary")}
+        if self.scaling is None:  # studies that were created before this key existed
+            del content["scaling"]
         content["base"] = [_read_config_file(path) for path in self.base]
         content["vary"] = {name: asdict(each) for name, each in self.vary.items()}  # type: ignore[call-overload]  # dataclasses
         return short_hash(content)
@@ -224,7 +295,7 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
             )
     types: dict[str, tuple[type, ...]] = {
         "base": (list, str), "fixed": (dict,), "vary": (dict,), "seeds": (list,), "budget": (dict,), "trials": (int,),
-        "baseline": (dict,), "metric": (str,), "pruning": (str, dict),
+        "baseline": (dict,), "metric": (str,), "pruning": (str, dict), "scaling": (dict,),
     }  # fmt: skip
     for key, accepted in types.items():
         if given.get(key) is not None and not isinstance(given[key], accepted):
@@ -248,13 +319,21 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
         raise UserError("pruning must contain exactly one Optuna pruner, optionally with arguments")
     values["budget"] = _parse_budget(values.get("budget", {}))
     values["vary"] = {name: parse_dimension(name, each) for name, each in (given["vary"] or {}).items()}
-    values["baseline"] = {
-        name: parse_number(f"baseline: {name}", value)
-        if isinstance(values["vary"].get(name), NumericRange)
-        else format_label(value)
-        for name, value in values.get("baseline", {}).items()
-    }
+    values["baseline"] = _parse_assignment("baseline", values.get("baseline", {}), values["vary"])
+    if "scaling" in values and values["scaling"].get("hold_out") is not None:
+        held_out = values["scaling"]["hold_out"]
+        if not isinstance(held_out, dict):
+            raise UserError(f"scaling: hold_out is {shorten(held_out)}; it must be a mapping of dimensions to settings")
+        settings = _parse_assignment("scaling: hold_out", held_out, values["vary"])
+        values["scaling"] = {**values["scaling"], "hold_out": settings}
     return SweepConfig(name=name, question=question, **values)
+
+
+def _parse_assignment(key: str, given: Mapping[str, Any], vary: Mapping[str, SearchDimension]) -> Assignment:
+    return {
+        name: parse_number(f"{key}: {name}", value) if isinstance(vary.get(name), NumericRange) else format_label(value)
+        for name, value in given.items()
+    }
 
 
 def _parse_budget(given: Mapping[str, Any]) -> dict[str, float]:
@@ -264,9 +343,13 @@ def _parse_budget(given: Mapping[str, Any]) -> dict[str, float]:
     for unit, amount in budget.items():
         if amount <= 0:
             raise UserError(f"budget: {unit} is {amount}; it must be positive")
-    if {"steps", "tokens"} <= budget.keys():
-        raise UserError("budget: steps and tokens both set trainer.max_steps; remove one of them")
+    _require_one_limit(budget)
     return budget
+
+
+def _require_one_limit(units: Collection[str]) -> None:
+    if {"steps", "tokens"} <= set(units):
+        raise UserError("budget: steps and tokens both set trainer.max_steps; remove one of them")
 
 
 def _read_config_file(path: Path) -> str:

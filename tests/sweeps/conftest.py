@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt_scratch.cli import entrypoint
+from lit_gpt_scratch.cli.sweep import main
+
 STUB = "tests.sweeps.stub_fit"
 ROOT = Path(__file__).parents[2]
 SWEEP_SCRIPT = (
@@ -16,6 +19,7 @@ SWEEP_SCRIPT = (
     f"entrypoint.run(lambda: main(sys.argv[1:], module='{STUB}'))"
 )
 Rows = list[dict[str, str]]
+RunSweep = Callable[..., int]
 
 
 @pytest.fixture
@@ -32,6 +36,26 @@ def sweep_process(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
         )
 
     return start
+
+
+@pytest.fixture
+def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSweep:
+    """Run a sweep of the stub in this process, in an empty folder, and return the exit code."""
+    from lit_gpt_scratch.sweeps import runner  # requires optuna
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(runner, "RETRY_DELAYS", (0.0, 0.0))
+
+    def run(text: str, *args: str) -> int:
+        Path("s.yaml").write_text(text)
+        try:
+            entrypoint.run(lambda: main(["s.yaml", *args], module=STUB))
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
+    return run
 
 
 def read_rows(runs: Path, name: str) -> Rows:

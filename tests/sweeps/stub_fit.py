@@ -2,15 +2,18 @@
 
 Flags: ``x`` and ``kind`` determine the metric, ``seconds`` the duration, ``fails`` is the seed that fails, with the
 ``failure`` (see ``fail``), unless the file ``repaired`` exists in the working directory. Every start appends its
-process id to ``started`` in the experiment's folder.
+process id to ``started`` in the experiment's folder. With ``parameters``, the metric follows ``scaling_loss``, and
+``trainer.max_steps`` determines the number of tokens.
 """
 
 import errno
 import json
 import os
+import random
 import signal
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -27,6 +30,12 @@ STEPS = 5
 def metric_of(x: float, kind: str, seed: int) -> float:
     """The final metric: best at x = 3, with 0.01 between seeds."""
     return 1.0 + (x - 3.0) ** 2 + (0.5 if kind == "b" else 0.0) + 0.01 * (seed % 5)
+
+
+def scaling_loss(parameters: float, tokens: float, seed: int) -> float:
+    """The final metric of a ladder: a scaling law, with noise of 0.002 between seeds."""
+    noise = random.Random(f"{parameters} {tokens} {seed}").gauss(0.0, 0.002)
+    return 1.0 + 40.0 * parameters**-0.3 + 50.0 * tokens**-0.35 + noise
 
 
 def fail(failure: str) -> None:
@@ -74,6 +83,13 @@ def main() -> None:
     folder = experiment / f"version_{versions}"
     folder.mkdir()
     value = metric_of(float(flags.get("x", 0)), flags.get("kind", "a"), seed)
+    sizes: dict[str, float] = {"tokens": 100 * STEPS}
+    if "parameters" in flags:
+        parameters, tokens = float(flags["parameters"]), 100 * float(flags["trainer.max_steps"])
+        sizes = {"parameters": parameters, "tokens": tokens, "flops_per_token": 6 * parameters}
+        value = scaling_loss(parameters, tokens, seed)
+    provenance = {"sessions": [{"started": datetime.now(timezone.utc).isoformat()}]}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     writer = EventFileWriter(str(folder))
     for step in range(STEPS):
         point = Summary(value=[Summary.Value(tag=METRIC, simple_value=value + STEPS - 1 - step)])
@@ -81,7 +97,7 @@ def main() -> None:
         writer.flush()
         time.sleep(float(flags.get("seconds", 0)) / STEPS)
     writer.close()
-    summary = {METRIC: value, "val/loss": value, "step": STEPS, "tokens": 100 * STEPS, "seconds": 0.1}
+    summary = {METRIC: value, "val/loss": value, "step": STEPS, **sizes, "seconds": 0.1}
     stopped = flags.get("guard_stops") == str(seed) and not Path("repaired").exists()
     if stopped:
         summary["stopped"] = "guard"

@@ -14,36 +14,14 @@ pytest.importorskip("optuna")
 
 from optuna.trial import TrialState
 
-from lit_gpt_scratch.cli import entrypoint
-from lit_gpt_scratch.cli.sweep import main
 from lit_gpt_scratch.sweeps import runner
 from lit_gpt_scratch.sweeps.storage import open_storage
 from lit_gpt_scratch.sweeps.study import Study
 from lit_gpt_scratch.sweeps.sweep_config import load_sweep
-from tests.sweeps.conftest import STUB, read_pids, read_rows
+from tests.sweeps.conftest import RunSweep, read_pids, read_rows
 from tests.sweeps.stub_fit import METRIC, metric_of
 
 Start = Callable[..., "subprocess.Popen[str]"]
-RunSweep = Callable[..., int]
-
-
-@pytest.fixture
-def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSweep:
-    """Run a sweep of the stub in this process, in an empty folder, and return the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    monkeypatch.setattr(runner, "RETRY_DELAYS", (0.0, 0.0))
-
-    def run(text: str, *args: str) -> int:
-        Path("s.yaml").write_text(text)
-        try:
-            entrypoint.run(lambda: main(["s.yaml", *args], module=STUB))
-        except SystemExit as error:
-            return int(error.code or 0)
-        return 0
-
-    return run
 
 
 def is_alive(pid: int) -> bool:
