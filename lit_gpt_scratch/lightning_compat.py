@@ -58,6 +58,11 @@ def can_stop_early(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._can_stop_early)
 
 
+def set_max_steps(trainer: Trainer, steps: int) -> None:
+    """Set the number of optimizer steps after which a trainer that has not started stops."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
+
+
 def set_logging_step(trainer: Trainer, step: int) -> None:
     """Set the step number that Lightning uses for logging; after resuming, Lightning's own number is off by one."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step

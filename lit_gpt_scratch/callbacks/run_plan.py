@@ -57,6 +57,8 @@ class RunPlan(RunDirCallback):
         self.limit_val_batches = limit_val_batches
         self.lines: list[tuple[str, str]] = []
         """Printed lines as (name, text) pairs; an empty list on ranks other than 0."""
+        self.budget: list[str] = []
+        """Reasons for the choices of ``--budget``."""
         self._throughput: Throughput | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -129,6 +131,8 @@ class RunPlan(RunDirCallback):
                 f"{format_count(tokens / total)} {unit} per parameter"
             )
         yield "run", length
+        for reason in self.budget:
+            yield "budget", reason
 
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
         sizes = task.net.vocab_size, data.block_size, data.batch_size * data.windows_per_row

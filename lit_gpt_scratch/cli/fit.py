@@ -33,6 +33,7 @@ from lit_gpt_scratch.checkpoint.checkpoint_plugins import (
 )
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.cli.budget import BudgetedRun, validate_alone
 from lit_gpt_scratch.cli.config_defaults import (
     MAX_STEPS,
     apply_init_from,
@@ -156,6 +157,20 @@ class FitCLI(LightningCLI):
             "override its settings.",
         )
         parser.add_argument(
+            "--budget",
+            type=str | None,
+            default=None,
+            help="Time (2min, 1.5h) or compute (1e15flops) for which depth, width, heads, batch, learning rate and "
+            "number of steps are chosen, from a scaling law and the speed of this machine. Flags override each choice.",
+        )
+        parser.add_argument(
+            "--scaling_law",
+            type=str | None,
+            default=None,
+            help="With --budget, scaling_law.json of a sweep on your own text; the default was fitted to Python source "
+            "code.",
+        )
+        parser.add_argument(
             "--tensor_parallel",
             type=int | None,
             default=None,
@@ -236,6 +251,12 @@ class FitCLI(LightningCLI):
         """
         early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
         self._answer_questions(parser, early)
+
+        def is_given(flag: str) -> bool:
+            return early.get(flag) is not None
+
+        if (budget := early.get("budget")) is not None:
+            validate_alone(budget, is_given)
         self.resumed: ResumedRun | None = None
         self.config_before: Namespace | None = None
         before: list[str] = []
@@ -271,6 +292,11 @@ class FitCLI(LightningCLI):
             if self.config.trainer.precision is None:  # of that machine, not of this one
                 self.config.trainer.precision = "bf16-mixed"
         resolve_defaults(self.config)
+        self.budget: BudgetedRun | None = None
+        if self.config.budget is not None:
+            self.budget = BudgetedRun(self.config, is_given)
+        elif self.config.scaling_law is not None:
+            raise UserError("--scaling_law is set, but --budget is not; add --budget")
         validate_trainer_flags(self.config.trainer)
         if not 0 <= self.config.seed_everything <= MAX_SEED:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be from 0 to {MAX_SEED}")
@@ -287,6 +313,11 @@ class FitCLI(LightningCLI):
         else:
             return
         sys.exit(0)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the model for ``--budget``."""
+        if self.budget is not None:
+            self.budget.choose_model()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause.
@@ -392,6 +423,11 @@ class FitCLI(LightningCLI):
                 self.datamodule.setup("fit")
                 if self.resumed:
                     self._compare(self.resumed)
+                if self.budget is not None:
+                    self.budget.choose_length(self.trainer, self.model, self.datamodule)
+                    for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+                        if isinstance(callback, RunPlan):
+                            callback.budget = self.budget.reasons
                 resolve_built_defaults(self.config, self.trainer.strategy.root_device, self.datamodule)
                 if folder is None and self.trainer.is_global_zero and not writes_nothing:
                     folder = claimed = RunFolder.create(Path(self.config.runs), self.config.experiment)

@@ -24,8 +24,8 @@ WIDTH: Final = 110
 ALL: Final = "all"
 COMMON: Final[dict[str, list[str]]] = {
     "run": [
-        "experiment", "runs", "config", "preset", "ckpt_path", "plan", "devices_like", "seed_everything", "guard",
-        "checkpoint.every_n_steps", "inspect.every_n_steps",
+        "experiment", "runs", "config", "preset", "budget", "ckpt_path", "plan", "devices_like", "seed_everything",
+        "guard", "checkpoint.every_n_steps", "inspect.every_n_steps",
     ],
     "training": [
         "trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.precision", "trainer.devices",

@@ -49,9 +49,9 @@ class PrepareCLI(FitCLI):
         "started with\nthe same flags and configs. Alternatively, train several types of tokenizers and compare them "
         "on held-out text.\nModel and trainer flags are accepted but ignored, so that configs for fit can be used.",
         first=HELP,
-        without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "hsdp_groups",
-                 "cpu_offload", "collective_timeout", "guard", "force", "plan", "devices_like", "checkpoint", "inspect",
-                 "seed_everything"),
+        without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "budget", "scaling_law",
+                 "tensor_parallel", "hsdp_groups", "cpu_offload", "collective_timeout", "guard", "force", "plan",
+                 "devices_like", "checkpoint", "inspect", "seed_everything"),
     )  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

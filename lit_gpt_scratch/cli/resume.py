@@ -44,7 +44,7 @@ class TimerState(TypedDict):
     time_elapsed: TrainSeconds
 
 
-OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|devices_like|config|trust"
+OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|devices_like|config|trust|budget|scaling_law"
 """Flags that do not affect training."""
 FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
 """Data flags that may change when a run is resumed, because they do not affect its results."""

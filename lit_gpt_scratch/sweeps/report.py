@@ -77,8 +77,9 @@ class SweepReport:
             "report.md": self.markdown(),
             **{f"{plot.name}.svg": plot.svg for plot in self.plots},
             "report.html": self.html(),
-            **({SCALING_LAW_FILE: self.scaling.to_json()} if self.scaling and self.scaling.fit else {}),
         }
+        if self.scaling is not None and self.scaling.fit is not None:
+            files[SCALING_LAW_FILE] = self.scaling.to_json(f"{self.metric} of the runs of {self.command}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():

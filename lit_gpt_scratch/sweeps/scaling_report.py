@@ -141,11 +141,16 @@ class ScalingAnalysis:
             yield plot_isoflops(self.fit, points, self.budgets, metric)
             yield plot_predictions(self.fit, points, self.held_out, self.prediction, metric)
 
-    def to_json(self) -> str:
-        """Return the fitted law, its intervals and its measured range as JSON."""
+    def to_json(self, origin: str) -> str:
+        """Return the fitted law, its intervals and its measured range as JSON.
+
+        Args:
+            origin: Where the runs come from, for readers of the file.
+        """
         assert self.fit is not None
         points = self.points.values()
         content: dict[str, Any] = {
+            "origin": origin,
             "law": asdict(self.fit.law),
             "intervals": {name: [each.low, each.high] for name, each in self.fit.coefficients().items()},
             "cost": asdict(self.fit.cost),

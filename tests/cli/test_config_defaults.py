@@ -82,6 +82,8 @@ NULLS = {
     # run
     "ckpt_path": "off: a new run",
     "preset": "not given",
+    "budget": "not given, or replaced by the flags that it chose",
+    "scaling_law": "not given: belongs to budget",
     "trust": "no code that files of others name",
     "tensor_parallel": "not given: decided by trainer.strategy",
     "hsdp_groups": "not given: decided by trainer.strategy",

@@ -68,7 +68,9 @@ def test_fit_accepts_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(path)
     assert sweep.question
-    assert len(sweep.seeds) >= (3 if sweep.scaling is None else 2)  # the points of a law are not compared with each other
+    assert len(sweep.seeds) >= (
+        3 if sweep.scaling is None else 2
+    )  # the points of a law are not compared with each other
     known = check_sweep(sweep)
     for assignment in sweep.predefined_assignments:
         assert any(each.startswith("--config=") for each in build_arguments(sweep, assignment, known))

@@ -62,6 +62,7 @@ def test_held_out_trial_is_predicted_before_it_starts(run_sweep: RunSweep, tmp_p
         assert title in page
     assert "| held out | 900K | 400K |" in text
     law = json.loads((runs / "scaling_law.json").read_text())
+    assert law["origin"] == "val/bits_per_byte of the runs of python -m lit_gpt_scratch.sweep s.yaml"
     assert law["law"].keys() == law["intervals"].keys() == {"E", "A", "B", "alpha", "beta"}
     assert law["cost"]["factor"] == pytest.approx(6)
     assert law["n_runs"] == 16
