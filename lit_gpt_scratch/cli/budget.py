@@ -10,10 +10,10 @@ vocabulary of the text, to set the number of steps.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from jsonargparse import Namespace
@@ -40,10 +40,10 @@ UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0}
 """Seconds per unit of a budget of time."""
 SHIPPED_LAW: Final = Path(__file__).parents[1] / "sweeps" / "scaling_law.json"
 SHAPES: Final = (
-    (1, 32), (2, 48), (3, 64), (3, 96), (4, 128), (5, 160), (6, 192), (7, 256), (8, 320), (10, 384), (12, 512),
-    (12, 768), (24, 1024), (24, 1536), (32, 2048),
+    (2, 48), (3, 64), (3, 96), (4, 128), (5, 160), (6, 192), (7, 256), (8, 320), (10, 384), (12, 512), (12, 768),
+    (24, 1024), (24, 1536), (32, 2048),
 )  # fmt: skip
-"""Numbers of layers and widths among which a budget chooses; the first six are those of the ladder."""
+"""Numbers of layers and widths among which a budget chooses; the first five are those of the ladder."""
 HEAD_DIM, MAX_WIDTH_OF_SMALL_HEADS = 64, 256
 """Preferred channels per head, and the width up to which heads have half as many, as in the ladder."""
 TOKENS_PER_STEP, TOKENS_OF_SMALLEST_BATCH = 1024, 1_000_000
@@ -168,22 +168,28 @@ class Choice:
         )
 
 
-def candidate_models(base: GPTConfig, given: frozenset[str]) -> Iterator[GPTConfig]:
-    """Yield the architectures among which a budget chooses, from the smallest.
+def candidate_models(base: GPTConfig, given: frozenset[str]) -> list[GPTConfig]:
+    """Return the architectures among which a budget chooses, from the smallest.
 
     Args:
         base: Architecture from the flags.
         given: Fields that flags set, which are not changed.
+
+    Raises:
+        UserError: The given fields contradict every candidate.
     """
-    seen = set()
+    models: dict[GPTConfig, None] = {}
     for n_layer, n_embd in SHAPES:
-        n_layer = base.n_layer if "n_layer" in given else n_layer
-        n_embd = base.n_embd if "n_embd" in given else n_embd
-        n_head = base.n_head if "n_head" in given else n_heads(n_embd)
-        if (n_layer, n_head, n_embd) in seen or n_embd % n_head:
-            continue
-        seen.add((n_layer, n_head, n_embd))
-        yield replace(base, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        shape = {"n_layer": n_layer, "n_embd": base.n_embd if "n_embd" in given else n_embd}
+        shape["n_head"] = n_heads(shape["n_embd"])
+        try:
+            chosen: dict[str, Any] = {name: size for name, size in shape.items() if name not in given}
+            models[replace(base, **chosen)] = None
+        except UserError as error:  # not every width is divisible by the given number of heads, for example
+            reason = error
+    if not models:
+        raise reason
+    return list(models)
 
 
 def n_heads(n_embd: int) -> int:
@@ -206,7 +212,7 @@ def choose_learning_rate(default: float, tokens_per_step: int) -> float:
 def choose_model(
     budget: Budget,
     law: ScalingLaw,
-    models: Iterator[GPTConfig],
+    models: Sequence[GPTConfig],
     step_cost: Callable[[GPTConfig, int], float],
     vocab_size: int,
     block_size: int,
@@ -286,7 +292,8 @@ def plan_length(budget: Budget, first: float, step: float, validation: float) ->
 
 
 CONTRADICTIONS: Final = (
-    "ckpt_path", "devices_like", "model.init_from", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
+    "ckpt_path", "devices_like", "model.init_from", "trainer.fast_dev_run", "trainer.max_steps", "trainer.max_epochs",
+    "trainer.max_time",
 )  # fmt: skip
 """Flags that cannot be combined with a budget."""
 SHAPE: Final = ("n_layer", "n_head", "n_embd")

@@ -119,8 +119,7 @@ def plot_predictions(
                 [prediction.loss], [held_out.mean], xerr=[[low], [high]], fmt="*", capsize=3, color="C3", markersize=10,
                 label="held-out trial, predicted before it started",
             )  # fmt: skip
-        ends = [min(x), max(x)]
-        axes.plot(ends, ends, color="0.5", linewidth=1.0, label="predicted = measured")
+        axes.axline((x[0], x[0]), slope=1.0, color="0.5", linewidth=1.0, label="predicted = measured")
         axes.set_xlabel(f"predicted {metric_label(metric, 'minimize')}")
         axes.set_ylabel(f"measured {metric_label(metric, 'minimize')}")
         axes.set_title(f"Predicted and measured loss, {CONFIDENCE:.0%} prediction intervals", loc="left")

@@ -170,7 +170,7 @@ class SweepConfig:
                     f"scaling: hold_out: {name} is {shorten(held_out[name])}; it must be one of the settings under vary"
                 )
         if unknown := held_out.keys() - self.vary.keys():
-            raise UserError(f"scaling: hold_out: {shorten(min(unknown))} is not listed under vary")
+            raise UserError(f"scaling: hold_out: {shorten(min(map(str, unknown)))} is not listed under vary")
         if held_out == self.baseline_assignment:
             raise UserError("scaling: hold_out is the baseline, which is the first trial; list the smallest size first")
 
@@ -218,7 +218,7 @@ class SweepConfig:
         flags = dict(self.fixed)
         for name, setting in assignment.items():
             chosen = self.vary[name].to_flags(setting)
-            flags |= {flag: value for flag, value in chosen.items() if not flag.startswith(BUDGET_PREFIX)}
+            flags |= {flag: value for flag, value in chosen.items() if _budget_unit(flag) is None}
         return {name: value for name, value in flags.items() if value is not None}
 
     def budget_of(self, assignment: Assignment) -> dict[str, float]:
@@ -226,8 +226,8 @@ class SweepConfig:
         budget = dict(self.budget)
         for name, setting in assignment.items():
             for flag, amount in self.vary[name].to_flags(setting).items():
-                if flag.startswith(BUDGET_PREFIX):
-                    budget |= _parse_budget({flag.removeprefix(BUDGET_PREFIX): amount})
+                if (unit := _budget_unit(flag)) is not None:
+                    budget |= _parse_budget({unit: amount})
         return budget
 
     def build_pruner(self) -> optuna.pruners.BasePruner:
@@ -334,6 +334,11 @@ def _parse_assignment(key: str, given: Mapping[str, Any], vary: Mapping[str, Sea
         name: parse_number(f"{key}: {name}", value) if isinstance(vary.get(name), NumericRange) else format_label(value)
         for name, value in given.items()
     }
+
+
+def _budget_unit(flag: Any) -> str | None:
+    """Return the unit of a budget that is listed like a flag, or None for other flags; keys in YAML may be numbers."""
+    return str(flag).removeprefix(BUDGET_PREFIX) if str(flag).startswith(BUDGET_PREFIX) else None
 
 
 def _parse_budget(given: Mapping[str, Any]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def flops_of_step(gpt: GPTConfig, tokens: int) -> float:
 @pytest.mark.parametrize("flops", [3e12, 1e14, 1e16])
 def test_chooses_the_best_of_all_candidates(flops: float) -> None:
     """By brute force over all shapes, at the batch of the choice, and near the optimum of the law."""
-    models = list(candidate_models(GPTConfig(), frozenset()))
+    models = candidate_models(GPTConfig(), frozenset())
     assert len(models) == len(SHAPES)
     tried = []
 
@@ -108,7 +108,7 @@ def test_chooses_the_best_of_all_candidates(flops: float) -> None:
         tried.append(gpt)
         return flops_of_step(gpt, tokens)
 
-    choice, rejected = choose_model(Budget("", flops, False), LAW, iter(models), cost, 1024, 128)
+    choice, rejected = choose_model(Budget("", flops, False), LAW, models, cost, 1024, 128)
     n = {gpt: sum(p.numel() for p in build_on_meta(gpt, 1024, 128).parameters()) for gpt in models}
     losses = {gpt: LAW.loss(n[gpt], flops / flops_of_step(gpt, 1)) for gpt in models}
     best = min(losses, key=lambda gpt: losses[gpt])
@@ -145,8 +145,16 @@ def test_batch_and_learning_rate_rules() -> None:
     assert [choose_tokens_per_step(each * 1e6) for each in (0.1, 1, 4, 16, 64)] == [1024, 1024, 2048, 4096, 8192]
     assert [choose_learning_rate(0.02, tokens) for tokens in (512, 2048, 8192)] == pytest.approx([0.02, 0.02, 0.04])
     assert [split_batch(tokens, 256) for tokens in (1024, 16_384, 32_768)] == [(4, 1), (64, 1), (64, 2)]
-    assert [n_heads(width) for _, width in SHAPES[:6]] == [1, 2, 2, 3, 4, 5]  # as in the ladder
+    assert [n_heads(width) for _, width in SHAPES[:5]] == [2, 2, 3, 4, 5]  # as in the ladder
     assert all(width % (2 * n_heads(width)) == 0 for _, width in SHAPES)
+
+
+def test_candidates_keep_given_fields() -> None:
+    assert candidate_models(GPTConfig(), frozenset(("n_layer", "n_head", "n_embd"))) == [GPTConfig()]
+    widths = {gpt.n_embd for gpt in candidate_models(GPTConfig(), frozenset(("n_head",)))}  # three heads
+    assert widths == {48, 96, 192, 384, 768, 1536}
+    with pytest.raises(UserError, match=r"model.gpt.n_embd \(\d+\) is not divisible by model.gpt.n_head \(7\)"):
+        candidate_models(GPTConfig(n_head=7, n_embd=7 * 8), frozenset(("n_head",)))
 
 
 def test_length_by_hand() -> None:

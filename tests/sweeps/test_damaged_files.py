@@ -47,6 +47,14 @@ SWEEP: dict[str, Any] = {
     "baseline": {"model.gpt.n_layer": 4},
     "pruning": {"MedianPruner": {"n_startup_trials": 2}},
 }
+LADDER: dict[str, Any] = {
+    "base": ["base.yaml"],
+    "vary": {
+        "size": {str(width): {"model.gpt.n_embd": width} for width in (32, 64, 128)},
+        "budget.tokens": [1e5, 2e5, 4e5],
+    },
+    "scaling": {"hold_out": {"size": "128", "budget.tokens": 4e5}},
+}
 
 
 def assert_bounded(read: Callable[[], object]) -> str:
@@ -134,6 +142,7 @@ MERGE_BOMB = "a0: &a0 {k0: 1}\n" + "".join(
         ("vary: {a: [{class_path: x.Y, init_args: 3}]}\n", ""),
         ("vary: {a: [{class_path: x.Y, init_args: {1: 2, b: 3}}]}\nfixed: {1: 2, b: 3}\n", ""),
         ("base64: &b {low: 1, high: 2}\nvary: {a: *b}\n", "unknown key base64"),
+        ("vary: {a: {x: {1: 2}}, 3: [4]}\n", ""),
         ("vary: {a: &x [1, 2], b: *x}\n", ""),  # an alias is fine
     ],
 )  # fmt: skip
@@ -158,14 +167,15 @@ def quick_and_slow() -> pytest.MarkDecorator:
 
 
 @quick_and_slow()
-def test_mutated_sweep_files(sweep_path: Path, seeds: range) -> None:
-    sweep_path.write_text(yaml.safe_dump(SWEEP))
+@pytest.mark.parametrize("given", [SWEEP, LADDER], ids=["search", "ladder"])
+def test_mutated_sweep_files(sweep_path: Path, given: dict[str, Any], seeds: range) -> None:
+    sweep_path.write_text(yaml.safe_dump(given))
     read_sweep(sweep_path)
     intact = sweep_path.read_bytes()
 
     def attempt(seed: int, rng: random.Random) -> None:
         if seed % 3:
-            mutated = mutate_json(SWEEP, rng)
+            mutated = mutate_json(given, rng)
             if rng.random() < 0.05:
                 mutated["vary"] = nested(3000)
             try:

@@ -107,6 +107,7 @@ GRID = "vary: {size: {s: {a: 1}, m: {a: 2}, l: {a: 3}}, budget.tokens: [1, 2, 3]
         (GRID + "scaling: {hold_out: {size: xl, budget.tokens: 3}}", "size is xl; it must be one of the settings"),
         (GRID + "scaling: {hold_out: {size: l}}", "hold_out has no budget.tokens; it must name a setting of each"),
         (GRID + "scaling: {hold_out: {size: l, budget.tokens: 3, b: 1}}", "hold_out: b is not listed under vary"),
+        (GRID + "scaling: {hold_out: {size: l, budget.tokens: 3, 1: 1}}", "hold_out: 1 is not listed under vary"),
         (GRID + "scaling: {hold_out: {size: s, budget.tokens: 1}}", "hold_out is the baseline"),
         (GRID + "scaling: {hold_out: l}", "hold_out is l; it must be a mapping of dimensions to settings"),
         (GRID + "scaling: {holdout: {}}", "unknown key holdout; the only valid key is hold_out"),
