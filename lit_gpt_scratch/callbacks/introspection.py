@@ -343,7 +343,7 @@ class ActivationPlots:
             [[f"{value:.1f}" for value in row] for row in relative],
             [f"layer {number}" for number in range(1, len(relative) + 1)],
             [f"{number}" for number in range(1, relative.shape[1] + 1)],
-            title=f"load of each expert, relative to the mean{shown}",
+            title=f"load of each expert (column), relative to the mean{shown}",
             cell=36,
         )
         board.add_image("views/expert_load", picture, step, dataformats="HWC")
