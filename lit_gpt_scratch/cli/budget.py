@@ -38,6 +38,8 @@ from lit_gpt_scratch.tasks import LanguageModel
 
 UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0}
 """Seconds per unit of a budget of time."""
+MAX_SECONDS, MAX_FLOPS = 1e8, 1e27
+"""Largest budgets: three years, and more compute than any published run."""
 SHIPPED_LAW: Final = Path(__file__).parents[1] / "sweeps" / "scaling_law.json"
 SHAPES: Final = (
     (2, 48), (3, 64), (3, 96), (4, 128), (5, 160), (6, 192), (7, 256), (8, 320), (10, 384), (12, 512), (12, 768),
@@ -83,9 +85,12 @@ class Budget(NamedTuple):
             number = float(match[1]) if match else 0.0
         except ValueError:
             number = 0.0
-        if match is None or not 0 < number < math.inf:
+        if match is None or number <= 0:
             raise UserError(f"--budget is {text}; it must be a time such as 2min or 1.5h, or compute such as 1e15flops")
-        return cls(text, number * UNITS.get(match[2], 1.0), match[2] != "flops")
+        amount, is_time = number * UNITS.get(match[2], 1.0), match[2] != "flops"
+        if amount > (MAX_SECONDS if is_time else MAX_FLOPS):
+            raise UserError(f"--budget is {text}; it must be at most {MAX_SECONDS:g}s or {MAX_FLOPS:g}flops")
+        return cls(text, amount, is_time)
 
     def require_step(self, steps: float, cost: float) -> None:
         """Check that the budget suffices for one step.
@@ -357,8 +362,9 @@ class BudgetedRun:
             batch, accumulate = split_batch(tokens, data.block_size)
             if batch_given:
                 batch, accumulate = data.batch_size, max(1, tokens // micro_batch)
-            sizes = vocab_size, data.block_size, batch, accumulate
-            return time_steps(gpt, *sizes, optimizer, device, trainer.precision).median + LOOP_SECONDS
+            sizes = vocab_size, data.block_size, batch, 1
+            micro_step = time_steps(gpt, *sizes, optimizer, device, trainer.precision).median
+            return accumulate * micro_step + LOOP_SECONDS  # the optimizer takes a small share of large micro-batches
 
         if self.budget.is_time:
             configure_process()

@@ -225,7 +225,9 @@ class LadderFit:
     The residuals are resampled, not the runs: sizes and token counts are chosen, not drawn, and without some of them a
     resample would not identify the coefficients. All runs of a point (its seeds) receive the residuals of one other
     point, because they share the deviation of the true loss from the law. Residuals are multiplied by
-    ``sqrt(n / (n - 5))`` for n points, because five fitted coefficients make them smaller.
+    ``sqrt(n / (n - 5))`` for n points, because five fitted coefficients make them smaller. The quantiles are as far out
+    as those of Student's t distribution with n - 5 degrees of freedom, because bootstrap intervals of few points are
+    otherwise too narrow (expanded percentile intervals, https://arxiv.org/abs/1411.5279).
 
     Args:
         points: Sizes and training lengths with their losses.
@@ -276,7 +278,7 @@ class LadderFit:
     def intervals(self, values: Callable[[ScalingLaw], Sequence[float]]) -> list[Interval]:
         """Return values that are computed from the law, each with its bootstrap interval."""
         samples = np.array([values(law) for law in self.resampled_laws])  # (resamples, values)
-        return [_interval(value, column) for value, column in zip(values(self.law), samples.T, strict=True)]
+        return [self._interval(value, column) for value, column in zip(values(self.law), samples.T, strict=True)]
 
     def coefficients(self) -> dict[str, Interval]:
         """Return the coefficients with their intervals, keyed by name."""
@@ -295,7 +297,7 @@ class LadderFit:
         """
         noise = np.exp([float(each.mean()) for each in self.residuals])  # (points,)
         losses = np.array([law.loss(parameters, tokens) for law in self.resampled_laws])  # (resamples,)
-        return _interval(self.law.loss(parameters, tokens), np.outer(losses, noise))
+        return self._interval(self.law.loss(parameters, tokens), np.outer(losses, noise))
 
     @property
     def _columns(self) -> tuple[Floats, Floats]:
@@ -308,7 +310,9 @@ class LadderFit:
     def _losses(self) -> Floats:
         return np.array([loss for point in self.points for loss in point.losses])
 
+    def _interval(self, value: float, samples: Floats) -> Interval:
+        from scipy.special import ndtr, stdtrit
 
-def _interval(value: float, samples: Floats) -> Interval:
-    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(value), float(low), float(high))
+        tail = float(ndtr(stdtrit(max(1, len(self.points) - 5), (1 - CONFIDENCE) / 2)))
+        low, high = np.quantile(samples, [tail, 1 - tail])
+        return Interval(float(value), float(low), float(high))
