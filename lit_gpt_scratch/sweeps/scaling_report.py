@@ -72,7 +72,11 @@ class ScalingAnalysis:
             return "not predicted yet"
         if self.held_out is None:
             return "not measured yet"
-        if self.started and datetime.fromisoformat(self.started) < datetime.fromisoformat(self.prediction.predicted_at):
+        try:
+            late = datetime.fromisoformat(self.started) < datetime.fromisoformat(self.prediction.predicted_at)
+        except (ValueError, TypeError):  # provenance.json is missing or damaged
+            return "not verified: the time at which the run started is unknown"
+        if late:
             return "not a prediction: the run had started before it was made"
         return "inside" if self.prediction.low <= self.held_out.mean <= self.prediction.high else "outside"
 

@@ -148,6 +148,9 @@ def test_a_sweep_without_scaling_keeps_its_study(tmp_path: Path) -> None:
         ((1.50, 1.52), "2026-01-01T00:00:01+00:00", "inside"),
         ((1.60, 1.62), "2026-01-01T00:00:01+00:00", "outside"),
         ((1.50, 1.52), "2025-12-31T23:59:59+00:00", "not a prediction: the run had started before it was made"),
+        ((1.50, 1.52), "", "not verified: the time at which the run started is unknown"),
+        ((1.50, 1.52), "yesterday", "not verified: the time at which the run started is unknown"),
+        ((1.50, 1.52), "2026-01-01T00:00:01", "not verified: the time at which the run started is unknown"),
         (None, "", "not measured yet"),
     ],
 )
