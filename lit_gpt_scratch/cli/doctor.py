@@ -232,15 +232,16 @@ def _check_coordinates(given: argparse.Namespace, fit_flags: Sequence[str]) -> b
     unused = [flag for flag in fit_flags if flag.startswith("--") and not flag.startswith(COORDINATE_FLAGS)]
     if unused:
         raise UserError(f"{unused[0]} has no effect with --coordinates, which trains on random tokens; omit it")
-    if find_spec("matplotlib") is None:
-        raise UserError("--coordinates requires matplotlib; install with: python -m pip install -e '.[sweep]'")
     task = FitCLI([*COORDINATE_DEFAULTS, *fit_flags]).model
     if not isinstance(task, GPTModule):
         raise UserError(f"{type(task).__name__} has no model.gpt; --coordinates requires a task of this package")
     with tqdm(total=len(set(given.widths)) * len(SEEDS), unit="run", disable=not sys.stderr.isatty()) as bar:
         check = check_coordinates(task.gpt, task.optimizer, given.widths, on_run=lambda: bar.update())
     try:
-        check.save_plot(given.plot)
+        if find_spec("matplotlib") is None:
+            print("no plot: it requires matplotlib; install with: python -m pip install -e '.[sweep]'", file=sys.stderr)
+        else:
+            check.save_plot(given.plot)
     except (OSError, ValueError) as error:  # the folder does not exist, or the file extension is unknown
         raise UserError(f"argument --plot: cannot write {given.plot}: {error}; choose another file") from error
     print(check)
