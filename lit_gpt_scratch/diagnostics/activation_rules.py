@@ -9,8 +9,8 @@ MAX_DEAD_UNITS: Final = 0.5
 """Fraction of dead feed-forward units above which a problem is reported."""
 MIN_LOAD_ENTROPY: Final = 0.5
 """Entropy of the load of a block's experts (1 if it is equal, 0 if all tokens choose the same experts) below which a
-problem is reported. Healthy runs have 0.9 to 1, and an AdamW run without balancing whose learning rate is ten times too
-large has 0.1."""
+problem is reported. A healthy run has 0.9 to 1, and an AdamW run without balancing whose learning rate is ten times too
+large has 0.05 to 0.3."""
 MAX_SINK: Final = 0.7
 """Fraction of attention on the first token, averaged over all heads, above which a problem is reported."""
 MAX_REPETITION: Final = 0.5

@@ -1,8 +1,8 @@
 """Linear layers with one weight per group of rows, such as the experts of a mixture of experts.
 
 Where PyTorch has a kernel for all groups (in bfloat16 on recent GPUs), it is used; elsewhere, each group is a matrix
-product, which requires the sizes of the groups on the host. On a CPU, the latter is as fast. The operators are custom
-ones, because PyTorch cannot compile its own in float32.
+product, which requires the sizes of the groups on the host. The operators are custom ones, because PyTorch cannot
+compile its own in float32.
 """
 
 from typing import Any, Final
