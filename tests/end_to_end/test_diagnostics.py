@@ -17,6 +17,7 @@ import torch
 
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.moe import Router
 from lit_gpt_scratch.tasks import LanguageModel
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,15 @@ def dead_relus(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GPT, "__init__", dead)
 
 
+def biased_router(patch: pytest.MonkeyPatch) -> None:
+    forward = Router.forward
+
+    def biased(self: Router, input: torch.Tensor) -> torch.Tensor:
+        return forward(self, input) + torch.linspace(8, 0, self.config.n_experts)
+
+    patch.setattr(Router, "forward", biased)
+
+
 RATE = {"loss not falling", "steps too large"}
 """Which of them is found first depends on when the run is inspected."""
 HIGH, LOW = ["--model.optimizer.lr=20"], ["--model.optimizer.lr=2e-5"]
@@ -128,6 +138,9 @@ FAULTS: dict[str, tuple[set[str], list[str], Patch | None]] = {
     "labels not shifted": ({"labels out of place"}, [], shifted(0)),
     "labels shifted twice": ({"labels out of place"}, [], shifted(2)),
     "dead ReLUs": ({"dead units"}, ["--model.gpt.feed_forward=relu", "--model.gpt.bias=true"], dead_relus),
+    "collapsed experts": (
+        {"expert collapse"}, ["--model.gpt.feed_forward=moe", "--model.gpt.load_balance_loss=0"], biased_router,
+    ),
 }  # fmt: skip
 EXPECTED_CAUSE = {"x 1000": "too high", "/ 1000": "too low"}
 
@@ -224,6 +237,13 @@ SHAPES = [
     ["--model.gpt.norm_placement=sandwich", "--model.gpt.norm=layernorm"], ["--trainer.accumulate_grad_batches=2"],
     ["--model.gpt.dropout=0.1", "--model.ema_decay=0.99"], ["--data.block_size=96", "--data.batch_size=3"],
     ["--model.gpt.n_kv_head=1", "--model.gpt.initialisation=gpt2"],
+    ["--model.gpt.feed_forward=moe"], ["--model.optimizer=AdamW", "--model.gpt.feed_forward=moe"],
+    ["--model.gpt.feed_forward=moe", "--model.gpt.n_shared_experts=1", "--model.gpt.expert_bias_rate=0.01"],
+    ["--model.gpt.attention=latent"], ["--model.gpt.multi_token_depth=1"], ["--model.gpt.attention_sinks=true"],
+    ["--model.gpt.parametrisation=mup", "--model.gpt.mup_base_width=16"],
+    ["--model.gpt.sliding_window=16", "--model.gpt.sliding_window_pattern=2"],
+    ["--model.gpt.attention=experiments.examples.gated_attention.GatedAttention"],
+    ["--model.optimizer=AdamW", "--model.gpt.parametrisation=mup", "--model.gpt.mup_base_width=64"],
 ]  # fmt: skip
 
 
