@@ -58,7 +58,8 @@ class ExpertParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Experts)
         for layer in (module.input, module.gate, module.output):
-            layer.weight = nn.Parameter(distribute_tensor(layer.weight, device_mesh, [Shard(0)]))
+            for name, parameter in layer.named_parameters():
+                layer.register_parameter(name, nn.Parameter(distribute_tensor(parameter, device_mesh, [Shard(0)])))
         module.first = shard_slices(module.input.weight)[0].start
 
         def sum_gradients(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hi
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.attention_registry import ATTENTIONS, resolve_attention_class
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS, resolve_feed_forward_class
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS, GATED_FEED_FORWARDS, resolve_feed_forward_class
 from lit_gpt_scratch.model.moe import ROUTER_SCORES
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
@@ -18,6 +18,7 @@ BackendName = Literal["auto", "sdpa", "manual", "flex"]
 ParametrisationName = Literal["standard", "mup"]
 if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (also in --help) come from the registries
     AttentionName: TypeAlias = str
+    ExpertActivation: TypeAlias = str
     FeedForwardName: TypeAlias = str
     InitialisationName: TypeAlias = str
     NormName: TypeAlias = str
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # mypy rejects computed literals; at run time, the choices (a
     ScalingName: TypeAlias = str
 else:
     AttentionName = Literal[tuple(ATTENTIONS)]
+    ExpertActivation = Literal[tuple(GATED_FEED_FORWARDS)]
     FeedForwardName = Literal[tuple(FEED_FORWARDS)]
     InitialisationName = Literal[tuple(INITIALISATIONS)]
     NormName, PlacementName = Literal[NORMS], Literal[NORM_PLACEMENTS]
@@ -121,6 +123,8 @@ class GPTConfig:
         rotary_fast: For ``llama3`` and ``yarn``, the number of rotations over the original context length above which
             the frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``. Hugging
             Face configs call it ``high_freq_factor`` (``llama3``) or ``beta_fast`` (``yarn``).
+        rotary_truncate: For ``yarn``, whether the fractional indices of the channel pairs that make ``rotary_slow`` and
+            ``rotary_fast`` rotations are rounded outwards to integers; false in gpt-oss.
         rotary_short_factors: For ``longrope``, the divisor of the frequency of each channel pair in texts up to the
             original context length (``rotary_trained_context``).
         rotary_long_factors: For ``longrope``, the same for longer texts.
@@ -132,22 +136,25 @@ class GPTConfig:
             (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer),
             ``output`` normalizes the output of each residual branch (OLMo 2), and ``sandwich`` normalizes both its
             input and its output (Gemma 2).
-        bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head and
-            the experts of ``moe`` never have a bias.
+        bias: Whether the linear layers of the blocks, including experts and routers, and all LayerNorms have biases,
+            as in GPT-2 and gpt-oss. The output head never has a bias.
         qkv_bias: Whether the projections to queries, keys and values have biases even if ``bias`` is false (Qwen2,
             https://arxiv.org/abs/2407.10671).
-        feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
+        feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202),
+            ``clamped_swiglu`` (gpt-oss, https://arxiv.org/abs/2508.10925), ``relu2``
             (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact``, ``relu``,
-            ``moe``, a mixture of experts that are SwiGLU networks (Mixtral, https://arxiv.org/abs/2401.04088), or the
-            import path of a subclass of ``model.feed_forward.FeedForward``, such as ``my_file.MyFeedForward``.
+            ``moe``, a mixture of experts (Mixtral, https://arxiv.org/abs/2401.04088), or the import path of a subclass
+            of ``model.feed_forward.FeedForward``, such as ``my_file.MyFeedForward``.
         ffn_dim: Hidden width of the feed-forward network, or of each expert. By default, 4 * n_embd, or 8/3 * n_embd
-            for ``swiglu`` and ``geglu``, rounded to a multiple of 32. The three matrices of the gated types then have
-            about as many parameters as the two matrices of the other types. For ``moe``, the default is 8/3 * n_embd
-            divided by the number of experts that a token uses.
+            for gated types (``swiglu``, ``geglu``, ``clamped_swiglu``), rounded to a multiple of 32. The three matrices
+            of the gated types then have about as many parameters as the two matrices of the other types. For ``moe``,
+            the default is 8/3 * n_embd divided by the number of experts that a token uses.
         n_experts: Number of experts among which the router of ``moe`` chooses.
         experts_per_token: Number of experts that the router chooses for each token.
         n_shared_experts: Number of additional experts that all tokens use (DeepSeekMoE,
             https://arxiv.org/abs/2401.06066).
+        expert_activation: Activation of the experts of ``moe``: ``swiglu``, ``geglu`` or ``clamped_swiglu``, as in the
+            feed-forward networks of these types.
         router_scores: Function that turns the router's logits into scores: ``softmax`` (Mixtral, Qwen3) or ``sigmoid``
             (DeepSeek-V3).
         normalize_gates: Whether the scores of a token's experts, by which their outputs are multiplied, are divided by
@@ -228,6 +235,7 @@ class GPTConfig:
     rotary_trained_context: int | None = None
     rotary_slow: float | None = None
     rotary_fast: float | None = None
+    rotary_truncate: bool = True
     rotary_short_factors: tuple[float, ...] | None = None
     rotary_long_factors: tuple[float, ...] | None = None
     norm: NormName = "rmsnorm"
@@ -240,6 +248,7 @@ class GPTConfig:
     n_experts: int = 8
     experts_per_token: int = 2
     n_shared_experts: int = 0
+    expert_activation: ExpertActivation = "swiglu"
     router_scores: RouterScores = "softmax"
     normalize_gates: bool = True
     load_balance_loss: float = 0.01

@@ -1,8 +1,9 @@
 """Feed-forward networks. To add another type, subclass ``FeedForward`` and add the subclass to ``FEED_FORWARDS``."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -13,6 +14,10 @@ from lit_gpt_scratch.trust import import_subclass
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
+
+SWIGLU_LIMIT: Final = 7.0
+SWIGLU_SLOPE: Final = 1.702
+"""Bound of the clamped SwiGLU and factor in its sigmoid, in gpt-oss called ``swiglu_limit`` and ``swiglu_alpha``."""
 
 
 class FeedForward(nn.Module):
@@ -97,7 +102,7 @@ class ExactGELUFeedForward(FeedForward):
 class GatedFeedForward(FeedForward):
     """Base class of gated feed-forward networks (https://arxiv.org/abs/2002.05202).
 
-    A third matrix computes a gate for each hidden channel.
+    A third matrix computes a gate for each hidden channel. Subclasses define how gates and channels are combined.
     """
 
     hidden_ratio = 8 / 3  # three matrices then have as many parameters as two matrices with a ratio of 4
@@ -106,25 +111,50 @@ class GatedFeedForward(FeedForward):
         super().__init__(config)
         self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
 
+    @staticmethod
+    def gated_activation(gate: Tensor, hidden: Tensor) -> Tensor:
+        """Combine the gates and the up-projection, both of shape (..., ffn_dim), to activations of the same shape."""
+        raise NotImplementedError
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self.gated_activation(self.gate(x), hidden)
+
 
 class SwiGLUFeedForward(GatedFeedForward):
     """Feed-forward network with a SiLU gate (SwiGLU), as in Llama and Qwen."""
 
+    @staticmethod
     @override
-    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
-        return F.silu(self.gate(x)) * hidden
+    def gated_activation(gate: Tensor, hidden: Tensor) -> Tensor:
+        return F.silu(gate) * hidden
+
+
+class ClampedSwiGLUFeedForward(GatedFeedForward):
+    """Feed-forward network with the clamped SwiGLU of gpt-oss (https://arxiv.org/abs/2508.10925).
+
+    The gate, clamped to at most 7, is multiplied by the sigmoid of 1.702 times itself, which approximates GELU. The
+    up-projection is clamped to [-7, 7] and increased by 1.
+    """
+
+    @staticmethod
+    @override
+    def gated_activation(gate: Tensor, hidden: Tensor) -> Tensor:
+        gate, hidden = gate.clamp(max=SWIGLU_LIMIT), hidden.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(SWIGLU_SLOPE * gate) * (hidden + 1)
 
 
 class GeGLUFeedForward(GatedFeedForward):
     """Feed-forward network with a gate that uses the tanh approximation of GELU (GeGLU), as in Gemma."""
 
+    @staticmethod
     @override
-    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
-        return F.gelu(self.gate(x), approximate="tanh") * hidden
+    def gated_activation(gate: Tensor, hidden: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") * hidden
 
 
 class MixtureOfExperts(nn.Module):
-    """SwiGLU feed-forward networks, of which a router chooses a few for each token (see ``moe``).
+    """Gated feed-forward networks, of which a router chooses a few for each token (see ``moe``).
 
     Shared experts (DeepSeekMoE, https://arxiv.org/abs/2401.06066) are applied to all tokens.
     """
@@ -133,12 +163,12 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__()
-        self.config = config
+        expert_class = GATED_FEED_FORWARDS[config.expert_activation]
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, expert_class.gated_activation)
         self.shared = None
         if config.n_shared_experts:  # together, they are one wider network
-            self.shared = SwiGLUFeedForward(replace(config, ffn_dim=config.n_shared_experts * config.ffn_width))
+            self.shared = expert_class(replace(config, ffn_dim=config.n_shared_experts * config.ffn_width))
 
     @classmethod
     def default_hidden_dim(cls, config: "GPTConfig") -> int:
@@ -166,28 +196,24 @@ class MixtureOfExperts(nn.Module):
         """Return the layers whose outputs are added to the residual stream: the down-projections."""
         return [self.experts.output, *([] if self.shared is None else [self.shared.output])]
 
-    def flops_per_token(self, context: int) -> int:
-        """Return the number of FLOPs per token in the forward pass: two for each weight that the token uses."""
-        return 2 * (sum(p.numel() for p in self.parameters()) - self.inactive_parameters())
-
-    def inactive_parameters(self) -> int:
-        """Return the number of weights that a token does not use: those of the experts that it does not choose."""
-        inactive = self.config.n_experts - self.config.experts_per_token
-        return sum(p.numel() for p in self.experts.parameters()) * inactive // self.config.n_experts
-
 
 def _hidden_dim(width: float) -> int:
     """Round a hidden width to a multiple of 32."""
     return max(32, round(width / 32) * 32)
 
 
+GATED_FEED_FORWARDS: dict[str, type[GatedFeedForward]] = {
+    "swiglu": SwiGLUFeedForward,
+    "geglu": GeGLUFeedForward,
+    "clamped_swiglu": ClampedSwiGLUFeedForward,
+}
+"""Types that the experts of ``MixtureOfExperts`` can have, too."""
 FEED_FORWARDS: dict[str, type[FeedForward] | type[MixtureOfExperts]] = {
     "relu": ReLUFeedForward,
     "relu2": SquaredReLUFeedForward,
     "gelu": GELUFeedForward,
     "gelu_exact": ExactGELUFeedForward,
-    "swiglu": SwiGLUFeedForward,
-    "geglu": GeGLUFeedForward,
+    **GATED_FEED_FORWARDS,
     "moe": MixtureOfExperts,
 }
 

@@ -43,7 +43,7 @@ following attributes and methods of an ``nn.Module`` are optional.
     module's own parameters by name, and leaves the other parameters and the children unchanged. Parameters with fewer
     dimensions always belong to ``vectors``, and parameters with more dimensions to ``tables``, unless the declared
     group is ``stacked_matrices``: they are then matrices that are stacked along the first dimensions, such as those of
-    experts, and belong to ``matrices``.
+    experts, and belong to ``matrices``, and 2-D parameters are stacked vectors, which belong to ``vectors``.
 
 ``width_multiplier: float``
     Declared by a whole network: the width relative to the network for which its hyperparameters were tuned.
@@ -98,7 +98,7 @@ def _declared_roles(
     default: OptimizerGroup = group or ("readouts" if isinstance(module, nn.Linear) else "tables")
     for name, parameter in module.named_parameters(recurse=False):
         own = by_name.get(name, default)
-        if parameter.ndim < 2:
+        if parameter.ndim < (3 if own == "stacked_matrices" else 2):
             yield parameter, "vectors"
         elif own == "stacked_matrices":
             yield parameter, "matrices"

@@ -49,7 +49,7 @@ class Router(nn.Linear):
     balance_bias: Tensor | None
 
     def __init__(self, config: "GPTConfig") -> None:
-        super().__init__(config.n_embd, config.n_experts, bias=False)
+        super().__init__(config.n_embd, config.n_experts, bias=config.bias)
         self.config = config
         self.init_buffers()
 
@@ -72,8 +72,9 @@ class Router(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the router logits: (..., n_embd) -> (..., n_experts), in at least float32."""
         dtype = torch.promote_types(input.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.to(dtype), self.weight.to(dtype))
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
     def route(self, logits: Tensor) -> Routing:
         """Choose the experts with the highest scores, given router logits of shape (..., n_experts)."""
@@ -88,40 +89,47 @@ class Router(nn.Linear):
 
 
 class ExpertLinear(nn.Module):
-    """Linear layer without a bias for each expert, with all weights in one tensor.
+    """Linear layer for each expert, with the weights of all experts in one tensor.
 
     Attributes:
         weight: Weights, of shape (n_experts, out_features, in_features).
+        bias: Biases, of shape (n_experts, out_features), or None.
     """
 
     optimizer_group: ClassVar[OptimizerGroup] = "stacked_matrices"
 
-    def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, n_experts: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bias = in_features, out_features, None
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(n_experts, out_features)) if bias else None
         nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as in nn.Linear
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Apply the layer of each expert to its rows; see ``grouped_linear``."""
-        return grouped_linear(x, to_local(self.weight), ends)
+        return grouped_linear(x, to_local(self.weight), ends, None if self.bias is None else to_local(self.bias))
 
 
 class Experts(nn.Module):
-    """SwiGLU feed-forward networks, each of which is applied to the tokens that chose it.
+    """Gated feed-forward networks, each of which is applied to the tokens that chose it.
 
     Tensor parallelism assigns some of the experts to each process (expert parallelism).
+
+    Args:
+        config: The architecture.
+        gated_activation: See ``GatedFeedForward.gated_activation``.
 
     Attributes:
         first: Index of the first expert that this process holds.
     """
 
-    def __init__(self, config: "GPTConfig") -> None:
+    def __init__(self, config: "GPTConfig", gated_activation: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
+        self.config, self.gated_activation = config, gated_activation
         n, width, hidden = config.n_experts, config.n_embd, config.ffn_width
-        self.input = ExpertLinear(n, width, hidden)
-        self.gate = ExpertLinear(n, width, hidden)
-        self.output = ExpertLinear(n, hidden, width)
+        self.input = ExpertLinear(n, width, hidden, config.bias)
+        self.gate = ExpertLinear(n, width, hidden, config.bias)
+        self.output = ExpertLinear(n, hidden, width, config.bias)
         self.first = 0
 
     def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -143,10 +151,21 @@ class Experts(nn.Module):
         ends = torch.searchsorted(ordered, torch.arange(n_local, device=x.device), right=True).int()  # (n_local,)
         # Sorting copies of the tokens, instead of indexing the tokens, makes the backward pass deterministic on GPUs.
         rows = x[:, None].expand(-1, k, -1).flatten(0, 1)[order]  # (N * k, n_embd)
-        out = self.output(F.silu(self.gate(rows, ends)) * self.input(rows, ends), ends)  # (N * k, n_embd)
+        hidden = self.gated_activation(self.gate(rows, ends), self.input(rows, ends))  # (N * k, ffn_dim)
+        out = self.output(hidden, ends)  # (N * k, n_embd)
         out = out[order.argsort()].view(N, k, -1)  # (N, k, n_embd), in the order of the tokens
         mixed: Tensor = (out * gates[..., None].to(out.dtype)).sum(1)
         return mixed
+
+    def flops_per_token(self, context: int) -> int:
+        """Return the number of FLOPs per token in the forward pass: two for each weight that the token uses."""
+        weights = sum(layer.weight.numel() for layer in (self.input, self.gate, self.output))
+        return 2 * weights * self.config.experts_per_token // self.config.n_experts
+
+    def inactive_parameters(self) -> int:
+        """Return the number of parameters that a token does not use: those of the experts that it does not choose."""
+        inactive = self.config.n_experts - self.config.experts_per_token
+        return sum(p.numel() for p in self.parameters()) * inactive // self.config.n_experts
 
 
 def count_choices(experts: Tensor, n_experts: int, is_token: Tensor | None = None) -> Tensor:

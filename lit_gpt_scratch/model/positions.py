@@ -57,7 +57,7 @@ class PositionEncoding(nn.Module):
         unset = dict.fromkeys(
             ("local_base", "skip_every", "scaling", "trained_context", "slow", "fast", "short_factors", "long_factors")
         )
-        for name, default in {"share": 1.0, "factor": 1.0, **unset}.items():
+        for name, default in {"share": 1.0, "factor": 1.0, "truncate": True, **unset}.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
                     f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; "
@@ -238,9 +238,10 @@ def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tupl
       ``rotary_fast`` rotations are unchanged, and the scale of the frequencies in between is interpolated linearly in
       the number of rotations (Llama 3.1). In Hugging Face configs, ``rotary_slow`` is called ``low_freq_factor`` and
       ``rotary_fast`` is called ``high_freq_factor``.
-    - ``yarn``: like ``llama3``, but the scale is interpolated linearly in the index of the pair, and attention logits
-      are scaled up (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4). In Hugging Face configs, ``rotary_slow``
-      is called ``beta_slow`` and ``rotary_fast`` is called ``beta_fast``.
+    - ``yarn``: like ``llama3``, but the scale is interpolated linearly in the index of the pair, between indices that
+      are integers if ``rotary_truncate`` is true, and attention logits are scaled up
+      (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4). In Hugging Face configs, ``rotary_slow`` is called
+      ``beta_slow`` and ``rotary_fast`` is called ``beta_fast``.
     - ``dynamic``: like ``ntk``, for texts that exceed the original context length only: for a text of
       ``rotary_factor`` times that length, the lowest frequency is divided by ``rotary_factor ** 2 - rotary_factor + 1``
       (Transformers).
@@ -285,7 +286,10 @@ def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tupl
         wavelength = trained / turns / (2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
-    first, last = max(math.floor(pair_index(fast)), 0), min(math.ceil(pair_index(slow)), width - 1)
+    first, last = pair_index(fast), pair_index(slow)
+    if config.rotary_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
     slowed = ((torch.arange(width // 2) - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
     sharpening = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     return plain * (1 - slowed) + plain / factor * slowed, sharpening
@@ -369,6 +373,11 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
         raise UserError(
             f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
             f"remove rotary_{name}, which applies only to {' and '.join(DEFAULT_ROTARY_FAST)}"
+        )
+    if not config.rotary_truncate and kind != "yarn":
+        raise UserError(
+            f"model.gpt.rotary_truncate is false, but model.gpt.rotary_scaling is {kind}; "
+            f"remove rotary_truncate, which applies only to yarn"
         )
     if has_turns:
         slow, fast = _turn_thresholds(config)

@@ -23,7 +23,7 @@ from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.model.local_shard import to_local
-from lit_gpt_scratch.model.module_metadata import flops_per_token
+from lit_gpt_scratch.model.module_metadata import flops_per_token, parameter_roles
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 CGROUP_MEMBERSHIP: Final = Path("/proc/self/cgroup")
@@ -37,13 +37,13 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
     The parts are embeddings, attention, feed-forward layers, modules for multi-token prediction, untied head, and
     gains and biases.
     """
-    parts: Counter[str] = Counter()
+    parts, roles = Counter[str](), parameter_roles(net)
     for module in net.modules():
         if isinstance(module, nn.Embedding):
             parts["embeddings"] += module.weight.numel()
     for block in net.all_blocks[: len(net.blocks)]:
         for part, layers in (("attention", block.attention), ("feed-forward", block.feed_forward)):
-            parts[part] += sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+            parts[part] += sum(p.numel() for p in layers.parameters() if roles[p] != "vectors")
     parts["multi-token prediction"] = sum(p.numel() for p in net.multi_token_modules.parameters())
     parts["head"] = 0 if net.head.weight is net.embedding.weight else net.head.weight.numel()
     parts["gains and biases"] = sum(p.numel() for p in net.parameters()) - parts.total()

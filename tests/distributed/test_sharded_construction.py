@@ -46,7 +46,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
     },
     "norms of outputs": {"norm_placement": "output", "qkv_bias": True, "rotary_skip_every": 2},
     "experts": {"feed_forward": "moe", "n_experts": 8, "n_shared_experts": 2, "expert_bias_rate": 0.001},
-    "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal"},
+    "experts, not divisible": {"feed_forward": "moe", "n_experts": 6, "initialisation": "normal", "bias": True},
     "multi-token prediction": {"multi_token_depth": 2},
     "latent attention": {"attention": "latent", "latent_kv_rank": 30, "latent_query_rank": 17, "attention_sinks": True},
     "zero-centered norms": {"norm": "zero_centered_rmsnorm", "norm_placement": "sandwich", "scaled_embeddings": True},

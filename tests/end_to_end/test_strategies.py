@@ -43,9 +43,18 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_sinks_of_all_heads_are_trained_with_tensor_parallelism(small: list[str], tmp_path: Path) -> None:
-    local = ["--model.gpt.sliding_window=8", "--model.gpt.sliding_window_pattern=2", "--model.gpt.attention_sinks=true"]
-    flags = [*small, *SHAPE, *local, "--trainer.limit_val_batches=0", "--trainer.max_steps=10"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--model.gpt.sliding_window=8", "--model.gpt.sliding_window_pattern=2", "--model.gpt.attention_sinks=true"],
+        [*EXPERTS, "--model.gpt.bias=true", "--model.gpt.expert_activation=clamped_swiglu"],
+    ],
+    ids=["sinks", "experts with biases"],
+)
+def test_sinks_and_biases_are_trained_with_tensor_parallelism(
+    small: list[str], tmp_path: Path, settings: list[str]
+) -> None:
+    flags = [*small, *SHAPE, *settings, "--trainer.limit_val_batches=0", "--trainer.max_steps=10"]
     parity = LayoutParity(flags, tmp_path, ["float64"], ["single", "manual attention", "tp 2", "fsdp2_tp 4"])
     parity.run()
     assert not parity.violations, f"\n{parity}"

@@ -114,6 +114,14 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
             ("model.gpt.rotary_trained_context is 64", "model.gpt.position is learned"),
         ),
         (
+            {"rotary_scaling": "linear", "rotary_truncate": False},
+            ("model.gpt.rotary_truncate is false", "model.gpt.rotary_scaling is linear", "only to yarn"),
+        ),
+        (
+            {"position": "none", "rotary_truncate": False},
+            ("model.gpt.rotary_truncate is False", "model.gpt.position is none"),
+        ),
+        (
             {"position": "none", "rotary_skip_every": 2},
             ("model.gpt.rotary_skip_every is 2", "model.gpt.position is none"),
         ),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -29,17 +29,36 @@ def mixture(**settings: Any) -> MixtureOfExperts:
     return module
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    h = gate @ x
-    return down @ (h / (1 + (-h).exp()) * (up @ x))
+def swiglu(gate: Tensor, hidden: Tensor) -> Tensor:
+    return gate / (1 + (-gate).exp()) * hidden
+
+
+def clamped_swiglu(gate: Tensor, hidden: Tensor) -> Tensor:
+    """As published with gpt-oss."""
+    gate, hidden = gate.minimum(torch.tensor(7.0)), hidden.minimum(torch.tensor(7.0)).maximum(torch.tensor(-7.0))
+    return gate / (1 + (-1.702 * gate).exp()) * (hidden + 1)
+
+
+ACTIVATIONS = {"swiglu": swiglu, "clamped_swiglu": clamped_swiglu}
+
+
+def apply_expert(module: nn.Module, activation: str, x: Tensor, expert: int | None = None) -> Tensor:
+    """Apply one of several stacked networks, or a network, to a token."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        layer = module.get_submodule(name)
+        weight, bias = (p if p is None or expert is None else p[expert] for p in (layer.weight, layer.bias))
+        return weight @ x if bias is None else weight @ x + bias
+
+    return linear("output", ACTIVATIONS[activation](linear("gate", x), linear("input", x)))
 
 
 def by_loop(module: MixtureOfExperts, x: Tensor) -> tuple[Tensor, list[list[int]]]:
     """The output for each token on its own, from the definition, and the experts of each token."""
-    config, experts = module.config, module.experts
+    config, experts = module.experts.config, module.experts
     outputs, chosen = [], []
     for token in x.flatten(0, 1):
-        logits = (module.router.weight @ token).tolist()
+        logits = (module.router.weight @ token + (module.router.bias if config.bias else 0.0)).tolist()
         if config.router_scores == "softmax":
             scores = [math.exp(a) / sum(math.exp(b) for b in logits) for a in logits]
         else:
@@ -49,11 +68,9 @@ def by_loop(module: MixtureOfExperts, x: Tensor) -> tuple[Tensor, list[list[int]
         total = sum(scores[e] for e in ranked) if config.normalize_gates else 1.0
         out = torch.zeros_like(token)
         for e in ranked:
-            weights = experts.gate.weight[e], experts.input.weight[e], experts.output.weight[e]
-            out = out + scores[e] / total * swiglu(token, *weights)
+            out = out + scores[e] / total * apply_expert(experts, config.expert_activation, token, e)
         if module.shared is not None:
-            shared = module.shared
-            out = out + swiglu(token, shared.gate.weight, shared.input.weight, shared.output.weight)
+            out = out + apply_expert(module.shared, config.expert_activation, token)
         outputs.append(out)
         chosen.append(ranked)
     return torch.stack(outputs).view_as(x), chosen
@@ -65,17 +82,28 @@ def by_loop(module: MixtureOfExperts, x: Tensor) -> tuple[Tensor, list[list[int]
     shared=st.integers(0, 2),
     scores=st.sampled_from(["softmax", "sigmoid"]),
     normalized=st.booleans(),
-    biased=st.booleans(),
+    balanced=st.booleans(),
+    bias=st.booleans(),
+    activation=st.sampled_from([*ACTIVATIONS]),
     shape=st.sampled_from([(1, 1), (2, 5), (3, 1)]),
 )
 @settings(max_examples=60)
 def test_equals_a_loop_over_tokens_and_experts(
-    n_experts: int, k: int, shared: int, scores: str, normalized: bool, biased: bool, shape: tuple[int, int]
+    n_experts: int,
+    k: int,
+    shared: int,
+    scores: str,
+    normalized: bool,
+    balanced: bool,
+    bias: bool,
+    activation: str,
+    shape: tuple[int, int],
 ) -> None:
     k = min(k, n_experts)
     module = mixture(
         n_experts=n_experts, experts_per_token=k, n_shared_experts=shared, router_scores=scores,
-        normalize_gates=normalized and k > 1, expert_bias_rate=0.001 if biased else None,
+        normalize_gates=normalized and k > 1, expert_bias_rate=0.001 if balanced else None, bias=bias,
+        expert_activation=activation,
     )  # fmt: skip
     x = torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found, logits = module(x)
@@ -87,14 +115,15 @@ def test_equals_a_loop_over_tokens_and_experts(
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("normalized", [False, True])
-def test_gradients_equal_finite_differences(scores: str, normalized: bool) -> None:
+@pytest.mark.parametrize(("normalized", "bias"), [(False, False), (True, True)])
+def test_gradients_equal_finite_differences(scores: str, normalized: bool, bias: bool) -> None:
     module = mixture(
-        n_experts=4, n_shared_experts=1, router_scores=scores, normalize_gates=normalized, expert_bias_rate=0.001
-    )
+        n_experts=4, n_shared_experts=1, router_scores=scores, normalize_gates=normalized, expert_bias_rate=0.001,
+        bias=bias, expert_activation="clamped_swiglu" if bias else "swiglu",
+    )  # fmt: skip
     x = torch.randn(1, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
     names = [name for name, _ in module.named_parameters()]
-    assert len(names) == 7
+    assert len(names) == (14 if bias else 7)
 
     def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(names, weights, strict=True))
@@ -114,6 +143,16 @@ def test_router_runs_in_float32_under_autocast() -> None:
         _, logits = module(x)
     assert torch.equal(logits, expected)
     assert module.bfloat16()(x.bfloat16())[1].dtype == torch.float32
+
+
+def test_gates_are_the_softmax_of_the_chosen_logits() -> None:
+    """As in gpt-oss; they equal the normalized softmax scores of all experts."""
+    module = mixture(n_experts=6, experts_per_token=3, bias=True)
+    logits = module.router(3 * torch.randn(50, WIDTH, dtype=torch.float64))
+    routing = module.router.route(logits)
+    top = logits.topk(3)
+    assert torch.equal(routing.experts, top.indices)
+    torch.testing.assert_close(routing.gates, top.values.softmax(-1), rtol=1e-13, atol=0)
 
 
 def routing(probabilities: Tensor, k: int) -> Routing:
@@ -187,6 +226,9 @@ def test_flops_are_those_of_the_active_parameters() -> None:
     expert = 3 * 6 * WIDTH
     assert inactive_parameters(module) == 3 * expert
     assert flops_per_token(module, 100) == 2 * (3 * expert + 5 * WIDTH)
+    biased = mixture(n_experts=5, n_shared_experts=1, bias=True)
+    assert inactive_parameters(biased) == 3 * (expert + 2 * 6 + WIDTH)
+    assert flops_per_token(biased, 100) == flops_per_token(module, 100)  # additions do not count
     net = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=WIDTH, feed_forward="moe", ffn_dim=6, n_experts=5), 20, 8)
     assert inactive_parameters(net) == 3 * 3 * expert
 
@@ -242,6 +284,7 @@ def test_compiled_blocks_record_the_same_logits_and_gradients(checkpointing: boo
         ({"router_z_loss": math.inf}, "router_z_loss is inf; it must be 0 or more, and finite"),
         ({"expert_bias_rate": math.nan}, "expert_bias_rate is nan; it must be 0 or more"),
         ({"router_scores": "relu"}, "router_scores is relu; it must be one of softmax, sigmoid"),
+        ({"expert_activation": "relu"}, "expert_activation is relu; it must be one of swiglu, geglu, clamped_swiglu"),
         ({"n_experts": 0}, "n_experts is 0; it must be positive"),
         ({"n_experts": 10**9}, "n_experts is 1000000000; it must be at most 16384"),
         ({"n_shared_experts": -1}, "n_shared_experts is -1; it must be 0 or more"),

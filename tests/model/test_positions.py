@@ -156,6 +156,15 @@ SCALED = [
         {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 700, "beta_slow": 3.0,
          "beta_fast": 20.0},
     ),
+    (  # gpt-oss
+        {"rotary_scaling": "yarn", "rotary_factor": 32.0, "rotary_trained_context": 4096, "rotary_base": 150_000.0,
+         "rotary_truncate": False},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    ),
+    (  # all pairs are slowed at least in part
+        {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_trained_context": 90, "rotary_truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 90, "truncate": False},
+    ),
     (
         {"rotary_scaling": "yarn", "rotary_factor": 1.0, "rotary_trained_context": 700},
         {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 700},

@@ -264,14 +264,18 @@ def test_parameters_that_are_not_matrices_use_adamw() -> None:
     Muon().build(net)
 
 
-def test_muon_updates_experts_but_not_the_router() -> None:
-    net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, feed_forward="moe", n_shared_experts=1), 50, 8)
+def test_muon_updates_experts_but_not_the_router_nor_biases() -> None:
+    net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, feed_forward="moe", n_shared_experts=1, bias=True), 50, 8)
     groups, mixture = parameter_groups(net), net.blocks[0].feed_forward
     names = {id(p): name for name, p in mixture.named_parameters()}
     assert sorted(names[id(p)] for p in groups.matrices if id(p) in names) == sorted(
         f"{part}.{name}.weight" for part in ("experts", "shared") for name in ("input", "gate", "output")
     )
     assert any(p is mixture.router.weight for p in groups.tables)  # one vector per expert
+    assert {name for name, _ in mixture.named_parameters() if name.endswith(".bias")} == {
+        names[id(p)] for p in groups.vectors if id(p) in names
+    }
+    assert mixture.experts.output.bias.shape == (8, 32)
 
 
 @pytest.mark.parametrize("recipe", [Muon(), AdamW()])
