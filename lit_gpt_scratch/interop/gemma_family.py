@@ -6,13 +6,12 @@ from typing import Any, ClassVar, Final
 from typing_extensions import override
 
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.hf_layer_types import GLOBAL, LOCAL, read_layer_types, write_layer_types
 from lit_gpt_scratch.interop.hf_rope import read_rope_settings, write_rope
 from lit_gpt_scratch.interop.llama_family import NO_PADDING, LlamaLikeFamily
 from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPTConfig
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
-"""Elements of ``layer_types``."""
 DEFAULT_WINDOW: Final = 4096
 DEFAULT_ATTENTION_SCALAR: Final = 256
 """Values of ``sliding_window`` and ``query_pre_attn_scalar`` if they are missing."""
@@ -54,26 +53,10 @@ class GemmaFamily(LlamaLikeFamily):
         fields.allow_only("use_bidirectional_attention", False)
         config = super().parse_config(fields)
         scalar = fields.positive_int("query_pre_attn_scalar", DEFAULT_ATTENTION_SCALAR)
-        return config | self._read_layer_types(fields) | {
+        return config | read_layer_types(fields, self.default_pattern, DEFAULT_WINDOW) | {
             "attention_scale": None if scalar == config["head_dim"] else scalar**-0.5,
             "logit_softcap": _read_softcap(fields, "final_logit_softcapping", self.default_logit_softcap),
         }  # fmt: skip
-
-    def _read_layer_types(self, fields: HFConfigReader) -> dict[str, Any]:
-        n_layer = fields.positive_int("num_hidden_layers")
-        layers = fields.values.get("layer_types")
-        if layers is None:
-            layers = _layer_types(n_layer, fields.positive_int("sliding_window_pattern", self.default_pattern))
-        if not isinstance(layers, list) or len(layers) != n_layer:
-            fields.reject("layer_types", f"must be a list with an element for each of the {n_layer} layers")
-            return {}
-        every = layers.index(GLOBAL) + 1 if GLOBAL in layers else n_layer + 1
-        if layers != _layer_types(n_layer, every):
-            fields.reject("layer_types", f"must be {GLOBAL} in every n-th layer, and {LOCAL} in the others")
-        return {
-            "sliding_window": None if every == 1 else fields.positive_int("sliding_window", DEFAULT_WINDOW),
-            "sliding_window_pattern": every if 1 < every <= n_layer else None,
-        }
 
     @override
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
@@ -84,8 +67,7 @@ class GemmaFamily(LlamaLikeFamily):
             "query_pre_attn_scalar": _attention_scalar(gpt),
             "attn_logit_softcapping": gpt.attention_softcap,
             "final_logit_softcapping": gpt.logit_softcap,
-            "sliding_window": gpt.sliding_window or shape.block_size,  # required, even if no layer uses it
-            "layer_types": [LOCAL if gpt.is_local(layer) else GLOBAL for layer in range(gpt.n_layer)],
+            **write_layer_types(gpt, shape.block_size),
         }
 
     @override
@@ -160,10 +142,6 @@ class Gemma3Family(GemmaFamily):
         in_global = write_rope(gpt)
         in_local = {"rope_theta": gpt.rotary_local_base, "rope_type": "default"}
         return {GLOBAL: in_global, LOCAL: in_global if gpt.rotary_local_base is None else in_local}
-
-
-def _layer_types(n_layer: int, pattern: int) -> list[str]:
-    return [LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(n_layer)]
 
 
 def _read_softcap(fields: HFConfigReader, name: str, default: float | None) -> float | None:

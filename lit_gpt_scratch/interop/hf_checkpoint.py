@@ -15,6 +15,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.family_differences import describe_differences
 from lit_gpt_scratch.interop.gemma_family import Gemma2Family, Gemma3Family
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
+from lit_gpt_scratch.interop.gpt_oss_family import GptOssFamily
 from lit_gpt_scratch.interop.hf_config import HFConfigReader, shorten
 from lit_gpt_scratch.interop.hf_tokenizer import (
     TEMPLATE_FILE,
@@ -60,6 +61,7 @@ FAMILIES: Final[dict[str, ModelFamily]] = {
         Phi3Family(),
         Gemma2Family(),
         Gemma3Family(),
+        GptOssFamily(),
         GPT2Family(),
     )
 }

@@ -98,11 +98,12 @@ def read_rope_settings(
         rope.reject(SCALING_FIELDS[kind][1], f"must be greater than {SCALING_FIELDS[kind][0]}, which is {slow}")
     if kind == "yarn":
         _validate_yarn_attention_factor(rope, factor)
+        settings["rotary_truncate"] = rope.boolean("truncate", True)
     return settings | {"rotary_slow": slow, "rotary_fast": fast}
 
 
 def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None:
-    """Record YaRN settings as unsupported unless the attention scale is the default and ``truncate`` is true."""
+    """Record YaRN settings as unsupported unless the attention scale is the default."""
 
     def attention_scale(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -114,7 +115,6 @@ def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None
         names = ["mscale", "mscale_all_dim"]
         scale = attention_scale(rope.number("mscale")) / attention_scale(rope.number("mscale_all_dim"))
     _validate_attention_scale(rope, names, scale, attention_scale())
-    rope.allow_only("truncate", True)
 
 
 def _validate_attention_scale(rope: HFConfigReader, names: list[str], scale: float, standard: float) -> None:
@@ -168,4 +168,6 @@ def write_rope(gpt: GPTConfig) -> dict[str, Any]:
     if kind in SCALING_FIELDS:
         slow, fast = SCALING_FIELDS[kind]
         rope |= {slow: gpt.rotary_slow or DEFAULT_ROTARY_SLOW, fast: gpt.rotary_fast or DEFAULT_ROTARY_FAST[kind]}
+    if kind == "yarn":
+        rope["truncate"] = gpt.rotary_truncate
     return rope

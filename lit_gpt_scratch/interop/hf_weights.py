@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.hf_config import shorten
+from lit_gpt_scratch.interop.mxfp4 import dequantize_stored
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, open_safetensors, select
 from lit_gpt_scratch.schema import read_json, validate
 
@@ -22,6 +23,8 @@ MAX_LISTED: Final = 4
 
 def open_tensors(folder: Path) -> LazyTensors:
     """Open all tensors in a folder, which keep their dtypes and are read when they are accessed.
+
+    Weights in MXFP4 are dequantized to bfloat16.
 
     Raises:
         UserError: A file is missing or corrupted (also raised when a tensor is read), or the weights are in a format
@@ -39,6 +42,7 @@ def open_tensors(folder: Path) -> LazyTensors:
     else:
         raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; use a folder written by save_pretrained")
     found = select(found, {name: name for name in found if not DERIVED_BUFFERS.search(name)})
+    found = dequantize_stored(found)
     shapes = found.on_meta
     if quantized := [f"{name} is {tensor.dtype}" for name, tensor in shapes.items() if not _is_plain_float(tensor)]:
         raise UserError(f"{folder} contains quantized weights: {list_some(quantized)}; use the unquantized model")

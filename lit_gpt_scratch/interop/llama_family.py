@@ -119,9 +119,12 @@ class LlamaLikeFamily(ModelFamily):
 
     @override
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        biased = [*LINEAR_NAMES] if gpt.bias else QKV_NAMES if gpt.qkv_bias else []
-        linear = {f"{hf_name}.weight": _weight_names(names) for hf_name, names in self.linear_names.items()}
-        linear |= {f"{hf_name}.bias": (f"{LINEAR_NAMES[hf_name]}.bias",) for hf_name in biased}
+        biased = [*self.linear_names] if gpt.bias else QKV_NAMES if gpt.qkv_bias else []
+        linear = {
+            f"{hf_name}.{kind}": _parameter_names(self.linear_names[hf_name], kind)
+            for kind, hf_names in (("weight", self.linear_names), ("bias", biased))
+            for hf_name in hf_names
+        }
         yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
             for hf_name, names in map_layer_names("model.layers.{}.", layer, {**self.norm_names, **linear}):
@@ -426,6 +429,6 @@ def _rotates(n_layer: int, skip_every: int) -> list[int]:
     return [int((layer + 1) % skip_every != 0) for layer in range(n_layer)]
 
 
-def _weight_names(modules: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return the names of the weights of one or several modules."""
-    return tuple(f"{module}.weight" for module in ((modules,) if isinstance(modules, str) else modules))
+def _parameter_names(modules: tuple[str, ...] | str, kind: str) -> tuple[str, ...]:
+    """Return the names of the weights or biases of one or several modules."""
+    return tuple(f"{module}.{kind}" for module in ((modules,) if isinstance(modules, str) else modules))

@@ -18,8 +18,8 @@ from lit_gpt_scratch.model import GPTConfig
 COMMON_FIELDS: Final = frozenset({
     "n_layer", "n_head", "n_embd", "ffn_dim", "norm_eps", "tied_embeddings", "vocab_multiple", "initialisation",
     "dropout", "attention_backend", "rotary_base", "rotary_factor", "rotary_trained_context", "rotary_slow",
-    "rotary_fast", "rotary_short_factors", "rotary_long_factors", "n_experts", "experts_per_token", "load_balance_loss",
-    "router_z_loss",
+    "rotary_fast", "rotary_truncate", "rotary_short_factors", "rotary_long_factors", "n_experts", "experts_per_token",
+    "load_balance_loss", "router_z_loss",
 })  # fmt: skip
 """``GPTConfig`` fields that every family can express, or that do not affect a trained model's output."""
 NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
@@ -38,7 +38,9 @@ class TensorMapping(NamedTuple):
     Attributes:
         hf_name: Name in the Hugging Face file.
         names: Names in this package's state dict; if there are several, the tensors are concatenated along dimension 0.
-        transposed: Whether the file stores the weight as (in_features, out_features), like Conv1D in GPT-2.
+        transposed: Whether the file stores the weight as (..., in_features, out_features), like Conv1D in GPT-2.
+        interleaved: Whether the tensors have a first dimension for the expert, and are interleaved along the next one,
+            that of the output channels, instead of concatenated.
         stack_index: Index along dimension 0 of the tensor of this package, or None if the tensor is a whole one.
         rows: Number of rows of each of the concatenated tensors, or None if they are equal.
     """
@@ -46,6 +48,7 @@ class TensorMapping(NamedTuple):
     hf_name: str
     names: tuple[str, ...]
     transposed: bool = False
+    interleaved: bool = False
     stack_index: int | None = None
     rows: tuple[int, ...] | None = None
 
@@ -143,8 +146,11 @@ class ModelFamily(ABC):
                 weights[name] if mapping.stack_index is None else weights[name][mapping.stack_index]
                 for name in mapping.names
             ]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            yield mapping.hf_name, (tensor.T if mapping.transposed else tensor).contiguous()
+            if mapping.interleaved:
+                tensor = torch.stack(parts, dim=2).flatten(1, 2)  # (n_experts, len(parts) * out_features, ...)
+            else:
+                tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield mapping.hf_name, (tensor.mT if mapping.transposed else tensor).contiguous()
 
     def from_hf_weights(self, gpt: GPTConfig, weights: LazyTensors) -> LazyTensors:
         """Convert the family's tensors to a state dict of ``GPT``. This is the inverse of ``to_hf_weights``.
@@ -161,7 +167,10 @@ class ModelFamily(ABC):
         def convert(name: str, weights: Mapping[str, Tensor]) -> Tensor:
             tensors = []
             for mapping, part in source[name]:
-                tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
+                tensor = weights[mapping.hf_name].mT if mapping.transposed else weights[mapping.hf_name]
+                if mapping.interleaved:
+                    tensors.append(tensor[:, part :: len(mapping.names)])
+                    continue
                 parts = torch.split(tensor, [*mapping.rows]) if mapping.rows else tensor.chunk(len(mapping.names))
                 tensors.append(parts[part])
             if source[name][0][0].stack_index is not None:

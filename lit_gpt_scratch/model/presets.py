@@ -71,6 +71,12 @@ PRESETS: Final[dict[str, GPTConfig]] = {
         n_layer=32, n_head=32, n_embd=3072, ffn_dim=8192, sliding_window=2047, qk_norm=False, norm_eps=1e-5,
         initialisation="normal",
     ),
+    "gpt_oss_20b": GPTConfig(
+        n_layer=24, n_head=64, n_embd=2880, n_kv_head=8, head_dim=64, attention_sinks=True, sliding_window=128,
+        sliding_window_pattern=2, qk_norm=False, rotary_base=150_000.0, rotary_scaling="yarn", rotary_factor=32.0,
+        rotary_trained_context=4096, rotary_truncate=False, norm_eps=1e-5, bias=True, feed_forward="moe", ffn_dim=2880,
+        n_experts=32, experts_per_token=4, expert_activation="clamped_swiglu", initialisation="normal",
+    ),
     "gemma2_2b": _GEMMA2,
     "gemma3_1b": replace(
         _GEMMA2, n_head=4, n_embd=1152, n_kv_head=1, ffn_dim=6912, attention_softcap=None, sliding_window=512,
@@ -97,6 +103,8 @@ Parameter counts for the published vocabulary size and, if positions are learned
 - ``smollm3_3b`` 3,075,098,624, with Llama 3's vocabulary (https://huggingface.co/HuggingFaceTB/SmolLM3-3B).
 - ``phi3_mini`` 3,821,079,552, with a vocabulary of 32,064 tokens and a context of 4,096 tokens
   (https://arxiv.org/abs/2404.14219).
+- ``gpt_oss_20b`` 20,914,757,184, of which a token uses 4,187,440,704, with a vocabulary of 201,088 tokens and a context
+  extended to 131,072 tokens (https://arxiv.org/abs/2508.10925).
 - ``gemma2_2b`` 2,614,341,888, with a vocabulary of 256,000 tokens (https://arxiv.org/abs/2408.00118).
 - ``gemma3_1b`` 999,885,952, with a vocabulary of 262,144 tokens (https://arxiv.org/abs/2503.19786).
 

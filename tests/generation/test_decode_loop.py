@@ -44,7 +44,11 @@ def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
 
 
 GEMMA3 = replace(TINY, sliding_window=7, sliding_window_pattern=2, rotary_local_base=50.0, norm_placement="sandwich")
-GPT_OSS = replace(TINY, sliding_window=7, sliding_window_pattern=2, attention_sinks=True)
+GPT_OSS = replace(
+    TINY, sliding_window=7, sliding_window_pattern=2, attention_sinks=True, bias=True, feed_forward="moe",
+    expert_activation="clamped_swiglu", rotary_scaling="yarn", rotary_factor=2.0, rotary_trained_context=12,
+    rotary_truncate=False,
+)  # fmt: skip
 OLMO2 = replace(TINY, n_layer=3, qk_norm_joint=True, norm_placement="output", qkv_bias=True, rotary_skip_every=2)
 
 

@@ -10,10 +10,10 @@ from tokenizers import processors
 from lit_gpt_scratch.text.tokenizer_training import train_tokenizer
 from tests import tokenizer_forms
 from tests.conftest import sentences
-from tests.interop.conftest import LLAMA, library, randomised
+from tests.interop.conftest import GPT_OSS, LLAMA, library, randomised
 
-# As published with Llama 3, Qwen2.5, Qwen3 (without tools) and Llama 2, with the marks for replies from which
-# ``transformers`` computes the loss mask.
+# As published with Llama 3, Qwen2.5, Qwen3 (without tools), Llama 2 and gpt-oss (shortened), with the marks for replies
+# from which ``transformers`` computes the loss mask.
 LLAMA3_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}"
@@ -90,8 +90,16 @@ LLAMA2_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}"
     "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
+GPT_OSS_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ '<|start|>assistant' }}"
+    "{% generation %}{{ '<|channel|>final<|message|>' + message.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>"]
+GPT_OSS_TOKENS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
 
 
 def bpe(end_of_text: str, special: list[str]) -> Backend:
@@ -124,6 +132,10 @@ MODELS: dict[str, tuple[Any, str, dict[str, str], list[str]]] = {
         lambda: bpe("<|endoftext|>", QWEN_TOKENS), QWEN3_TEMPLATE,
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, ["<|im_end|>", "<|endoftext|>"],
     ),
+    "gpt_oss": (
+        lambda: bpe("<|endoftext|>", GPT_OSS_TOKENS), GPT_OSS_TEMPLATE,
+        {"eos_token": "<|return|>", "pad_token": "<|endoftext|>"}, ["<|return|>", "<|endoftext|>", "<|call|>"],
+    ),
     "llama2": (
         lambda: tokenizer_forms.llama2(False), LLAMA2_TEMPLATE,
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, ["</s>"],
@@ -150,14 +162,18 @@ def chat_model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     backend = build()
     end_ids = [backend.token_to_id(end) for end in ends]
     start = backend.token_to_id(tokens.get("bos_token", ends[0]))
-    config = LLAMA | {
+    settings, model_class = LLAMA, transformers.LlamaForCausalLM
+    if "<|im_end|>" in ends:
+        model_class = transformers.Qwen3ForCausalLM
+    elif "<|return|>" in ends:
+        settings, model_class = GPT_OSS, transformers.GptOssForCausalLM
+    config = settings | {
         "vocab_size": 448,
         "bos_token_id": start,
         "eos_token_id": end_ids[0],
         "max_position_embeddings": 256,
     }
-    family = transformers.Qwen3ForCausalLM if "<|im_end|>" in ends else transformers.LlamaForCausalLM
-    model = randomised(family(family.config_class(**config)))
+    model = randomised(model_class(model_class.config_class(**config)))
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=start,
         eos_token_id=end_ids if len(end_ids) > 1 else end_ids[0],

@@ -38,6 +38,10 @@ NO_PADDING = {"pad_token_id": None}  # otherwise, the embedding of that token ha
 GEMMA = LLAMA | NO_PADDING | {
     "num_hidden_layers": 5, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
 }  # fmt: skip
+GPT_OSS = LLAMA | NO_PADDING | {
+    "num_hidden_layers": 3, "head_dim": 16, "intermediate_size": 64, "sliding_window": 5, "num_local_experts": 5,
+    "num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False},
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2, untied": (
@@ -107,6 +111,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
+    "gpt_oss": ("GptOss", GPT_OSS),
+    "gpt_oss, no scaling, local": (
+        "GptOss",
+        GPT_OSS
+        | {
+            "num_hidden_layers": 1,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "gpt_oss, global, tied": (
+        "GptOss",
+        GPT_OSS | {"layer_types": ["full_attention"] * 3, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
+    "llama, yarn, not truncated": ("Llama", LLAMA | {"rope_parameters": YARN | {"truncate": False}}),
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0}),
     "gemma2, untied, no caps": (
         "Gemma2",

@@ -24,10 +24,16 @@ TEXT = "the cat sees <|endoftext| a dog.\r\n\t Çé 東京 🎉  x"
 
 KINDS = (
     "gpt2", "qwen3", "llama", "mistral", "qwen2", "olmo2", "smollm3", "mixtral", "qwen3_moe", "phi3", "gemma2",
-    "gemma3",
+    "gemma3", "gpt_oss",
 )  # fmt: skip
 GEMMA = {
     "norm": "zero_centered_rmsnorm", "norm_placement": "sandwich", "feed_forward": "geglu", "scaled_embeddings": True,
+}  # fmt: skip
+
+
+GPT_OSS = {
+    "qk_norm": False, "bias": True, "attention_sinks": True, "feed_forward": "moe",
+    "expert_activation": "clamped_swiglu",
 }  # fmt: skip
 
 
@@ -58,10 +64,13 @@ def any_config(seed: int) -> GPTConfig:
         return GPTConfig(**settings, dropout=rng.choice([0.0, 0.2]))
     settings |= {"n_kv_head": heads, "head_dim": rng.choice([None, 6, 16]), "rotary_base": rng.choice([100.0, 1e4])}
     settings["qk_norm"] = kind in ("qwen3", "qwen3_moe", "olmo2", "gemma3")
-    if kind in ("mixtral", "qwen3_moe"):
+    if kind in ("mixtral", "qwen3_moe", "gpt_oss"):
         chosen = rng.randint(2, 4)
         settings |= {"feed_forward": "moe", "n_experts": rng.randint(chosen, 6), "experts_per_token": chosen}
         settings["n_embd"] = heads * group * 8  # grouped matrix products in transformers require this
+    if kind == "gpt_oss":
+        settings |= GPT_OSS | {"sliding_window": rng.choice([None, 5]), "n_layer": rng.choice([2, 3])}
+        settings["sliding_window_pattern"] = 2 if settings["sliding_window"] and rng.random() < 0.7 else None
     if kind == "qwen3_moe":
         settings["normalize_gates"] = rng.random() < 0.5
     if kind == "olmo2":
@@ -99,6 +108,7 @@ def any_config(seed: int) -> GPTConfig:
         settings["rotary_trained_context"] = int(LENGTH / settings["rotary_factor"])
     if scaling in DEFAULT_ROTARY_FAST:
         settings["rotary_fast"] = rng.choice([None, 5.0])
+        settings["rotary_truncate"] = scaling != "yarn" or rng.random() < 0.5
     if scaling == "longrope":
         rotated = (settings["head_dim"] or settings["n_embd"] // settings["n_head"]) * settings.get("rotary_share", 1)
         pairs = round(rotated) // 2
@@ -142,6 +152,7 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
         ({"qk_norm": False, "rotary_share": 0.5}, "Phi3ForCausalLM"),
         (GEMMA | {"qk_norm": False}, "Gemma2ForCausalLM"),
         (GEMMA, "Gemma3ForCausalLM"),
+        (GPT_OSS, "GptOssForCausalLM"),
         (
             {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
             "GPT2LMHeadModel",
@@ -192,6 +203,13 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
         ({"sliding_window": 5}, ["sliding_window is 5"]),
         ({"feed_forward": "relu2"}, ["feed_forward is relu2 (must be swiglu)"]),
         ({"attention_sinks": True}, ["attention_sinks is True"]),
+        ({"feed_forward": "moe", "bias": True}, ["qwen3_moe", "bias is True (must be False)"]),
+        (GPT_OSS | {"bias": False}, ["gpt_oss", "bias is False (must be True)"]),
+        (GPT_OSS | {"expert_activation": "geglu"}, ["expert_activation is geglu (must be clamped_swiglu)"]),
+        (
+            GPT_OSS | {"n_shared_experts": 1, "router_scores": "sigmoid", "normalize_gates": False},
+            ["n_shared_experts is 1", "router_scores is sigmoid", "normalize_gates is False (must be True)"],
+        ),
         (GEMMA | {"attention_scale": 0.3}, ["attention_scale is 0.3 (must be the inverse square root of an integer)"]),
         (GEMMA | {"n_embd": 33, "head_dim": 16}, ["n_embd is 33 (must be a multiple of n_head, which is 2)"]),
         ({"rotary_share": 0.5}, ["rotary_share is 0.5"]),
@@ -235,7 +253,7 @@ def test_family_on_request(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert write_hf_checkpoint(changed, tmp_path / "changed") == "SmolLM3ForCausalLM"
     with pytest.raises(UserError, match=r"cannot be exported to phi3; .* rotary_skip_every is 1 \(must be"):
         write_hf_checkpoint(changed, tmp_path / "none", "phi3")
-    with pytest.raises(UserError, match="model_type is bert; it must be one of gemma2, gemma3_text, gpt2, llama"):
+    with pytest.raises(UserError, match="model_type is bert; it must be one of gemma2, gemma3_text, gpt2, gpt_oss"):
         write_hf_checkpoint(changed, tmp_path / "none", "bert")
 
 

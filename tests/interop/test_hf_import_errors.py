@@ -57,7 +57,7 @@ def error_message(folder: Path) -> str:
         ("llama", {"rope_parameters": LONGROPE | {"attention_factor": 1.5}}, ["attention_factor is 1.5", "1.10"]),
         ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, ["rope_parameters.mrope_section is"]),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters.attention_factor is 1.5"]),
-        ("llama", {"rope_parameters": YARN | {"truncate": False}}, ["rope_parameters.truncate is False"]),
+        ("llama", {"rope_parameters": YARN | {"truncate": 2}}, ["rope_parameters.truncate is 2; it must be true or"]),
         (
             "llama",
             {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -100,7 +100,7 @@ def error_message(folder: Path) -> str:
         (
             "llama",
             {"model_type": "gemma"},
-            ["model_type is gemma; it must be one of gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3"],
+            ["model_type is gemma; it must be one of gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, mixtral"],
         ),
         (
             "llama",
@@ -129,6 +129,25 @@ def error_message(folder: Path) -> str:
             "gemma3",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
             ["rope_parameters.sliding_attention is", "rope_type must be default"],
+        ),
+        (
+            "gpt_oss",
+            {"attention_bias": False, "swiglu_limit": 6.0, "swiglu_alpha": 1.0, "hidden_act": "gelu"},
+            [
+                "attention_bias is False (only True)",
+                "swiglu_limit is 6.0 (only 7.0)",
+                "swiglu_alpha is 1.0 (only 1.702",
+                "hidden_act is gelu (only silu or swish)",
+            ],
+        ),
+        ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}, ["quant_method is gptq (only mxfp4)"]),
+        ("gpt_oss", {"sliding_window": None}, ["sliding_window is None; it must be a positive integer"]),
+        ("gpt_oss", {"num_local_experts": 1}, ["experts_per_token is 2, but model.gpt.n_experts is 1"]),
+        ("gpt_oss", {"num_experts_per_tok": 1}, ["experts_per_token is 1", "the router is not trained"]),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+            ["must be full_attention in every n-th layer, and sliding_attention in the others"],
         ),
         ("llama", {"model_type": ...}, ["has no model_type; it must be one of gemma2"]),
     ],

@@ -28,6 +28,9 @@ def logits(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 def split_experts(reference: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Gradients of the ``transformers`` model, which stacks experts, under the names in its files, which do not."""
+    if reference.config.model_type == "gpt_oss":  # whose files stack them, too
+        yield from ((name, parameter.grad) for name, parameter in reference.named_parameters())
+        return
     mixtral = reference.config.model_type == "mixtral"
     for name, parameter in reference.named_parameters():
         stem, _, kind = name.rpartition(".experts.")
@@ -52,7 +55,7 @@ def test_logits_and_gradients_equal_transformers(published: Published, case: str
     compare(model, ours, reference, ours(x), logits(reference, x))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "gemma" in case])
+@pytest.mark.parametrize("case", [case for case in CASES if "gemma" in case or "gpt_oss" in case])
 def test_packed_documents_equal_transformers(published: Published, case: str) -> None:
     """Three documents per row, one of them longer than the sliding window, which does not extend beyond a document."""
     reference, folder = published(case)
@@ -251,6 +254,40 @@ def test_files_of_phi4_mini(published: Published) -> None:
     assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
     change(folder, original_max_position_embeddings=..., max_position_embeddings=8192)
     assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == 4096
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+
+
+def test_minimal_config_of_gpt_oss(published: Published) -> None:
+    """Fields with the defaults of ``transformers``."""
+    known = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 16, "intermediate_size": 32}
+    reference = library().GptOssConfig(**known)
+    fields = known | {"vocab_size": 64, "max_position_embeddings": 131_072}
+    gpt = FAMILIES["gpt_oss"].read_config(HFConfigReader(Path("config.json"), fields)).gpt
+    assert (gpt.kv_heads, gpt.head_width) == (reference.num_key_value_heads, reference.head_dim)
+    assert (gpt.n_experts, gpt.experts_per_token) == (reference.num_local_experts, reference.num_experts_per_tok)
+    assert [gpt.is_local(layer) for layer in range(5)] == [kind != "full_attention" for kind in reference.layer_types]
+    assert (gpt.sliding_window, gpt.norm_eps) == (reference.sliding_window, reference.rms_norm_eps)
+    assert gpt.tied_embeddings == reference.tie_word_embeddings
+    rope = dict(reference.rope_parameters)
+    assert (gpt.rotary_base, gpt.rotary_scaling, gpt.rotary_factor, gpt.rotary_trained_context) == (
+        rope["rope_theta"], rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"],
+    )  # fmt: skip
+    assert (gpt.rotary_slow, gpt.rotary_fast, gpt.rotary_truncate) == (
+        rope["beta_slow"], rope["beta_fast"], rope["truncate"],
+    )  # fmt: skip
+    _, folder = published("gpt_oss")
+    change(folder, rope_parameters=..., layer_types=..., max_position_embeddings=131_072, attention_bias=...)
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+
+
+def test_published_layout_of_gpt_oss(published: Published) -> None:
+    """The published files have the older format of the rope settings, and fields that ``transformers`` ignores."""
+    _, folder = published("gpt_oss")
+    change(
+        folder, rope_parameters=..., rope_theta=150_000, initial_context_length=4096, experts_per_token=4,
+        rope_scaling=YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}, router_aux_loss_coef=0.9,
+        swiglu_limit=7.0,
+    )  # fmt: skip
     assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
 
 

@@ -15,10 +15,12 @@ from lit_gpt_scratch.model.presets import PRESETS
 VOCABULARY = {
     "gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936, "qwen2.5": 151_936, "olmo2": 100_352, "smollm3": 128_256,
     "mixtral": 32_000, "phi3": 32_064, "gemma2": 256_000, "gemma3": 262_144,
+    "gpt": 201_088,
 }  # fmt: skip
 FAMILIES = {
     "gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3", "qwen2.5": "Qwen2", "olmo2": "Olmo2", "smollm3": "SmolLM3",
     "mixtral": "Mixtral", "phi3": "Phi3", "gemma2": "Gemma2", "gemma3": "Gemma3",
+    "gpt": "GptOss",
 }  # fmt: skip
 PUBLISHED = {
     "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
@@ -26,7 +28,7 @@ PUBLISHED = {
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
     "qwen2.5_0.5b": 494_032_768, "olmo2_1b": 1_484_916_736, "smollm3_3b": 3_075_098_624,
     "qwen3_moe_30b": 30_532_122_624, "mixtral_8x7b": 46_702_792_704, "phi3_mini": 3_821_079_552,
-    "gemma2_2b": 2_614_341_888, "gemma3_1b": 999_885_952,
+    "gemma2_2b": 2_614_341_888, "gemma3_1b": 999_885_952, "gpt_oss_20b": 20_914_757_184,
 }  # fmt: skip
 
 # From the published config.json files.
@@ -105,6 +107,16 @@ THEIRS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 4096, "sliding_window": 2047, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     },
+    "gpt_oss_20b": {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "vocab_size": 201_088,
+        "max_position_embeddings": 131_072, "sliding_window": 128, "tie_word_embeddings": False,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150_000, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096, "truncate": False,
+        },
+    },
     "gemma2_2b": GEMMA | {
         "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 256_000, "max_position_embeddings": 8192, "sliding_window": 4096,
@@ -138,9 +150,11 @@ def test_preset_has_the_published_parameter_count(name: str) -> None:
     assert size(on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(("name", "active"), [("qwen3_moe_30b", 3.35e9), ("mixtral_8x7b", 12.88e9)])
+@pytest.mark.parametrize(
+    ("name", "active"), [("qwen3_moe_30b", 3.35e9), ("mixtral_8x7b", 12.88e9), ("gpt_oss_20b", 4.19e9)]
+)
 def test_active_parameters(name: str, active: float) -> None:
-    """Published as "3.3B" and "12.9B"."""
+    """Published as "3.3B" and "12.9B"; for gpt-oss, as "3.61B" without the embedding, which has 0.58B."""
     net = on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])
     assert size(net) - inactive_parameters(net) == pytest.approx(active, rel=2e-3)
 
@@ -166,7 +180,7 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
         assert (ours.feed_forward, config.activation_function) == ("gelu", "gelu_new")
         assert type(block.attention_norm) is type(other.ln_1) is nn.LayerNorm
         return
-    if ours.feed_forward == "moe":  # whose files have other tensors than the model of transformers
+    if family in ("Mixtral", "Qwen3Moe"):  # whose files have other tensors than the model of transformers
         shapes = [
             sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])
         ]
@@ -185,9 +199,13 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     rotates = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in theirs.model.layers]
     skip_every = ours.rotary_skip_every or ours.n_layer + 1
     assert rotates == [(layer + 1) % skip_every != 0 for layer in range(ours.n_layer)]
-    if family == "Phi3":
+    if family in ("Phi3", "GptOss"):
         assert ours.sliding_window == config.sliding_window
     assert ours.norm_eps == config.rms_norm_eps
+    if family == "GptOss":
+        kinds = [kind == "sliding_attention" for kind in config.layer_types]
+        assert [ours.is_local(layer) for layer in range(ours.n_layer)] == kinds
+        assert (ours.n_experts, ours.experts_per_token) == (config.num_local_experts, config.num_experts_per_tok)
     if "gemma" in name:
         assert (ours.feed_forward, config.hidden_activation) == ("geglu", "gelu_pytorch_tanh")
         assert (ours.norm, ours.norm_placement) == ("zero_centered_rmsnorm", "sandwich")
@@ -208,7 +226,8 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
         torch.testing.assert_close(found, rotary.sliding_attention_inv_freq, rtol=1e-5, atol=0)
     found, ours_factor = rotary_frequencies(ours, ours.rotary_width)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    assert ours_factor == factor == 1.0
+    assert ours_factor == factor
+    assert (factor == 1) == (family != "GptOss")
 
 
 @pytest.mark.parametrize(("name", "millions"), [("nano", 0.8), ("micro", 3.9), ("mini", 17.7)])
