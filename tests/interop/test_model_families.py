@@ -131,6 +131,17 @@ def test_rotations_that_depend_on_the_length(published: Published, case: str) ->
         text = torch.cat((text, torch.tensor([[token]])), 1)
 
 
+@pytest.mark.parametrize("case", ["gpt_oss", "gemma3"])
+def test_cached_generation_beyond_the_window(published: Published, case: str) -> None:
+    reference, folder = published(case)
+    text = ids(4)[:1]
+    found = generate(network(read_hf_checkpoint(folder)), text.tolist(), 20, Sampling(temperature=0.0), [0], -1)
+    for token in (token for _, token in found if token is not None):
+        assert token == logits(reference, text)[0, -1].argmax()
+        text = torch.cat((text, torch.tensor([[token]])), 1)
+    assert text.size(1) == 24
+
+
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The model loaded by ``AutoModel``, and its report of missing and unexpected names."""
     model, loading_info = library().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
