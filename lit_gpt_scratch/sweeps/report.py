@@ -79,7 +79,7 @@ class SweepReport:
             "report.html": self.html(),
         }
         if self.scaling is not None and self.scaling.fit is not None:
-            files[SCALING_LAW_FILE] = self.scaling.to_json(f"{self.metric} of the runs of {self.command}")
+            files[SCALING_LAW_FILE] = self.scaling.to_json(self.metric, f"the runs of {self.command}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():

@@ -6,6 +6,10 @@ starts. Two mistakes of the original fit are avoided (https://arxiv.org/abs/2404
 losses, not their mean, and the minimizer runs to full precision, because it otherwise stops early, with wrong
 coefficients and intervals that are far too narrow.
 
+In this law, more tokens improve models of all sizes by the same amount. Very small models improve less than larger
+ones, which ``L(N, D) = E + (A / N**alpha + B / D**beta)**gamma`` describes (https://arxiv.org/abs/2502.08606); with
+``E = 0``, it is the law of https://arxiv.org/abs/2001.08361. It is used if it predicts left-out points better.
+
 N counts all parameters, including the embedding and the output head. Without them, the exponents of models as small as
 these, of which the embeddings are a large part, do not carry over to larger models (https://arxiv.org/abs/2406.12907).
 """
@@ -33,24 +37,36 @@ It is about twice the standard deviation between seeds of runs of a few minutes.
 noise; here it would minimize the absolute residuals, whose optimum is less precise.
 """
 MIN_SETTINGS: Final = 3
-"""Minimum number of distinct sizes, and of distinct token counts, that identify all five coefficients."""
+"""Minimum number of distinct sizes, and of distinct token counts, that identify the coefficients."""
+MIN_GAMMA, MAX_GAMMA = 0.05, 2.0
+"""Bounds of gamma."""
+MIN_POINTS: Final = 7
+"""Minimum number of points, with which the residuals of five fitted coefficients are not always near zero."""
+MIN_POINTS_FOR_GAMMA: Final = 12
+"""Minimum number of points, twice as many as the coefficients, with which fitting gamma is tried."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Coefficients of ``L(N, D) = E + A / N**alpha + B / D**beta``."""
+    """Coefficients of ``L(N, D) = E + (A / N**alpha + B / D**beta)**gamma``."""
 
     E: float
     A: float
     B: float
     alpha: float
     beta: float
+    gamma: float = 1.0
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
         """Return the loss of models with N ``parameters`` that are trained on D ``tokens``, both floats or arrays."""
-        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+        return self.E + (self.A * parameters**-self.alpha + self.B * tokens**-self.beta) ** self.gamma
+
+    def __str__(self) -> str:
+        """Return the law as a formula of N and D."""
+        terms = f"{self.A:.4g} / N^{self.alpha:.3f} + {self.B:.4g} / D^{self.beta:.3f}"
+        return f"{self.E:.3f} + {terms if self.gamma == 1 else f'({terms})^{self.gamma:.3f}'}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def compute_optimum(law: ScalingLaw, cost: TrainingCost, flops: float) -> Optimu
     """Return the numbers of parameters and tokens that minimize the loss for a number of training FLOPs.
 
     With ``C = k * N**g * D``, the derivative of the loss by N is zero at
-    ``N**(alpha + g * beta) = alpha * A / (g * beta * B) * (C / k)**beta``.
+    ``N**(alpha + g * beta) = alpha * A / (g * beta * B) * (C / k)**beta``, whatever gamma is.
     """
     g = cost.exponent
     ratio = law.alpha * law.A / (g * law.beta * law.B)
@@ -166,14 +182,17 @@ class Prediction:
         return f"{self.loss:.3f}, {self.confidence:.0%} interval {self.low:.3f} to {self.high:.3f}"
 
 
-def fit_scaling_law(parameters: Floats, tokens: Floats, losses: Floats, start: ScalingLaw | None = None) -> ScalingLaw:
+def fit_scaling_law(
+    parameters: Floats, tokens: Floats, losses: Floats, start: ScalingLaw | None = None, fits_gamma: bool = False
+) -> ScalingLaw:
     """Fit the law to runs.
 
     Args:
         parameters: (n,), number of parameters of each run.
         tokens: (n,), number of training tokens.
         losses: (n,), loss, such as bits per byte.
-        start: Only start of the minimizer; a grid of starts by default.
+        start: Only start of the minimizer; a grid of starts with gamma = 1 by default.
+        fits_gamma: Whether gamma is fitted, too; otherwise, it is 1.
 
     Raises:
         UserError: There are too few distinct sizes or token counts.
@@ -181,41 +200,53 @@ def fit_scaling_law(parameters: Floats, tokens: Floats, losses: Floats, start: S
     for name, values in (("sizes", parameters), ("token counts", tokens)):
         if (found := len(set(values.tolist()))) < MIN_SETTINGS:
             raise UserError(
-                f"scaling: the finished runs have {found} different {name}, but the five coefficients of the law "
-                f"require at least {MIN_SETTINGS}; add some under vary"
+                f"scaling: the finished runs have {found} different {name}, but the coefficients of the law require at "
+                f"least {MIN_SETTINGS}; add some under vary"
             )
     from scipy.optimize import minimize  # not installed with fit, which only evaluates a fitted law
 
-    # The terms are divided by their values at the geometric means, which makes the coefficients nearly independent.
+    # The terms are divided by their values at the geometric means, and raised to the power of gamma, which makes the
+    # coefficients nearly independent: a, alpha, b and beta below are those of the terms to the power of gamma.
     log_n, log_d, log_l = np.log(parameters), np.log(tokens), np.log(losses)
     center_n, center_d = log_n.mean(), log_d.mean()
     x, y = log_n - center_n, log_d - center_d
     lowest = float(losses.min())
 
     def objective(theta: Floats) -> tuple[float, Floats]:
-        e, a, b, alpha, beta = theta
-        terms = np.exp(np.stack([np.full_like(x, e), a - alpha * x, b - beta * y]))  # (3, n)
-        total = terms.sum(0)
+        e, a, b, alpha, beta, log_gamma = theta
+        gamma = math.exp(log_gamma)
+        terms = np.stack([a - alpha * x, b - beta * y]) / gamma  # (2, n)
+        log_sum = np.logaddexp(*terms)
+        reducible = np.exp(gamma * log_sum)
+        total = math.exp(e) + reducible
         residual = (np.log(total) - log_l) / HUBER_DELTA
         clipped = residual.clip(-1.0, 1.0)  # the derivative of the Huber loss
         value = float((clipped * (residual - 0.5 * clipped)).sum())
-        shares = terms / total * clipped / HUBER_DELTA
-        by_alpha, by_beta = -(shares[1] * x).sum(), -(shares[2] * y).sum()
-        return value, np.array([*shares.sum(1), by_alpha, by_beta])
+        slope = clipped / HUBER_DELTA / total  # by the loss of the law
+        shares = np.exp(terms - log_sum)  # (2, n)
+        by_a, by_b = slope * reducible * shares
+        by_gamma = slope * reducible * gamma * (log_sum - (shares * terms).sum(0))
+        gradient = [slope * math.exp(e), by_a, by_b, -by_a * x, -by_b * y, by_gamma]
+        return value, np.stack(gradient).sum(1)
 
     if start is not None:
         a, b = math.log(start.A) - start.alpha * center_n, math.log(start.B) - start.beta * center_d
-        starts = [[math.log(start.E), a, b, start.alpha, start.beta]]
+        terms = [start.gamma * each for each in (a, b, start.alpha, start.beta)]
+        starts = [[math.log(start.E), *terms, math.log(start.gamma)]]
     else:
         rest = [math.log((float(np.median(losses)) - share * lowest) / 2) for share in (0.3, 0.6, 0.9)]
         floors = [math.log(share * lowest) for share in (0.3, 0.6, 0.9)]
         exponents = list(itertools.product((0.3, 0.6, 1.2), repeat=2))
-        starts = [[e, r, r, *each] for (e, r), each in itertools.product(zip(floors, rest, strict=True), exponents)]
+        grid = itertools.product(zip(floors, rest, strict=True), exponents)
+        starts = [[e, r, r, *each, 0.0] for (e, r), each in grid]
     bounds = [(math.log(1e-3 * lowest), math.log(lowest)), (-12, 5), (-12, 5), (0.01, 3.0), (0.01, 3.0)]
+    bounds.append((math.log(MIN_GAMMA), math.log(MAX_GAMMA)) if fits_gamma else (0.0, 0.0))
     options = {"maxiter": 2000, "maxfun": 10_000, "ftol": 1e-13, "gtol": 1e-8}
     fits = [minimize(objective, each, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for each in starts]
-    e, a, b, alpha, beta = map(float, min(fits, key=lambda fit: float(fit.fun)).x)
-    return ScalingLaw(math.exp(e), math.exp(a + alpha * center_n), math.exp(b + beta * center_d), alpha, beta)
+    e, a, b, alpha, beta, log_gamma = map(float, min(fits, key=lambda fit: float(fit.fun)).x)
+    gamma = math.exp(log_gamma)
+    a, alpha, b, beta = a / gamma, alpha / gamma, b / gamma, beta / gamma
+    return ScalingLaw(math.exp(e), math.exp(a + alpha * center_n), math.exp(b + beta * center_d), alpha, beta, gamma)
 
 
 @dataclass(frozen=True)
@@ -225,9 +256,9 @@ class LadderFit:
     The residuals are resampled, not the runs: sizes and token counts are chosen, not drawn, and without some of them a
     resample would not identify the coefficients. All runs of a point (its seeds) receive the residuals of one other
     point, because they share the deviation of the true loss from the law. Residuals are multiplied by
-    ``sqrt(n / (n - 5))`` for n points, because five fitted coefficients make them smaller. The quantiles are as far out
-    as those of Student's t distribution with n - 5 degrees of freedom, because bootstrap intervals of few points are
-    otherwise too narrow (expanded percentile intervals, https://arxiv.org/abs/1411.5279).
+    ``sqrt(n / (n - k))`` for n points and k fitted coefficients, because the fit makes them smaller. The quantiles are
+    as far out as those of Student's t distribution with n - k degrees of freedom, because bootstrap intervals of few
+    points are otherwise too narrow (expanded percentile intervals, https://arxiv.org/abs/1411.5279).
 
     Args:
         points: Sizes and training lengths with their losses.
@@ -241,8 +272,44 @@ class LadderFit:
 
     @cached_property
     def law(self) -> ScalingLaw:
-        """Law fitted to all runs."""
-        return fit_scaling_law(*self._columns, self._losses)
+        """Law fitted to all runs, with the gamma that predicts left-out points better: 1, or a fitted one.
+
+        Raises:
+            UserError: There are too few points, sizes or token counts.
+        """
+        law = fit_scaling_law(*self._columns, self._losses)
+        if len(self.points) < MIN_POINTS:
+            raise UserError(
+                f"scaling: {len(self.points)} trials have finished, but a law with intervals requires at least "
+                f"{MIN_POINTS}; add sizes or training lengths under vary"
+            )
+        if len(self.points) < MIN_POINTS_FOR_GAMMA:
+            return law
+        general = fit_scaling_law(*self._columns, self._losses, law, fits_gamma=True)
+        return min(law, general, key=self.prediction_error)
+
+    def prediction_error(self, law: ScalingLaw) -> float:
+        """Return the root mean square error of log L in leave-one-out cross-validation of the points.
+
+        Args:
+            law: Law fitted to all points, from which the minimizer starts; gamma is only fitted if it is not 1 here.
+        """
+        (parameters, tokens), losses = self._columns, self._losses
+        owner = np.repeat(np.arange(len(self.points)), [len(point.losses) for point in self.points])
+        errors = []
+        for index, point in enumerate(self.points):
+            rest = owner != index
+            try:
+                fitted = fit_scaling_law(parameters[rest], tokens[rest], losses[rest], law, law.gamma != 1)
+            except UserError:  # without this point, there are too few sizes or token counts
+                continue
+            errors.append(math.log(point.mean / fitted.loss(point.parameters, point.tokens)))
+        return math.sqrt(np.mean(np.square(errors))) if errors else math.inf
+
+    @property
+    def n_coefficients(self) -> int:
+        """Number of fitted coefficients."""
+        return 5 if self.law.gamma == 1 else 6
 
     @cached_property
     def cost(self) -> TrainingCost:
@@ -253,8 +320,8 @@ class LadderFit:
     @cached_property
     def residuals(self) -> list[Floats]:
         """Corrected residuals of log L, one array per point."""
-        n = len(self.points)
-        correction = math.sqrt(n / (n - 5)) if n > 5 else 1.0
+        n, k = len(self.points), self.n_coefficients
+        correction = math.sqrt(n / (n - k)) if n > k else 1.0
         return [
             correction * np.log(np.array(point.losses) / self.law.loss(point.parameters, point.tokens))
             for point in self.points
@@ -272,7 +339,8 @@ class LadderFit:
                 np.resize(random.permutation(self.residuals[source]), len(point.losses))
                 for point, source in zip(self.points, random.integers(n, size=n), strict=True)
             ]
-            laws.append(fit_scaling_law(parameters, tokens, fitted * np.exp(np.concatenate(drawn)), self.law))
+            resampled = fitted * np.exp(np.concatenate(drawn))
+            laws.append(fit_scaling_law(parameters, tokens, resampled, self.law, self.law.gamma != 1))
         return laws
 
     def intervals(self, values: Callable[[ScalingLaw], Sequence[float]]) -> list[Interval]:
@@ -281,8 +349,8 @@ class LadderFit:
         return [self._interval(value, column) for value, column in zip(values(self.law), samples.T, strict=True)]
 
     def coefficients(self) -> dict[str, Interval]:
-        """Return the coefficients with their intervals, keyed by name."""
-        return dict(zip(asdict(self.law), self.intervals(astuple), strict=True))
+        """Return the fitted coefficients with their intervals, keyed by name."""
+        return dict(list(zip(asdict(self.law), self.intervals(astuple), strict=True))[: self.n_coefficients])
 
     def optimum(self, flops: float) -> dict[str, Interval]:
         """Return the fields of the compute-optimal model with their intervals, keyed by name."""
@@ -313,6 +381,6 @@ class LadderFit:
     def _interval(self, value: float, samples: Floats) -> Interval:
         from scipy.special import ndtr, stdtrit
 
-        tail = float(ndtr(stdtrit(max(1, len(self.points) - 5), (1 - CONFIDENCE) / 2)))
+        tail = float(ndtr(stdtrit(max(1, len(self.points) - self.n_coefficients), (1 - CONFIDENCE) / 2)))
         low, high = np.quantile(samples, [tail, 1 - tail])
         return Interval(float(value), float(low), float(high))

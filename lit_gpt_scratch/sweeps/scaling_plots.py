@@ -109,7 +109,8 @@ def plot_predictions(
     with plot_style():
         figure, axes = new_figure(height=5.2)
         x = [each.value for each in intervals]
-        errors = [[each.value - each.low for each in intervals], [each.high - each.value for each in intervals]]
+        bounds = [(each.value - each.low, each.high - each.value) for each in intervals]
+        errors = np.maximum(0, bounds).T  # (2, points); a resampled law can be on one side only
         axes.errorbar(
             x, [point.mean for point in points], xerr=errors, fmt="o", capsize=3, label="fitted trials, mean over seeds"
         )

@@ -26,13 +26,17 @@ SCALING_LAW_FILE: Final = "scaling_law.json"
 """File in the sweep's folder that contains the fitted law."""
 RECORDED: Final = ("parameters", "tokens", "flops_per_token")
 """Values in ``summary.json`` to which a scaling law is fitted, in addition to the metric."""
+TOKENS_TOLERANCE: Final = 0.02
+"""Relative difference of token counts that rounding a training length to optimizer steps explains."""
 N_BUDGETS: Final = 4
 """Number of compute budgets in the table of optima and in the isoFLOP plot."""
 SCALING_METHOD: Final = (
     "The law is fitted to all runs except those of the held-out trial, by minimizing the Huber loss of the residuals "
-    "of log L (https://arxiv.org/abs/2203.15556, approach 3). N counts all parameters, D all training tokens, as the "
-    f"runs recorded them. Intervals are {CONFIDENCE:.0%} bootstrap intervals over the residuals of the trials; those "
-    "of predictions include the noise between seeds. They assume that the law also holds beyond the measured range."
+    "of log L (https://arxiv.org/abs/2203.15556, approach 3). Its two terms are raised to a common power if that "
+    "predicts left-out trials better (https://arxiv.org/abs/2502.08606). N counts all parameters, D all training "
+    f"tokens, as the runs recorded them. Intervals are {CONFIDENCE:.0%} bootstrap intervals over the residuals of the "
+    "trials; those of predictions include the noise between seeds. They assume that the law also holds beyond the "
+    "measured range."
 )
 
 
@@ -87,7 +91,7 @@ class ScalingAnalysis:
         law, largest = self.fit.law, self.budgets[-1]
         best = compute_optimum(law, self.fit.cost, largest)
         text = (
-            f"{metric} = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}. "
+            f"{metric} = {law}. "
             f"For {largest:.3g} FLOPs, {format_amount(best.parameters)} parameters and {format_amount(best.tokens)} "
             f"tokens are optimal, {best.tokens / best.parameters:.2g} tokens per parameter."
         )
@@ -145,16 +149,18 @@ class ScalingAnalysis:
             yield plot_isoflops(self.fit, points, self.budgets, metric)
             yield plot_predictions(self.fit, points, self.held_out, self.prediction, metric)
 
-    def to_json(self, origin: str) -> str:
+    def to_json(self, metric: str, origin: str) -> str:
         """Return the fitted law, its intervals and its measured range as JSON.
 
         Args:
+            metric: Name of the loss.
             origin: Where the runs come from, for readers of the file.
         """
         assert self.fit is not None
         points = self.points.values()
         content: dict[str, Any] = {
             "origin": origin,
+            "metric": metric,
             "law": asdict(self.fit.law),
             "intervals": {name: [each.low, each.high] for name, each in self.fit.coefficients().items()},
             "cost": asdict(self.fit.cost),
@@ -212,6 +218,12 @@ def predict_held_out(sweep: SweepConfig, trials: Sequence[TrialResult]) -> Predi
         if not same:
             raise UserError(f"scaling: no run with the {what} of the held-out trial has finished, so it is unknown")
         like[what] = same[0]
+        amounts = [point.tokens for point in same]
+        if what == "training length" and max(amounts) > (1 + TOKENS_TOLERANCE) * min(amounts):
+            raise UserError(
+                f"scaling: runs with the training length of the held-out trial have {format_amount(min(amounts))} to "
+                f"{format_amount(max(amounts))} tokens, so its number of tokens is unknown; vary budget.tokens"
+            )
     fit = LadderFit(tuple(found.values()))
     size, tokens = like["size"], like["training length"].tokens
     interval = fit.predict(size.parameters, tokens)

@@ -151,13 +151,17 @@ class SweepConfig:
             raise UserError(f"scaling: unknown key {shorten(min(map(str, unknown)))}; the only valid key is hold_out")
         if self.method != "grid":
             raise UserError(f"scaling: method is {self.method}; the sizes and training lengths must form a grid")
+        if self.direction != "minimize":
+            raise UserError(f"scaling: direction is {self.direction}; the law describes a loss, which is minimized")
         lengths = self.length_dimensions
+        if lengths & {"trainer.max_time", BUDGET_PREFIX + "minutes"}:
+            raise UserError("scaling: the number of tokens of a run in minutes is unknown; vary budget.tokens")
         for what, names in (("training lengths (budget.tokens)", lengths), ("sizes", self.vary.keys() - lengths)):
             found = math.prod(len(self.vary[name].grid()) for name in names)
             if found < MIN_SETTINGS:
                 raise UserError(
-                    f"scaling: vary has {found if names else 'no'} different {what}, but the five coefficients of the "
-                    f"law require at least {MIN_SETTINGS}"
+                    f"scaling: vary has {found if names else 'no'} different {what}, but the coefficients of the law "
+                    f"require at least {MIN_SETTINGS}"
                 )
         held_out = self.held_out
         if held_out is None:

@@ -62,8 +62,10 @@ def test_held_out_trial_is_predicted_before_it_starts(run_sweep: RunSweep, tmp_p
         assert title in page
     assert "| held out | 900K | 400K |" in text
     law = json.loads((runs / "scaling_law.json").read_text())
-    assert law["origin"] == "val/bits_per_byte of the runs of python -m lit_gpt_scratch.sweep s.yaml"
-    assert law["law"].keys() == law["intervals"].keys() == {"E", "A", "B", "alpha", "beta"}
+    assert law["origin"] == "the runs of python -m lit_gpt_scratch.sweep s.yaml"
+    assert law["metric"] == "val/bits_per_byte"
+    assert law["law"].keys() - law["intervals"].keys() == {"gamma"}
+    assert law["law"]["gamma"] == 1.0
     assert law["cost"]["factor"] == pytest.approx(6)
     assert law["n_runs"] == 16
 
@@ -116,7 +118,10 @@ GRID = "vary: {size: {s: {a: 1}, m: {a: 2}, l: {a: 3}}, budget.tokens: [1, 2, 3]
             GRID + "scaling: {}\nmethod: tpe\ntrials: 9",
             "method is tpe; the sizes and training lengths",
         ),
-        (GRID.replace(", l: {a: 3}", "") + "scaling: {}", "vary has 2 different sizes, but the five coefficients"),
+        (GRID.replace(", l: {a: 3}", "") + "scaling: {}", "vary has 2 different sizes, but the coefficients"),
+        (GRID + "scaling: {}\ndirection: maximize", "direction is maximize; the law describes a loss"),
+        (GRID.replace("tokens", "minutes") + "scaling: {}", "tokens of a run in minutes is unknown"),
+        (GRID.replace("budget.tokens", "trainer.max_time") + "scaling: {}", "vary budget.tokens"),
         (GRID.replace("[1, 2, 3]", "[1, 2]") + "scaling: {}", "vary has 2 different training lengths"),
         ("vary: {a: [1, 2, 3]}\nscaling: {}", "vary has no different training lengths"),
         ("vary: {budget.token: [1]}", "budget is token; it must be one of steps, tokens, minutes"),
