@@ -4,7 +4,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
@@ -54,9 +54,9 @@ class Throughput(Callback):
       busy does not count. They are not logged on other accelerators, whose timers cannot be read without
       synchronizing the device.
     - ``throughput/model_flops_utilisation``: achieved FLOP/s divided by peak FLOP/s. A token takes ``6N + 12LdT`` FLOPs
-      (see ``training_flops_per_token``). The peak is the data sheet's FLOP/s for dense matmuls on this GPU in this
-      precision or, if it is unknown, the FLOP/s of a matmul measured at the start (see ``peak_flops``). Logged only for
-      tasks whose ``net`` is a ``GPT``.
+      for rows of T tokens (see ``training_flops_per_token``). The peak is the data sheet's FLOP/s for dense matmuls on
+      this GPU in this precision or, if it is unknown, the FLOP/s of a matmul measured at the start (see
+      ``peak_flops``). Logged only for tasks whose ``net`` is a ``GPT``.
     - ``throughput/peak_memory_gigabytes``: maximum across all ranks, including validation; see ``peak_memory``.
 
     Only training is timed; validation, sampling, checkpointing and the first step, which compiles, are excluded. The
@@ -80,13 +80,16 @@ class Throughput(Callback):
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
         self._memory: float | None = None
         self.flops_per_token = 0
-        """FLOPs per training token (see ``training_flops_per_token``), or 0 if the task's ``net`` is not a ``GPT``."""
+        """FLOPs per training token at full context length, or 0 if the task's ``net`` is not a ``GPT``."""
+        self.flops = 0
+        """FLOPs of the ``timed_tokens``, as counted by ``training_flops_per_token``."""
+        self._flops_at_length: Callable[[int], int] | None = None
         self._timer = StepTimer(torch.device("cpu"))
         self._loader_timer = DataLoaderTimer(PassThroughProfiler())
         self._batch_started = 0.0
         self._is_warm = False
         self._step = 0
-        self._window_tokens = 0
+        self._window_tokens = self._window_flops = 0
         self._window_seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,6 +103,7 @@ class Throughput(Callback):
         net = getattr(pl_module, "net", None)
         if isinstance(net, GPT):
             self.flops_per_token = training_flops_per_token(net)
+            self._flops_at_length = cache(partial(training_flops_per_token, net))
             peaks = peak_flops(pl_module.device, matmul_dtype(trainer, pl_module))
             self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
         if pl_module.device.type == "cuda":
@@ -140,6 +144,8 @@ class Throughput(Callback):
         if self._timer.running:
             now = time.perf_counter()
             self._window_tokens += tokens
+            if self._flops_at_length is not None:
+                self._window_flops += tokens * self._flops_at_length(batch["input_ids"].shape[-1])
             self._window_seconds += now - self._batch_started
             self._batch_started = now
         self._is_warm = self._is_warm or stepped
@@ -166,9 +172,9 @@ class Throughput(Callback):
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         phases = self._timer.take()
         counts, figures = {"tokens": float(self.tokens)}, time_shares(phases)
-        if self._close_window(phases):
+        if (flops_per_second := self._close_window(phases)) is not None:
             counts["tokens_per_second"] = self.tokens_per_second
-            utilization = list(self.utilization(self.tokens_per_second).values())
+            utilization = list(self.utilization(flops_per_second).values())
             figures |= {"model_flops_utilisation": utilization[0]} if utilization else {}
         memory = self._peak_gigabytes(pl_module.device)
         figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
@@ -179,31 +185,37 @@ class Throughput(Callback):
         """Mean training speed of this session in tokens per second, or None if no step has been timed yet."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
-    def utilization(self, tokens_per_second: float) -> dict[str, float]:
+    def utilization(self, flops_per_second: float) -> dict[str, float]:
         """Return the model FLOPs utilization at the given speed relative to each peak FLOP/s in ``peaks``."""
-        return {kind: tokens_per_second * self.flops_per_token / peak for kind, peak in self.peaks.items()}
+        return {kind: flops_per_second / peak for kind, peak in self.peaks.items()}
 
     @property
     def figures(self) -> dict[str, Any]:
         """Throughput metrics of this session: time fraction per phase, utilization, peak TFLOP/s and peak memory."""
         return {
             **time_shares(self._phase_seconds),
-            "model_flops_utilisation": self.utilization(self.mean) if self.mean else {},
+            "model_flops_utilisation": self.utilization(self.flops / self.seconds) if self.seconds else {},
             "peak_teraflops": {kind: peak / 1e12 for kind, peak in self.peaks.items()},
             "peak_memory_gigabytes": self._memory,
         }
 
-    def _close_window(self, phases: dict[str, float]) -> bool:
-        """Add the time since the last call to the totals and update the speed; return False if no step was timed."""
+    def _close_window(self, phases: dict[str, float]) -> float | None:
+        """Add the time since the last call to the totals and update the speed.
+
+        Returns:
+            FLOP/s since the last call, or None if no step was timed.
+        """
         for phase, seconds in phases.items():
             self._phase_seconds[phase] += seconds
         if not self._window_seconds:
-            return False
+            return None
         self.timed_tokens += self._window_tokens
+        self.flops += self._window_flops
         self.seconds += self._window_seconds
         self.tokens_per_second = self._window_tokens / self._window_seconds
-        self._window_tokens, self._window_seconds = 0, 0.0
-        return True
+        flops_per_second = self._window_flops / self._window_seconds
+        self._window_tokens, self._window_flops, self._window_seconds = 0, 0, 0.0
+        return flops_per_second
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the steps that have not been logged yet to the totals, and restore the user's profiler."""

@@ -140,14 +140,18 @@ def host_memory(cgroups: Path = CGROUPS, membership: Path = CGROUP_MEMBERSHIP) -
     return min(limits)
 
 
-def training_flops_per_token(net: GPT) -> int:
-    """Return the number of floating-point operations per token for a forward and backward pass at full context length.
+def training_flops_per_token(net: GPT, length: int | None = None) -> int:
+    """Return the number of floating-point operations per token for a forward and backward pass.
 
     The count follows appendix B of the PaLM paper (https://arxiv.org/abs/2204.02311): 6 operations per weight of a
     linear layer, and 12 * n_layer * n_head * head_dim * T for attention, including the half that the causal mask
     removes. The backward pass requires twice as many operations as the forward pass.
+
+    Args:
+        net: The network.
+        length: Number of tokens per sequence (T); the context length by default.
     """
-    return 3 * flops_per_token(net, net.block_size)
+    return 3 * flops_per_token(net, net.block_size if length is None else length)
 
 
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
