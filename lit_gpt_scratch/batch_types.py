@@ -105,7 +105,7 @@ class BatchLayout(NamedTuple):
     Attributes:
         batch_size: Number of rows per micro-batch and data-parallel rank.
         replicas: Number of data-parallel ranks.
-        accumulate: Number of micro-batches per optimizer step.
+        accumulate: Number of micro-batches per optimizer step; if it grows during the run, the final number.
     """
 
     batch_size: int
@@ -184,6 +184,8 @@ class DataInfo:
         stop_ids: Token ids at which generation stops, or an empty set if it stops only at ``end_of_text``.
         published: Fields of the tokenizer's ``PublishedSettings``, which are stored in checkpoints, or None if the
             tokenizer does not belong to a published model.
+        shortest_window: Number of tokens per window in the first stage of a run in which windows grow to
+            ``block_size``, or None if they do not grow.
     """
 
     name: str
@@ -202,3 +204,4 @@ class DataInfo:
     prompts: PromptSource | None = None
     stop_ids: frozenset[int] = frozenset()
     published: dict[str, Any] | None = None
+    shortest_window: int | None = None

@@ -7,7 +7,7 @@ if another module of this package accesses a private attribute.
 import math
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +19,7 @@ from jsonargparse._common import parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -73,18 +73,69 @@ def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
     fit_loop_state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
 
 
+class StagedAccumulation(Callback):
+    """Callback that sets ``trainer.accumulate_grad_batches`` before each micro-batch; it must precede other callbacks.
+
+    Unlike in a ``GradientAccumulationScheduler``, the number may change within an epoch.
+
+    Args:
+        phases: First micro-batch, end (exclusive), and micro-batches per step of each phase of the run. Micro-batches
+            are counted from the start of the run, and phases contain only whole steps.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, float, int]]) -> None:
+        self.phases = phases
+        self.current = phases[0][2]
+        """Number of micro-batches in the current step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the number for the last micro-batch before a resumed run continues, which ended a step."""
+        self._set_accumulation(trainer, max(trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1, 0))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the number for this micro-batch."""
+        self._set_accumulation(trainer, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the final number, with which another run may start."""
+        trainer.accumulate_grad_batches = self.phases[-1][2]
+
+    def _set_accumulation(self, trainer: Trainer, batch_idx: int) -> None:
+        micro_batch = trainer.current_epoch * trainer.num_training_batches + batch_idx
+        self.current = next(size for _, end, size in self.phases if micro_batch < end)
+        trainer.accumulate_grad_batches = self.current
+
+
+def schedule_accumulation(trainer: Trainer, phases: Sequence[tuple[int, float, int]]) -> None:
+    """Add a ``StagedAccumulation`` to a trainer, in place of an earlier one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    others = [callback for callback in callbacks if not isinstance(callback, StagedAccumulation)]
+    trainer.callbacks = [StagedAccumulation(phases), *others]  # type: ignore[attr-defined]  # as above
+
+
+def staged_accumulation(trainer: Trainer, constant: int) -> int:
+    """Return the number of micro-batches in the current step that a ``StagedAccumulation`` sets, or else ``constant``.
+
+    Another callback may have set ``trainer.accumulate_grad_batches`` to a different number.
+    """
+    callbacks = _accumulation_callbacks(trainer)
+    return next((each.current for each in callbacks if isinstance(each, StagedAccumulation)), constant)
+
+
 def planned_steps(trainer: Trainer) -> float:
     """Return the number of optimizer steps that the step and epoch limits allow, or infinity without limits.
 
-    Unlike ``estimated_stepping_batches``, this number accounts for a ``GradientAccumulationScheduler``.
+    Unlike ``estimated_stepping_batches``, this number accounts for callbacks that change the accumulation.
     """
     steps = trainer.estimated_stepping_batches  # also sets up the dataloader, on which the number of batches depends
-    if trainer.max_epochs in (None, -1) or _accumulation_scheduler(trainer) is None:
+    if trainer.max_epochs in (None, -1) or not _accumulation_callbacks(trainer):
         return steps
-    limit = max(trainer.max_epochs or 0, 1)
+    per_epoch = int(trainer.num_training_batches)
+    length = max(trainer.max_epochs or 0, 1) * per_epoch
     total = sum(
-        math.ceil(trainer.num_training_batches / accumulate) * max(0, min(last, limit) - first)
-        for first, last, accumulate in _accumulation_by_epoch(trainer)
+        _count_steps(min(end, length), per_epoch, size) - _count_steps(first, per_epoch, size)
+        for first, end, size in _accumulation_phases(trainer)
+        if first < length
     )
     return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
 
@@ -93,29 +144,39 @@ def batches_in_steps(trainer: Trainer, steps: int) -> int:
     """Return the number of micro-batches in the first ``steps`` steps; the last step of an epoch may be shorter."""
     if math.isinf(trainer.num_training_batches):
         return steps * trainer.accumulate_grad_batches
-    batches, per_epoch = 0, int(trainer.num_training_batches)
-    for first, last, accumulate in _accumulation_by_epoch(trainer):
-        steps_per_epoch = math.ceil(per_epoch / accumulate)
-        epochs = int(min(last - first, steps // steps_per_epoch))
-        batches, steps = batches + epochs * per_epoch, steps - epochs * steps_per_epoch
-        if first + epochs < last:
-            return batches + min(steps * accumulate, per_epoch)
+    per_epoch, batches = int(trainer.num_training_batches), 0
+    for first, end, size in _accumulation_phases(trainer):
+        steps += _count_steps(first, per_epoch, size)  # as if the whole run had steps of this size
+        epochs, rest = divmod(steps, math.ceil(per_epoch / size))
+        batches = epochs * per_epoch + min(rest * size, per_epoch)
+        if batches <= end:
+            break
+        steps -= _count_steps(end, per_epoch, size)
     return batches
 
 
-def _accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
+def _count_steps(batches: float, per_epoch: int, size: int) -> int:
+    """Return the number of steps of ``size`` micro-batches in the first ``batches`` micro-batches of a run."""
+    epochs, rest = divmod(int(batches), per_epoch)
+    return epochs * math.ceil(per_epoch / size) + math.ceil(rest / size)
+
+
+def _accumulation_callbacks(trainer: Trainer) -> list[StagedAccumulation | GradientAccumulationScheduler]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
-    return next((each for each in callbacks if isinstance(each, GradientAccumulationScheduler)), None)
+    return [each for each in callbacks if isinstance(each, StagedAccumulation | GradientAccumulationScheduler)]
 
 
-def _accumulation_by_epoch(trainer: Trainer) -> Iterator[tuple[int, float, int]]:
-    """Yield (first epoch, end epoch, micro-batches per step) for each phase of the gradient accumulation schedule."""
-    scheduler = _accumulation_scheduler(trainer)
-    if scheduler is None:
+def _accumulation_phases(trainer: Trainer) -> Iterator[tuple[int, float, int]]:
+    """Yield (first micro-batch, end, micro-batches per step) for each phase of the run."""
+    callback = next(iter(_accumulation_callbacks(trainer)), None)
+    if callback is None:
         yield 0, math.inf, trainer.accumulate_grad_batches
-        return
-    for first, last in zip(scheduler.epochs, [*scheduler.epochs[1:], math.inf], strict=True):
-        yield first, last, scheduler.get_accumulate_grad_batches(first)
+    elif isinstance(callback, StagedAccumulation):
+        yield from callback.phases
+    else:
+        per_epoch = int(trainer.num_training_batches)
+        for first, end in zip(callback.epochs, [*callback.epochs[1:], math.inf], strict=True):
+            yield first * per_epoch, end * per_epoch, callback.get_accumulate_grad_batches(first)
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:

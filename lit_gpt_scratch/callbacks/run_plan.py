@@ -15,7 +15,7 @@ from lit_gpt_scratch.callbacks.introspection import PARAMETER_PARTS, printable_t
 from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration, pluralize
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, count_validated_rows
-from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
+from lit_gpt_scratch.callbacks.throughput import FIRST_STEPS, TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.diagnostics.config_rules import (
@@ -125,8 +125,9 @@ class RunPlan(RunDirCallback):
         if math.isfinite(steps):
             tokens = planned_tokens(trainer, data, int(steps))
             done = f" ({self._first_step:,} done)" if self._first_step else ""
+            mean = " on average" if data.tokens_per_step_stages is not None else ""
             length = (
-                f"{pluralize(int(steps), 'step')}{done} of {tokens_per_step(trainer, data):,} {unit}: "
+                f"{pluralize(int(steps), 'step')}{done} of {tokens_per_step(trainer, data):,} {unit}{mean}: "
                 f"{format_count(tokens)} {unit}{note}, {_describe_epochs(trainer, data, tokens)}, "
                 f"{format_count(tokens / total)} {unit} per parameter"
             )
@@ -163,12 +164,13 @@ class RunPlan(RunDirCallback):
 
     def _time(self, trainer: L.Trainer, seconds: float) -> str:
         data: BaseDataModule = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        tokens = tokens_per_step(trainer, data)
+        done = self._first_step if self.only else trainer.global_step
+        first = self._first_step + 1  # the first step is not timed
+        tokens = _tokens_between(trainer, data, first, first + FIRST_STEPS) / FIRST_STEPS
         measured = f"{1000 * seconds:.0f} ms per step, {tokens / seconds:,.0f} tokens per second"
         steps = planned_steps(trainer)
         if not math.isfinite(steps):
             return measured
-        done = self._first_step if self.only else trainer.global_step
         if steps == done:
             return measured
         # A forward pass takes about a third of a training step.
@@ -176,9 +178,11 @@ class RunPlan(RunDirCallback):
         validation = rows * data.block_size * data.windows_per_row / tokens * seconds / 3
         validations = self._validations(trainer, done, int(steps)) if rows else 0
         left = f"{measured}; about {{}} for {pluralize(int(steps) - done, 'step')}"
+        # Later steps may have more tokens than the timed ones.
+        training = _tokens_between(trainer, data, done, int(steps)) / tokens * seconds
         if validations is None:
-            return left.format(format_duration((steps - done) * seconds)) + ", without validation"
-        total = (steps - done) * seconds + validations * validation
+            return left.format(format_duration(training)) + ", without validation"
+        total = training + validations * validation
         return left.format(format_duration(total)) + " and " + pluralize(validations, "validation run")
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int | None:
@@ -244,6 +248,13 @@ def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
         yield "data", f"{data.origin}: {', '.join(sizes)}{ratio}"
     if isinstance(data.train_dataset, PackedDataset):
         yield "windows", _describe_windows(data.train_dataset, data.block_size, data.packing or "packed")
+    for stages, final, unit in (
+        (data.block_size_stages, data.block_size, "tokens per window"),
+        (data.tokens_per_step_stages, data.tokens_per_step, "tokens per step"),
+    ):
+        if stages is not None:
+            growth = ", ".join(f"{size:,} until {end:.3g} of the run" for end, size in stages)
+            yield "stages", f"{unit}: {growth}, then {final:,}"
 
 
 def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> str:
@@ -268,6 +279,10 @@ def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
 def planned_tokens(trainer: L.Trainer, data: BaseDataModule, steps: int) -> int:
     """Return the number of token positions in ``steps`` optimizer steps across all ranks, including padding."""
     return batches_in_steps(trainer, steps) * data.tokens_per_batch
+
+
+def _tokens_between(trainer: L.Trainer, data: BaseDataModule, first: int, end: int) -> int:
+    return planned_tokens(trainer, data, end) - planned_tokens(trainer, data, first)
 
 
 def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:

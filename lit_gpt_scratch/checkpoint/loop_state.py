@@ -64,7 +64,10 @@ def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: Bat
         return
     for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
         rows = counts["processed"] * before.rows_per_batch
-        _set_counts(counts, -(-rows // now.rows_per_step) * now.accumulate)
+        if before.rows_per_step == now.rows_per_step and rows % now.rows_per_batch == 0:
+            _set_counts(counts, rows // now.rows_per_batch)  # also between the smaller steps of an early stage
+        else:
+            _set_counts(counts, -(-rows // now.rows_per_step) * now.accumulate)
 
 
 def count_finished_epochs(fit_loop: dict[str, Any]) -> int:

@@ -298,7 +298,7 @@ def plan_length(budget: Budget, first: float, step: float, validation: float) ->
 
 CONTRADICTIONS: Final = (
     "ckpt_path", "devices_like", "model.init_from", "trainer.fast_dev_run", "trainer.max_steps", "trainer.max_epochs",
-    "trainer.max_time",
+    "trainer.max_time", "data.block_size_stages", "data.tokens_per_step_stages",
 )  # fmt: skip
 """Flags that cannot be combined with a budget."""
 SHAPE: Final = ("n_layer", "n_head", "n_embd")

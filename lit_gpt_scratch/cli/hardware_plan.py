@@ -85,7 +85,7 @@ def plan_for_machine(
     validate_tensor_parallel(setup.config, setup.tensor_parallel, setup.precision)
     validate_checkpointing(setup.checkpointing, setup.config)
     sizes = measure_layout(setup)
-    yield from _lines(setup, sizes, origin, _planned_steps(config.trainer))
+    yield from _lines(setup, sizes, origin, _planned_steps(config.trainer, data))
 
 
 def _validate_devices(trainer: Namespace, machine: Machine, name: str) -> None:
@@ -201,9 +201,12 @@ def _vocabulary(config: Namespace, data: PackedText) -> tuple[int, str]:
     return DEFAULT_VOCAB_SIZE, "by default"
 
 
-def _planned_steps(trainer: Namespace) -> int | None:
-    """Return the number of steps, or None if it depends on the text or the time."""
-    return None if trainer.max_steps in (None, -1) or trainer.max_epochs not in (None, -1) else int(trainer.max_steps)
+def _planned_steps(trainer: Namespace, data: PackedText) -> int | None:
+    """Return the number of steps, or None if it depends on the text or the time, or if the sizes of steps grow."""
+    if trainer.max_steps in (None, -1) or trainer.max_epochs not in (None, -1):
+        return None
+    grows = data.block_size_stages is not None or data.tokens_per_step_stages is not None
+    return None if grows else int(trainer.max_steps)
 
 
 def _lines(setup: TrainingSetup, sizes: LayoutSizes, origin: str, steps: int | None) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,14 @@ A row is one sequence in a batch: either packed documents or one padded record.
 """
 
 import atexit
+import math
 import multiprocessing
 import signal
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -29,9 +31,10 @@ from lit_gpt_scratch.data.sampler import (
     ShuffledOrder,
     ShuffledSampler,
 )
+from lit_gpt_scratch.data.size_stages import SizeStages, Stages
 from lit_gpt_scratch.distributed.stop_signals import STOP_SIGNALS
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import global_seed
+from lit_gpt_scratch.lightning_compat import global_seed, schedule_accumulation
 from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -84,6 +87,10 @@ class BaseDataModule(L.LightningDataModule):
     """Tokenizer of the ``init_from`` model, read on first use; can be set in advance if the model is already loaded."""
     weights: Sequence[float] | None = None
     """Sampling weight of each part of ``train_dataset``. If None, an epoch visits every row once."""
+    tokens_per_step_stages: Stages | None = None
+    """Stages in which the number of tokens per optimizer step grows to ``tokens_per_step``, or None."""
+    block_size_stages: Stages | None = None
+    """Stages in which the number of tokens per window grows to ``block_size``, or None."""
 
     def __init__(
         self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
@@ -201,6 +208,7 @@ class BaseDataModule(L.LightningDataModule):
             rank=self.shard["rank"],
             stop_ids=self.tokenizer.stop_ids,
             published=None if published is None else asdict(published),
+            shortest_window=self.block_size_stages[0][1] if self.block_size_stages else None,
         )
 
     def load_initial_tokenizer(self) -> Tokenizer | None:
@@ -234,9 +242,15 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def layout(self) -> BatchLayout:
-        """Batch size, number of replicas, and micro-batches per step; call ``set_gradient_accumulation`` first."""
+        """Batch size, number of replicas, and micro-batches per step; call ``set_gradient_accumulation`` first.
+
+        If the number of micro-batches per step grows during the run, it is the final one.
+        """
+        replicas = self.shard["num_replicas"]
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
+        if self.tokens_per_step_stages is not None:  # the trainer has the current number
+            accumulate = self.micro_batches_per_step(replicas)
+        return BatchLayout(self.batch_size, replicas, accumulate)
 
     @property
     def order_seed(self) -> int:
@@ -247,7 +261,55 @@ class BaseDataModule(L.LightningDataModule):
     def train_sampler(self) -> ShuffledSampler:
         """Sampler that yields this process's training batches, from the trainer's current epoch and batch onward."""
         order = ShuffledOrder(self.train_dataset.sizes, self.order_seed, self.weights)
-        return ShuffledSampler(order, **self._sampler_arguments())
+        return ShuffledSampler(order, **self._sampler_arguments(), stages=self._size_stages())
+
+    def _size_stages(self) -> SizeStages | None:
+        """Return the stages in which sizes grow, or None if they are constant or the length of the run is unknown."""
+        if self.trainer is None or (self.tokens_per_step_stages is None and self.block_size_stages is None):
+            return None
+        _, replicas, accumulate = self.layout
+        step_sizes = [
+            (end, self.micro_batches_per_step(replicas, tokens)) for end, tokens in self.tokens_per_step_stages or ()
+        ]
+        return SizeStages(
+            step_sizes=(*step_sizes, (math.inf, accumulate)),
+            windows=(*(self.block_size_stages or ()), (math.inf, self.block_size)),
+            max_steps=self.trainer.max_steps,
+            max_epochs=-1 if self.trainer.max_epochs is None else self.trainer.max_epochs,
+        )
+
+    def require_steps_in_stages(self) -> None:
+        """Check that the run is limited and long enough for a step in each stage, unless it is a ``fast_dev_run``.
+
+        Raises:
+            UserError: The run has no limit on steps or epochs, a stage has no step, or a callback changes the number of
+                micro-batches per step.
+        """
+        stages = self._size_stages()
+        if stages is None or self.trainer is None:
+            return
+        flag = "block_size_stages" if self.tokens_per_step_stages is None else "tokens_per_step_stages"
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise UserError(
+                f"data.{flag} does not support the callback GradientAccumulationScheduler; omit one of them"
+            )
+        if stages.max_steps == stages.max_epochs == -1:
+            raise UserError(
+                f"data.{flag} ends stages at fractions of the run, which has no limit on steps or epochs; set "
+                "--trainer.max_steps or --trainer.max_epochs"
+            )
+        sampler = self.train_sampler
+        if self.trainer.fast_dev_run or not sampler.epoch_length:  # type: ignore[attr-defined]  # as above
+            return
+        length = stages.run_length(sampler.epoch_length)
+        phases = {"block_size_stages": sampler.window_phases, "tokens_per_step_stages": sampler.step_phases}
+        for flag, of_size in phases.items():
+            if not all(before < after for before, after in pairwise([0, *(min(each.end, length) for each in of_size)])):
+                raise UserError(
+                    f"data.{flag}: a stage has no step in a run of {length:,.0f} micro-batches; train longer, or use "
+                    "fewer stages"
+                )
 
     def _sampler_arguments(self) -> dict[str, Any]:
         batch_size, replicas, accumulate = self.layout
@@ -271,12 +333,18 @@ class BaseDataModule(L.LightningDataModule):
         """Describe a row of this rank's training batch; see ``RowDataset.describe_row``."""
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
+        _, window = sampler.sizes_at(epoch, step * sampler.accumulate)
+        if window is not None:  # each row of the dataset is split into several rows of the batch
+            row //= self.block_size // window
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
         return self.train_dataset.describe_row(index)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return a loader that yields the training batches in the sampler's order."""
-        return self._loader(self.train_dataset, self.train_sampler)
+        sampler = self.train_sampler
+        if self.trainer is not None and self.tokens_per_step_stages is not None:
+            schedule_accumulation(self.trainer, sampler.step_phases)
+        return self._loader(self.train_dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return a loader that yields every validation row once."""
@@ -317,25 +385,29 @@ class BaseDataModule(L.LightningDataModule):
             )
         self.trainer.accumulate_grad_batches = batches
 
-    def micro_batches_per_step(self, replicas: int) -> int:
+    def micro_batches_per_step(self, replicas: int, stage_tokens: int | None = None) -> int:
         """Return the number of micro-batches that ``tokens_per_step`` requires, or 1 if it is None.
 
         Args:
             replicas: Number of data-parallel ranks.
+            stage_tokens: Number of tokens per step in one of the ``tokens_per_step_stages``, or None for
+                ``tokens_per_step``.
 
         Raises:
-            UserError: ``tokens_per_step`` is not a multiple of the tokens per micro-batch.
+            UserError: The number of tokens per step is not a multiple of the tokens per micro-batch.
         """
         per_batch = self.batch_size * replicas * self.block_size  # a row counts as block_size tokens
-        if self.tokens_per_step is None:
+        tokens = self.tokens_per_step if stage_tokens is None else stage_tokens
+        if tokens is None:
             return 1
-        if self.tokens_per_step % per_batch:
+        if tokens % per_batch:
+            flag = "tokens_per_step" if stage_tokens is None else "tokens_per_step_stages"
             raise UserError(
-                f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
+                f"data.{flag} {'is' if stage_tokens is None else 'contains'} {tokens}, which is not a multiple of the "
                 f"{per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
-                "data.tokens_per_step or data.batch_size"
+                f"data.{flag} or data.batch_size"
             )
-        return self.tokens_per_step // per_batch
+        return tokens // per_batch
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch in which training continues, and the index of the next micro-batch in this epoch.

@@ -23,6 +23,7 @@ from lit_gpt_scratch.data.packing import (
     plan_packing,
 )
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, default_tokenizer
+from lit_gpt_scratch.data.size_stages import Stages, validate_stages
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
@@ -100,6 +101,13 @@ class PackedText(BaseDataModule):
         tokens_per_step: Number of tokens per optimizer step across all ranks; gradients are accumulated over
             micro-batches to reach this number. By default, ``trainer.accumulate_grad_batches`` sets the number of
             micro-batches per step.
+        block_size_stages: Shorter windows at the start of the run (sequence length warmup): end of each stage as a
+            fraction of the run's tokens, and its window length, as in ``[[0.2, 64], [0.5, 128]]``. Each window of
+            ``block_size`` tokens is split into windows of this length, so that the tokens of a step stay the same.
+            Each length must divide the next one, and the last one ``block_size``. Validation uses ``block_size``.
+        tokens_per_step_stages: Smaller steps at the start of the run (batch size warmup): end of each stage as a
+            fraction of the run's tokens, and its number of tokens per step, as in ``[[0.1, 8192], [0.3, 16384]]``.
+            Each number must divide the next one, and the last one ``tokens_per_step``.
         num_workers: Number of DataLoader worker processes; 0 loads batches in the training process, which has little
             overhead because tokens are memory-mapped.
         seed: Seed for the window order; by default, the value of ``seed_everything``.
@@ -149,6 +157,8 @@ class PackedText(BaseDataModule):
         block_size: int = 256,
         batch_size: int = 8,
         tokens_per_step: int | None = None,
+        block_size_stages: Stages | None = None,
+        tokens_per_step_stages: Stages | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -161,6 +171,13 @@ class PackedText(BaseDataModule):
         require_positive_ints({"vocab_size": vocab_size, "processes": processes})
         if packing not in PACKING_POLICIES:
             raise UserError(f"data.packing is {packing}; it must be one of {', '.join(PACKING_POLICIES)}")
+        if block_size_stages is not None:
+            validate_stages("block_size", block_size_stages, block_size)
+        if tokens_per_step_stages is not None:
+            if tokens_per_step is None:
+                raise UserError("data.tokens_per_step_stages requires data.tokens_per_step, the size after the stages")
+            validate_stages("tokens_per_step", tokens_per_step_stages, tokens_per_step)
+        self.block_size_stages, self.tokens_per_step_stages = block_size_stages, tokens_per_step_stages
         if max_bytes is not None and max_bytes < 1:
             raise UserError(f"data.max_bytes is {max_bytes}; it must be positive")
         if not 0.0 < validation_share < 1.0:
@@ -320,6 +337,7 @@ class PackedText(BaseDataModule):
             raise UserError(f"{self.origin} has no tokens for validation; add text, or raise --data.validation_share")
         if stage == "fit":
             self.set_gradient_accumulation()
+            self.require_steps_in_stages()
 
     def sample_train_tokens(self, n: int) -> TokenIds:
         """Return about ``n`` training tokens: the first tokens of each store, in proportion to its weight."""

@@ -4,6 +4,7 @@ The order is a pure function of the seed, epoch, step, world size and rank. Ther
 shuffled list in memory, so a run can be resumed at any step, on any number of ranks.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
+
+from lit_gpt_scratch.data.size_stages import Phase, SizeStages, size_at
 
 BatchT = TypeVar("BatchT", bound=Mapping[str, object])
 
@@ -25,10 +28,12 @@ class MicroBatch(NamedTuple):
         rows: B row indices of this rank's micro-batch.
         step_rows: N row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, or None
             outside training. The dataset counts the labels in these rows to normalize the loss.
+        window: Number of tokens in each of the windows into which rows are split, or None if they are not split.
     """
 
     rows: list[int]
     step_rows: RowIndices | None = None
+    window: int | None = None
 
 
 class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
@@ -67,6 +72,8 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
         if not isinstance(index, MicroBatch):
             return self.make_batch([index])
         batch = self.make_batch(index.rows)
+        if index.window is not None:  # (B, T) -> (B * T / window, window)
+            batch = cast(BatchT, {name: cast(Tensor, x).reshape(-1, index.window) for name, x in batch.items()})
         if index.step_rows is None:
             return batch
         return cast(BatchT, {**batch, **self.count_labels(index.step_rows)})
@@ -140,6 +147,9 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
     there are too few rows for one step, an epoch is a single shorter step, with as many micro-batches as the rows can
     fill.
 
+    If step sizes grow during the run, a step of ``A`` micro-batches becomes several steps of consecutive micro-batches
+    in the early stages; the rows and their order stay the same.
+
     The class inherits from ``DistributedSampler`` because Lightning replaces all other samplers with its own.
 
     Args:
@@ -151,6 +161,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         accumulate: Micro-batches per optimizer step.
         limit: Value of ``trainer.limit_train_batches``. An optimizer step that would exceed this limit is shortened.
         repeats: Whether every epoch repeats the rows of the first epoch in the same order.
+        stages: Stages in which the sizes of steps and windows grow, or None for constant sizes.
     """
 
     def __init__(
@@ -163,6 +174,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         accumulate: int = 1,
         limit: float = 1.0,
         repeats: bool = False,
+        stages: SizeStages | None = None,
     ) -> None:
         super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # only its length is used
         self.order = order
@@ -173,6 +185,18 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         self.limit = limit
         self.repeats = repeats
         self.epoch = start[0]
+        self.step_phases = [Phase(0, math.inf, accumulate)]
+        """Phases of the number of micro-batches per optimizer step."""
+        self.window_phases: list[Phase] = []
+        """Phases of the number of tokens per window; none if rows are not split."""
+        if stages is not None and self.epoch_length:
+            self.step_phases, self.window_phases = stages.phases(self.epoch_length, accumulate)
+
+    @property
+    def epoch_length(self) -> int:
+        """Number of micro-batches in an epoch, as limited by ``limit``."""
+        # As in Lightning, an int is a number of micro-batches and a float is a fraction of them.
+        return min(self.limit, len(self)) if isinstance(self.limit, int) else int(len(self) * self.limit)
 
     @property
     def micro_batches(self) -> int:
@@ -185,16 +209,29 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         first = self.start[1] if self.epoch == self.start[0] else 0
-        # As in Lightning, an int is a number of micro-batches and a float is a fraction of them.
-        end = min(self.limit, len(self)) if isinstance(self.limit, int) else int(len(self) * self.limit)
+        end = self.epoch_length
         n_steps = -(-len(self) // self.accumulate)
         at_once = max(1, ROWS_AT_ONCE // (self.accumulate * self.world_size * self.batch_size))
         for chunk in range(first // self.accumulate, n_steps, at_once):
             steps = np.arange(chunk, min(chunk + at_once, n_steps))
             for begin, rows in zip((steps * self.accumulate).tolist(), self.step_rows(self.epoch, steps), strict=True):
                 n = min(self.accumulate, (end if begin < end else len(self)) - begin)  # micro-batches of this step
+                size, window = self.sizes_at(self.epoch, begin)
                 for micro_batch in range(max(first - begin, 0), n):
-                    yield MicroBatch(rows[micro_batch, self.rank].tolist(), rows[:n].ravel())
+                    step = micro_batch // size * size  # first micro-batch of the step, which may be smaller
+                    yield MicroBatch(
+                        rows[micro_batch, self.rank].tolist(), rows[step : min(step + size, n)].ravel(), window
+                    )
+
+    def sizes_at(self, epoch: int, micro_batch: int) -> tuple[int, int | None]:
+        """Return the sizes at a micro-batch of an epoch.
+
+        Returns:
+            Number of micro-batches per step, and number of tokens per window, or None if rows are not split.
+        """
+        position = epoch * self.epoch_length + micro_batch
+        window = size_at(self.window_phases, position) if self.window_phases else None
+        return size_at(self.step_phases, position), window
 
     def step_rows(self, epoch: int, steps: RowIndices) -> RowIndices:
         """Return the row indices of the given optimizer steps in an epoch.

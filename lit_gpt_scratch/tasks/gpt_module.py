@@ -34,7 +34,7 @@ from lit_gpt_scratch.distributed.parallelize import count_shards, parallelize, r
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
-from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step
+from lit_gpt_scratch.lightning_compat import global_seed, planned_steps, set_logging_step, staged_accumulation
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing, validate_checkpointing
 from lit_gpt_scratch.model.attention import validate_attention_backend
@@ -414,8 +414,11 @@ class GPTModule(L.LightningModule):
             raise UserError(f"model.compile: {obstacle}")
         if obstacle is None and self.compile_network is not False:
             backend = CompilerBackend(required=self.compile_network is True)
+            # After the first change of a shape, torch would compile for any shape, which is slower: if windows grow,
+            # blocks are compiled for each of their few lengths.
+            dynamic = None if self.data_info.shortest_window is None else False
             for block in self.net.all_blocks:
-                block.compile(backend=backend)
+                block.compile(backend=backend, dynamic=dynamic)
 
     @property
     def compiled(self) -> bool:
@@ -478,7 +481,8 @@ class GPTModule(L.LightningModule):
             loss_sum = loss_sum + weight * auxiliary
         self.auxiliary_losses = {}
         layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
-        if accumulate == layout.accumulate and not STEP_KEYS.isdisjoint(batch):
+        expected = staged_accumulation(self.trainer, layout.accumulate)
+        if accumulate == expected and not STEP_KEYS.isdisjoint(batch):
             step_count = self.step_count(batch).to(loss_sum.dtype)
         else:  # a callback schedules the accumulation, or a custom data module does not count the labels of a step
             step_count = count.to(loss_sum.dtype) * (accumulate * layout.replicas)  # assumes equal micro-batches

@@ -76,10 +76,13 @@ class LanguageModel(GPTModule):
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        depth, length = self.gpt.multi_token_depth, self.data_info.block_size
+        depth, shortest = self.gpt.multi_token_depth, self.data_info.shortest_window
+        flag, length = "data.block_size is", self.data_info.block_size
+        if shortest is not None:
+            flag, length = "data.block_size_stages begins with", shortest
         if depth >= length:
             raise UserError(
-                f"model.gpt.multi_token_depth is {depth}, but data.block_size is {length}, so that no token is so far "
+                f"model.gpt.multi_token_depth is {depth}, but {flag} {length}, so that no token is so far "
                 f"ahead; choose a smaller multi_token_depth"
             )
         self._scales_loss = str(self.trainer.precision) == "16-mixed"

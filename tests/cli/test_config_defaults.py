@@ -76,6 +76,8 @@ NULLS = {
     "data.init_args.init_from": "not given: fit passes model.init_from",
     "data.init_args.mixture": "not given",
     "data.init_args.tokens_per_step": "one micro-batch",
+    "data.init_args.tokens_per_step_stages": "off: constant",
+    "data.init_args.block_size_stages": "off: constant",
     "data.init_args.seed": "seed_everything",
     "data.init_args.vocab_size": "as many as the text gives, which is fewer than the default",
     "data.init_args.checkable": "not given: the preference that belongs to the generated data, or none",

@@ -213,6 +213,9 @@ def runs(command: Command, user_folder: Path, cache: Path, line: str) -> None:
             # A tokenizer with its own size, existing tokens, or one with a small vocabulary.
             made = {"--data.tokenizer", "--data.mixture"} & set(flags)
             short = [flag for flag in SHORT if "vocab_size" not in flag or not made]
+            if "_stages" in line:  # of the documented sizes; only a trial run may lack a step in a stage
+                own = ("block_size", "batch_size", "tokens_per_step", "max_steps")
+                short = [flag for flag in short if not any(size in flag for size in own)] + ["--trainer.fast_dev_run=1"]
             share = [] if "--data.mixture" in flags else ["--data.validation_share=0.3"]
             flags += [*short, *corpus, f"--data.cache={cache}", *share]
         elif {"--trainer.max_steps", "auto"} & set(flags):

@@ -32,6 +32,8 @@ FLAGS = {
     "--model.schedule.stages": [*TEXTS, "[[0.5, 0.1]]", "[[1, 2, 3]]"],
     "--model": TEXTS, "--data": TEXTS, "--data.source": TEXTS, "--data.tokenizer": TEXTS, "--data.cache": TEXTS,
     "--data.vocab_size": NUMBERS, "--data.block_size": NUMBERS, "--data.batch_size": NUMBERS,
+    "--data.block_size_stages": [*TEXTS, "[[0.5, 8]]", "[[1, 2, 3]]"],
+    "--data.tokens_per_step_stages": [*TEXTS, "[[0.5, 128]]", "[[0.5, 0.5]]"],
     "--data.tokens_per_step": NUMBERS, "--data.validation_share": NUMBERS, "--data.num_workers": NUMBERS,
     "--data.seed": NUMBERS, "--trainer.max_steps": NUMBERS, "--trainer.max_epochs": NUMBERS,
     "--trainer.max_time": [*TEXTS, "00:00:00:01", "{'hours': 1}"], "--trainer.precision": TEXTS,
