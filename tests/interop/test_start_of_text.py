@@ -48,7 +48,7 @@ def test_texts_are_scored_after_the_start_of_text(
         chances = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     assert ids.size(1) <= ours.block_size
     bits = -chances.sum().item() / math.log(2) / len(text.encode())
-    assert score_documents(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
+    assert score_documents(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_start_of_text_survives_a_round_trip(with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path) -> None:
