@@ -1,10 +1,12 @@
 """Compare ways to generate past the context, by the loss at each position of long texts.
 
-    python experiments/benchmarks/past_context.py PICTURE [--texts 16] [--steps 1800] [FIT_FLAG ...]
+    python experiments/benchmarks/past_context.py PICTURE [--context 128] [--texts 16] [--steps 1800] [FIT_FLAG ...]
+    python experiments/benchmarks/past_context.py PICTURE --checkpoint CKPT [--context 128] [--texts 16]
 
-Trains a model with `fit` and the given flags. Then `generate` continues the first token of validation texts of 20
-contexts, but instead of sampling, it is given the next token of the text, whose log-probability it returns. Each way
-is thus measured by the code that generates.
+Trains a model with `fit` and the given flags, or loads a checkpoint or Hugging Face folder, whose context may be longer
+and is then shortened. `generate` continues the start-of-text token before validation texts of 20 contexts, but instead
+of sampling, it is given the next token of the text, whose log-probability it returns. Each way is thus measured by the
+code that generates.
 
 Prints the mean loss in sections of the texts, and how much attention goes to the first tokens of the context, to which
 the authors of StreamingLLM (https://arxiv.org/abs/2309.17453) attribute the failure of a plain rolling cache. Draws the
@@ -33,8 +35,8 @@ from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.activation_hooks import capture_activations
+from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-CONTEXT: Final = 128
 CONTEXTS: Final = 20
 """Length of each text, in contexts."""
 WAYS: Final = {
@@ -59,14 +61,19 @@ class GivenTokens(Sampling):
         return next(self.steps)
 
 
-def validation_texts(n: int, length: int) -> Tensor:
-    """Return the first tokens of n validation documents, int64 tensor of shape (n, length)."""
-    tokens = PackedText(block_size=CONTEXT).store.validation
-    spans = [span for starts, lengths in tokens.document_spans() for span in zip(starts, lengths, strict=True)]
-    long = [int(start) for start, size in spans if size >= length][:n]
-    if len(long) < n:
-        raise SystemExit(f"only {len(long)} validation documents have {length} tokens; lower --texts")
-    return torch.stack([torch.tensor(tokens.read(start, start + length).tolist()) for start in long])
+def validation_texts(tokenizer: Tokenizer, n: int, length: int) -> Tensor:
+    """Return the first tokens of n validation documents of the standard library, int64 tensor of shape (n, length)."""
+    data = PackedText()
+    tokens, found = data.store.validation, []
+    for starts, lengths in tokens.document_spans():
+        for start, size in zip(starts.tolist(), lengths.tolist(), strict=True):
+            text = data.tokenizer.decode(tokens.read(start + 1, start + size).tolist())
+            ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
+            if len(ids) >= length:
+                found.append(ids[:length])
+            if len(found) == n:
+                return torch.tensor(found)
+    raise SystemExit(f"only {len(found)} validation documents have {length} tokens; lower --texts or --context")
 
 
 def losses(model: GPT, texts: Tensor, sink_tokens: int | None) -> Tensor:
@@ -84,24 +91,24 @@ def first_token_attention(model: GPT, texts: Tensor) -> list[Tensor]:
     """Return the attention of the second half of a context to its first token, of shape (n_head,) for each block."""
     return capture_activations(
         model,
-        texts[:, :CONTEXT],
+        texts[:, : model.block_size],
         None,
-        lambda block: torch.as_tensor(block.weights)[:, :, CONTEXT // 2 :, 0].mean((0, 2)),
+        lambda block: torch.as_tensor(block.weights)[:, :, model.block_size // 2 :, 0].mean((0, 2)),
     ).layers
 
 
-def draw(found: dict[str, Tensor], title: str, path: Path) -> None:
+def draw(found: dict[str, Tensor], context: int, title: str, path: Path) -> None:
     """Draw the mean loss over texts, averaged over quarters of a context."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    bin_size = CONTEXT // 4
+    bin_size = context // 4
     for name, loss in found.items():
         means = loss.split(bin_size, dim=1)
-        position = [(index + 0.5) * bin_size / CONTEXT for index in range(len(means))]
+        position = [(index + 0.5) * bin_size / context for index in range(len(means))]
         axes.plot(position, [float(mean.mean()) for mean in means], label=name, linewidth=1.2)
     axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
     axes.set_title(title)
-    axes.set_xlabel(f"position in the text (contexts of {CONTEXT} tokens)")
+    axes.set_xlabel(f"position in the text (contexts of {context} tokens)")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -109,35 +116,46 @@ def draw(found: dict[str, Tensor], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Train the model, measure each way, and print and draw the losses."""
+    """Train or load the model, measure each way, and print and draw the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--checkpoint", help="run folder, checkpoint or Hugging Face folder (default: train a model)")
+    parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=Path, help="folder that contains the run; an existing run is reused")
     given, flags = parser.parse_known_args()
+    if given.checkpoint and flags:
+        parser.error(f"{' '.join(flags)}: flags of fit have no effect with --checkpoint")
     torch.set_num_threads(given.threads)
-    texts = validation_texts(given.texts, CONTEXTS * CONTEXT)
-    with tempfile.TemporaryDirectory() as folder:
-        training = f"--data.block_size={CONTEXT}", f"--trainer.max_steps={given.steps}", *flags
-        run, summary = fit(given.runs or Path(folder), "past_context", given.threads, *training)
-        model, _ = load_model(find_checkpoint(str(run), Path(), None))
+    context = given.context
     print(f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads, torch {torch.__version__}")
-    print(f"{' '.join(training)}: {summary['parameters']:,} parameters, val/loss {summary['val/loss']:.3f}")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, name, validation = given.checkpoint, str(given.checkpoint), ""
+        if checkpoint is None:
+            training = f"--data.block_size={context}", f"--trainer.max_steps={given.steps}", *flags
+            run, summary = fit(given.runs or Path(folder), "past_context", given.threads, *training)
+            checkpoint, name, validation = str(run), " ".join(training), f", val/loss {summary['val/loss']:.3f}"
+        model, tokenizer = load_model(find_checkpoint(checkpoint, Path(), None))
+    print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters{validation}")
+    if context > model.block_size:
+        parser.error(f"--context is {context}, but the context of the model is {model.block_size}")
+    model.block_size = context
+    texts = validation_texts(tokenizer, given.texts, CONTEXTS * context)
     print(f"{given.texts} texts of {texts.size(1):,} tokens; loss in nats per token\n")
     print(f"{'contexts':30}" + "".join(f"{f'{a:g}-{b:g}':>9}" for a, b in SECTIONS) + f"{'tokens/s':>10}")
     found = {}
-    for name, sink_tokens in WAYS.items():
+    for way, sink_tokens in WAYS.items():
         began = time.perf_counter()
-        found[name] = losses(model, texts, sink_tokens)
-        speed = found[name].numel() / (time.perf_counter() - began)
-        means = [found[name][:, round(a * CONTEXT) : round(b * CONTEXT)].mean() for a, b in SECTIONS]
-        print(f"{name:30}" + "".join(f"{mean:9.3f}" for mean in means) + f"{speed:10,.0f}", flush=True)
-    print(f"\nattention of the second half of a context to its first token (uniform attention: {4 / 3 / CONTEXT:.3f})")
+        found[way] = losses(model, texts, sink_tokens)
+        speed = found[way].numel() / (time.perf_counter() - began)
+        means = [found[way][:, round(a * context) : round(b * context)].mean() for a, b in SECTIONS]
+        print(f"{way:30}" + "".join(f"{mean:9.3f}" for mean in means) + f"{speed:10,.0f}", flush=True)
+    print(f"\nattention of the second half of a context to its first token (uniform attention: {4 / 3 / context:.3f})")
     for layer, share in enumerate(first_token_attention(model, texts)):
         print(f"block {layer + 1}: mean over heads {share.mean():.3f}, largest {share.max():.3f}")
-    draw(found, "Loss by position in texts of 20 contexts", given.picture)
+    draw(found, context, f"Loss by position in texts of {CONTEXTS} contexts", given.picture)
 
 
 if __name__ == "__main__":
