@@ -129,6 +129,8 @@ def _generate(
     if compile:  # round up to a power of two, because each cache size is compiled separately
         capacity = 1 << (capacity - 1).bit_length()
     capacity = min(model.block_size, capacity)
+    if capacity < model.block_size:  # no row exceeds the context, so that nothing rolls
+        sink_tokens = None
     size = min(len(prompts), max_batch_rows(model, capacity))
     step = _compiled_step(model, size) if compile else _eager_step(model)
     for first in range(0, len(prompts), size):

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
@@ -354,6 +356,27 @@ def test_rolling_cache_changes_nothing_within_the_context(config: GPTConfig) -> 
         texts(model, prompts, 15, logprobs=logprobs[0])
         texts(model, prompts, 15, sink_tokens=4, logprobs=logprobs[1])
         assert logprobs[0] == logprobs[1]
+
+
+@given(
+    sinks=st.integers(0, 23), lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3), n=st.integers(1, 40),
+    compiled=st.booleans(),
+)  # fmt: skip
+@example(sinks=8, lengths=[4], n=4, compiled=False)
+@example(sinks=4, lengths=[3], n=1, compiled=False)
+@example(sinks=8, lengths=[3], n=4, compiled=True)
+@settings(max_examples=25)
+def test_any_number_of_sink_tokens_suits_any_text(sinks: int, lengths: list[int], n: int, compiled: bool) -> None:
+    """Also if the cache is smaller than the context, whether or not its size is rounded up for a compiled step."""
+    model = randomised(TINY).double()
+    prompts = [[7 + row] * length for row, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_loop, "_compiled_step", lambda model, rows: decode_loop._eager_step(model))
+        plain, rolled = (texts(model, prompts, n, compile=compiled, sink_tokens=each) for each in (None, sinks))
+    for prompt, expected, found in zip(prompts, plain, rolled, strict=True):
+        within = model.block_size - len(prompt) + 1  # the last of them is predicted from a full context
+        assert found[:within] == expected[:within]
+        assert found == texts(model, [prompt], n, sink_tokens=sinks)[0]
 
 
 def test_sink_tokens_change_what_follows_the_context() -> None:
