@@ -38,9 +38,10 @@ class LatentAttention(Attention):
     attention by its value half, if that takes fewer operations (absorption, see ``absorbs``). Attention over the
     latents is then multi-query attention with a single key/value head.
 
-    As in DeepSeek's models, the norms (``config.qk_norm``) are applied to the latents, and ``query``, ``query_up`` and
-    ``kv_up`` have no biases. The rotated channels are in the half-split layout of ``RotaryPositions``; in DeepSeek's
-    checkpoints they are interleaved, so that importing one permutes the rows that produce them: even channels first.
+    As in DeepSeek's models, the norms (``config.qk_norm``) are applied to the latents, ``query``, ``query_up`` and
+    ``kv_up`` have no biases, and the factor by which ``yarn`` scales attention scores applies to all channels. The
+    rotated channels are in the half-split layout of ``RotaryPositions``; in DeepSeek's checkpoints they are
+    interleaved, so that importing one permutes the rows that produce them: even channels first.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
@@ -129,6 +130,7 @@ class LatentAttention(Attention):
             q = linear_on_local_shard(self.query_up, self.query_norm(self.query_down(x)))
         q = q.view(B, T, -1, self.head_dim + self.rope_dim).transpose(1, 2)  # (B, n_head, T, head_dim + rope_dim)
         q, q_rope = torch.split(q, [self.head_dim, self.rope_dim], dim=-1)
+        q = position.scale(q, layout.cos_sin)  # (B, n_head, T, head_dim)
         q_rope = position.rotate(q_rope, layout.cos_sin)  # (B, n_head, T, rope_dim)
 
         latents = self.kv_down(x)[:, None]  # (B, 1, T, kv_rank + rope_dim)

@@ -20,6 +20,8 @@ SCALINGS_BY_LENGTH: Final = ("dynamic", "longrope")
 """Scalings whose frequencies depend on the length of the text, and not only on the model."""
 SCALINGS_FROM_TRAINED_CONTEXT: Final = ("llama3", "yarn", *SCALINGS_BY_LENGTH)
 """Scalings that require ``rotary_trained_context``."""
+SHARPENING_SCALINGS: Final = ("yarn", "longrope")
+"""Scalings that also scale up attention scores, by multiplying the cosines and sines by a factor."""
 DEFAULT_ROTARY_SLOW: Final = 1.0
 DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
 """Default values of ``rotary_slow`` and ``rotary_fast``, in rotations over the original context length."""
@@ -93,6 +95,14 @@ class PositionEncoding(nn.Module):
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         """Rotate queries or keys of shape (B, H, T, head_dim) by their positions; None leaves them unchanged."""
+        return x
+
+    def scale(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Multiply queries of shape (B, H, T, width) by the factor by which ``rotate`` scales attention scores.
+
+        For channels that are not rotated, but belong to the same scores. The factor is 1 except with ``yarn`` and
+        ``longrope``.
+        """
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
@@ -225,6 +235,13 @@ class RotaryPositions(PositionEncoding):
         rotated = rotated * cos + rotated.roll(self.width // 2, dims=-1) * sin
         rotated = rotated.type_as(x)
         return rotated if self.width == x.size(-1) else torch.cat((rotated, x[..., self.width :]), dim=-1)
+
+    @override
+    def scale(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        if cos_sin is None or self.config.rotary_scaling not in SHARPENING_SCALINGS:
+            return x
+        cos, sin = cos_sin
+        return (x * (cos[..., :1].square() + sin[..., :1].square())).type_as(x)  # squared factor of cos and sin
 
 
 def rotary_frequencies(config: "GPTConfig", width: int, length: int = 0) -> tuple[Tensor, float]:

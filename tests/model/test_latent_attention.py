@@ -63,7 +63,7 @@ def zipped(halves: Tensor, dimension: int) -> Tensor:
 
 
 def deepseek(version: int, config: GPTConfig, interleaves: bool = True) -> tuple[nn.Module, nn.Module]:
-    """The attention of ``transformers`` and its rotary embedding."""
+    """The attention of ``transformers`` and its rotary embedding; YaRN has the temperature of DeepSeek-V3."""
     pytest.importorskip("transformers")
     import importlib
 
@@ -74,7 +74,12 @@ def deepseek(version: int, config: GPTConfig, interleaves: bool = True) -> tuple
         "q_lora_rank": config.latent_query_rank, "kv_lora_rank": config.latent_kv_width,
         "qk_nope_head_dim": config.head_width, "qk_rope_head_dim": config.latent_rope_width,
         "v_head_dim": config.latent_value_width, "attention_bias": config.bias, "head_dim": config.latent_rope_width,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "rope_parameters": {"rope_theta": config.rotary_base} | (
+            {
+                "rope_type": "yarn", "factor": config.rotary_factor, "mscale": 1.0, "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": config.rotary_trained_context,
+            } if config.rotary_scaling else {"rope_type": "default"}
+        ),
         "attn_implementation": "eager", **({"rope_interleave": interleaves} if version == 3 else {}),
     }  # fmt: skip
     theirs = getattr(module, f"{prefix}Config")(**settings)
@@ -84,9 +89,18 @@ def deepseek(version: int, config: GPTConfig, interleaves: bool = True) -> tuple
 DOCUMENTS = torch.tensor([[0] * 4 + [1] * 7 + [2], [0] * 12])
 
 
+YARN = {"rotary_scaling": "yarn", "rotary_factor": 40.0, "rotary_trained_context": 8}
+FACTORS = {"rotary_short_factors": (1.0, 1.5), "rotary_long_factors": (2.0, 3.0)}
+LONGROPE = {"rotary_scaling": "longrope", "rotary_factor": 4.0, "rotary_trained_context": 8, **FACTORS}
+
+
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
 @pytest.mark.parametrize("query_rank", [None, 7])
-@pytest.mark.parametrize("shape", SHAPES, ids=["even", "wide values", "narrow values"])
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES, *(shape | YARN for shape in SHAPES)],
+    ids=["even", "wide values", "narrow values", "yarn, even", "yarn, wide values", "yarn, narrow values"],
+)
 @pytest.mark.parametrize(("version", "interleaves"), [(2, True), (3, True), (3, False)])
 def test_outputs_and_gradients_match_deepseek(
     version: int, interleaves: bool, shape: dict[str, Any], query_rank: int | None, documents: Tensor | None
@@ -120,8 +134,28 @@ def test_outputs_and_gradients_match_deepseek(
         torch.testing.assert_close(found / scale, reference / scale, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", [YARN, LONGROPE, {"rotary_scaling": "linear", "rotary_factor": 4.0}, {}])
+@pytest.mark.parametrize("local_base", [None, 50.0])
+@pytest.mark.parametrize("kind", ["global", "local", "not rotated"])
+def test_the_temperature_of_positions_applies_to_all_channels(
+    scaling: dict[str, Any], local_base: float | None, kind: str
+) -> None:
+    """In blocks of each kind: content scores have the factor of position scores between equal positions."""
+    windows = {"sliding_window": 4, "sliding_window_pattern": 2, "rotary_local_base": local_base}
+    config = replace(LATENT, latent_rope_dim=4, **windows, **scaling)
+    position = RotaryPositions(config, 24)
+    rotation = None if kind == "not rotated" else position.cos_sin(torch.arange(24), [24], kind == "local")
+    q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64).expand(2, 1, 1, 24, 4)
+    with_positions = (position.rotate(q, rotation) * position.rotate(k, rotation)).sum(-1)
+    torch.testing.assert_close((position.scale(q, rotation) * k).sum(-1), with_positions, atol=1e-6, rtol=1e-6)
+    has_temperature = kind != "not rotated" and scaling in (YARN, LONGROPE) and (kind == "global" or not local_base)
+    assert torch.allclose(position.scale(q, rotation), q, rtol=1e-6) != has_temperature
+
+
 LATENTS = {
     "default": {},
+    "yarn": YARN | {"n_layer": 3, "rotary_skip_every": 2},
+    "longrope": LONGROPE | {"latent_rope_dim": 4, "rotary_trained_context": 64},
     "small rank": {"latent_kv_rank": 3, "n_layer": 3, "rotary_skip_every": 2},
     "query rank, wide values": {"latent_query_rank": 9, "latent_value_dim": 20, "qk_norm": False},
     "alibi, window, softcap": {"position": "alibi", "sliding_window": 7, "attention_softcap": 5.0},
