@@ -39,6 +39,11 @@ else:
 MAY_BE_ZERO = (
     "dropout", "n_shared_experts", "expert_bias_rate", "load_balance_loss", "router_z_loss", "multi_token_depth",
 )  # fmt: skip
+EXPERT_SETTINGS = (
+    "n_experts", "experts_per_token", "n_shared_experts", "expert_activation", "router_scores", "normalize_gates",
+    "load_balance_loss", "router_z_loss", "expert_bias_rate",
+)  # fmt: skip
+"""Settings that apply only to mixtures of experts."""
 MAX_SIZES = {"n_layer": 10_000, "n_head": 2**16, "n_experts": 2**14, "multi_token_depth": 64}
 """Maximum values of settings that determine how many objects are built; all other integers are at most ``MAX_SIZE``."""
 MAX_SIZE = 2**31
@@ -311,16 +316,7 @@ class GPTConfig:
                 f"model.gpt.attention_backend is flex, which does not support dropout, but "
                 f"model.gpt.dropout is {self.dropout}; choose auto, sdpa or manual"
             )
-        if self.experts_per_token > self.n_experts:
-            raise UserError(
-                f"model.gpt.experts_per_token is {self.experts_per_token}, but model.gpt.n_experts is "
-                f"{self.n_experts}; lower experts_per_token, or raise n_experts"
-            )
-        if self.feed_forward == "moe" and self.experts_per_token == 1 and self.normalize_gates:
-            raise UserError(
-                "model.gpt.experts_per_token is 1, for which model.gpt.normalize_gates makes every gate 1, so that the "
-                "router is not trained; set normalize_gates to false"
-            )
+        self._validate_experts()
         self._validate_sliding_window_pattern()
         if self.qk_norm_joint and not self.qk_norm:
             raise UserError(
@@ -346,6 +342,25 @@ class GPTConfig:
         if "attention" not in self.custom_classes:  # which are imported, and validated, when the network is built
             resolve_attention_class(self.attention).validate(self)
         POSITION_ENCODINGS[self.position].validate(self)
+
+    def _validate_experts(self) -> None:
+        if self.feed_forward != "moe" and "feed_forward" not in self.custom_classes:  # a custom class may use them
+            for name in EXPERT_SETTINGS:
+                if (value := getattr(self, name)) != getattr(GPTConfig, name):  # the default
+                    raise UserError(
+                        f"model.gpt.{name} is {value}, but model.gpt.feed_forward is {self.feed_forward}; "
+                        f"set feed_forward to moe, or remove {name}"
+                    )
+        if self.experts_per_token > self.n_experts:
+            raise UserError(
+                f"model.gpt.experts_per_token is {self.experts_per_token}, but model.gpt.n_experts is "
+                f"{self.n_experts}; lower experts_per_token, or raise n_experts"
+            )
+        if self.feed_forward == "moe" and self.experts_per_token == 1 and self.normalize_gates:
+            raise UserError(
+                "model.gpt.experts_per_token is 1, for which model.gpt.normalize_gates makes every gate 1, so that the "
+                "router is not trained; set normalize_gates to false"
+            )
 
     def _validate_sliding_window_pattern(self) -> None:
         every = self.sliding_window_pattern

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from lit_gpt_scratch.losses.labels_ahead import labels_ahead
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+
+DEFAULT_MULTI_TOKEN_WEIGHT: Final = 0.3
 
 
 class LanguageModel(GPTModule):
@@ -63,7 +65,11 @@ class LanguageModel(GPTModule):
     _scales_loss = False
 
     def __init__(
-        self, *args: Any, max_logits_mb: float | None = None, multi_token_weight: float = 0.3, **kwargs: Any
+        self,
+        *args: Any,
+        max_logits_mb: float | None = None,
+        multi_token_weight: float = DEFAULT_MULTI_TOKEN_WEIGHT,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if max_logits_mb is not None and max_logits_mb <= 0:
@@ -84,6 +90,11 @@ class LanguageModel(GPTModule):
             raise UserError(
                 f"model.gpt.multi_token_depth is {depth}, but {flag} {length}, so that no token is so far "
                 f"ahead; choose a smaller multi_token_depth"
+            )
+        if not depth and self.multi_token_weight != DEFAULT_MULTI_TOKEN_WEIGHT:
+            raise UserError(
+                f"model.multi_token_weight is {self.multi_token_weight}, but model.gpt.multi_token_depth is 0; "
+                "set multi_token_depth, or remove multi_token_weight"
             )
         self._scales_loss = str(self.trainer.precision) == "16-mixed"
 

@@ -18,6 +18,7 @@ from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.config import EXPERT_SETTINGS
 from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, SCALINGS_FROM_TRAINED_CONTEXT
 from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -114,6 +115,8 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "mup_base_width": draw(st.sampled_from([2, 24, 200])) if parametrisation == "mup" else None,
         "mup_base_head_dim": draw(st.sampled_from([None, 1, 16])) if parametrisation == "mup" else None,
     }
+    if drawn["feed_forward"] != "moe":
+        drawn |= {field.name: field.default for field in fields(GPTConfig) if field.name in EXPERT_SETTINGS}
     assert drawn.keys() == {field.name for field in fields(GPTConfig)}  # a new option must be added here
     return GPTConfig(**drawn)
 

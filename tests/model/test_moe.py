@@ -1,6 +1,8 @@
 """Mixture of experts against a loop over tokens and experts, and its losses against their equations."""
 
 import math
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
+from lit_gpt_scratch.model.config import EXPERT_SETTINGS
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS, MixtureOfExperts
 from lit_gpt_scratch.model.module_metadata import flops_per_token, inactive_parameters
 from lit_gpt_scratch.model.moe import Routing, count_choices, load_balance_loss, router_z_loss
 
@@ -293,3 +296,25 @@ def test_compiled_blocks_record_the_same_logits_and_gradients(checkpointing: boo
 def test_invalid_settings_are_explained(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         GPTConfig(feed_forward="moe", **settings)
+
+
+SETTINGS = {
+    "n_experts": 64, "experts_per_token": 3, "n_shared_experts": 1, "expert_activation": "geglu",
+    "router_scores": "sigmoid", "normalize_gates": False, "load_balance_loss": 0.0, "router_z_loss": 0.001,
+    "expert_bias_rate": 0.001,
+}  # fmt: skip
+"""A value other than the default of each setting."""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("feed_forward", [name for name in FEED_FORWARDS if name != "moe"])
+def test_settings_without_effect_are_an_error(feed_forward: str, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^model\.gpt\.{name} is .*, but model\.gpt\.feed_forward is {feed_forward};"):
+        GPTConfig(feed_forward=feed_forward, **{name: SETTINGS[name]})
+    GPTConfig(feed_forward="moe", **{name: SETTINGS[name]})
+    GPTConfig(feed_forward="my_file.MyExperts", **{name: SETTINGS[name]})  # may use the settings, too
+
+
+def test_all_settings_of_experts_are_tested() -> None:
+    named = {field.name for field in fields(GPTConfig) if re.search("expert|router|gates|load_balance", field.name)}
+    assert named == SETTINGS.keys() == set(EXPERT_SETTINGS)

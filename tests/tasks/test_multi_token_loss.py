@@ -127,6 +127,12 @@ def test_contradictory_settings_are_an_error(build: Callable[[], object], messag
     assert message in str(error.value)
 
 
+def test_weight_without_depth_is_an_error(trainer: Build, packed_text: Callable[..., PackedText]) -> None:
+    task = LanguageModel(TINY, compile=False, multi_token_weight=0.1)
+    with pytest.raises(UserError, match=r"multi_token_weight is 0\.1, but model\.gpt\.multi_token_depth is 0; set"):
+        trainer().fit(task, packed_text())
+
+
 def test_depth_of_the_row_length_is_an_error(trainer: Build, packed_text: Callable[..., PackedText]) -> None:
     task = LanguageModel(replace(TINY, multi_token_depth=8), compile=False)
     with pytest.raises(UserError, match=r"multi_token_depth is 8, but data\.block_size is 8"):
