@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from lit_gpt_scratch.checkpoint.loading import StoredModel, load_lazily, merge_adapters, open_model
-from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model
+from lit_gpt_scratch.checkpoint.metadata import TRAINING_SETTINGS, CheckpointMetadata, require_same_model
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.model_family import HEAD
@@ -22,10 +22,7 @@ from lit_gpt_scratch.model.multi_token_prediction import MULTI_TOKEN_PREFIX
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.trust import Trusted, UntrustedCodeError
 
-MAY_DIFFER: Final = (
-    "dropout", "attention_backend", "initialisation", "load_balance_loss", "router_z_loss", "multi_token_depth",
-    "classes", "pooling", "rewards", "block_size",
-)  # fmt: skip
+MAY_DIFFER: Final = (*TRAINING_SETTINGS, "multi_token_depth", "classes", "pooling", "rewards", "block_size")
 """Settings that may differ between a network and the pretrained model from which it is initialized."""
 
 

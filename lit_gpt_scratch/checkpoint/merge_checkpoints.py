@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.adapters import hash_base_weights
 from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, StoredModel, load_lazily, merge_adapters, open_model
-from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, MergeSource
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, TRAINING_SETTINGS, MergeSource
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.tensor_stream import LazyTensors, add_prefix, on_meta
 from lit_gpt_scratch.trust import Trusted
-
-MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation")
-"""Settings that do not change the function of a trained model; those of the first checkpoint are kept."""
 
 
 def merge_checkpoints(paths: Sequence[Path], weights: Sequence[float], trusted: Trusted = None) -> dict[str, Any]:
@@ -74,7 +71,7 @@ def _require_mergeable(first: StoredModel, first_path: Path, other: StoredModel,
     different = [
         f"{name} is {here.get(name)}, not {there.get(name)}"
         for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name) and name not in MAY_DIFFER
+        if here.get(name) != there.get(name) and name not in TRAINING_SETTINGS
     ]
     if any(getattr(first.metadata, name) != getattr(other.metadata, name) for name in ("tokenizer", "start_of_text")):
         different.append("the tokenizers differ")

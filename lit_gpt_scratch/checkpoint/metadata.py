@@ -17,6 +17,8 @@ from lit_gpt_scratch.text.windows import MAX_WINDOWS, Windows
 from lit_gpt_scratch.trust import Trusted, require_trusted
 
 METADATA_KEY: Final = "lit_gpt_scratch"
+TRAINING_SETTINGS: Final = ("dropout", "attention_backend", "initialisation", "load_balance_loss", "router_z_loss")
+"""Fields of ``GPTConfig`` that do not change the weights' names and shapes, or the function of a trained model."""
 
 
 @dataclass(frozen=True)

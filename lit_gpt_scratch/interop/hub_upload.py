@@ -57,8 +57,9 @@ def upload_model(folder: Path, name: str, public: bool) -> str:
 
 @contextmanager
 def _explained(failed: str) -> Iterator[None]:
-    """Context manager that converts all exceptions from ``huggingface_hub`` to a one-line ``UserError``."""
+    """Context manager that converts the errors of requests to the Hub to a one-line ``UserError``."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError as LibraryError  # type: ignore[attr-defined]  # of its HTTP library
 
     try:
         yield
@@ -69,5 +70,5 @@ def _explained(failed: str) -> Iterator[None]:
         status = error.response.status_code
         advice = ADVICE.get(status, "try again later")
         raise UserError(f"{failed}: the Hub answers {status} ({reason}); {advice}") from error
-    except Exception as error:  # exceptions of the HTTP library
+    except (OSError, LibraryError) as error:
         raise UserError(f"{failed}: {quote_short(str(error))}; check the network connection") from error

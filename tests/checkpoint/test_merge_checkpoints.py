@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
 from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_model
 from lit_gpt_scratch.checkpoint.merge_checkpoints import _average, merge_checkpoints
-from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, TRAINING_SETTINGS, CheckpointMetadata
 from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors
 from lit_gpt_scratch.cli import convert
 from lit_gpt_scratch.errors import UserError
@@ -132,6 +132,27 @@ def test_other_architectures_are_refused(
     save(network(0, replace(CONFIG, **change)), tmp_path / "b.ckpt", tokenizer)
     with pytest.raises(UserError, match=rf"b\.ckpt cannot be merged with \S+a\.ckpt: {message}; merge"):
         merge_checkpoints([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dropout": 0.1}, {"attention_backend": "manual"}, {"initialisation": "gpt2"}, {"load_balance_loss": 0.0},
+        {"router_z_loss": 0.001},
+    ],
+)  # fmt: skip
+def test_settings_that_affect_only_training_may_differ(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any]
+) -> None:
+    experts = replace(CONFIG, feed_forward="moe", n_experts=3)
+    save(network(0, experts), tmp_path / "a.ckpt", tokenizer)
+    save(network(1, replace(experts, **change)), tmp_path / "b.ckpt", tokenizer)
+    merged = merge_checkpoints([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], [1, 1])
+    assert GPTConfig(**merged[METADATA_KEY]["gpt"]) == experts
+    assert set(change) <= set(TRAINING_SETTINGS)
+    x = torch.randint(300, (2, 32))
+    nets = [network(0, config).double().eval() for config in (experts, replace(experts, **change))]
+    torch.testing.assert_close(nets[0](x), nets[1](x))  # they do not change the function of a trained model
 
 
 def test_other_tokenizers_and_tasks_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
