@@ -150,7 +150,8 @@ def _class_baselines(data: BaseDataModule, rows: int | None) -> dict[str, float]
 class RunMetadata(RunDirCallback):
     """Callback that adds the command, code, versions, hardware, seed and data hash of a session to ``provenance.json``.
 
-    The code, versions, hardware, seed and data hash are also saved in each checkpoint.
+    The file also names the Hub datasets. The code, versions, hardware, seed and data hash are saved in each
+    checkpoint, too.
 
     Args:
         changed: Flags and environment changes since the run started, as (old, new) pairs keyed by name.
@@ -194,6 +195,7 @@ class RunMetadata(RunDirCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(data, BaseDataModule):
             self.origin["data"] = data.fingerprint
+            session["hub_datasets"] = data.hub_datasets
         if self.folder and trainer.is_global_zero:
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
             sessions = [*self.folder.read_sessions(), session]

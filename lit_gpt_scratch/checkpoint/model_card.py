@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.schema import read_json
 from lit_gpt_scratch.terminal_output import redact
 from lit_gpt_scratch.text.markdown import escape_markdown, format_compact_table, markdown_code_block
-from lit_gpt_scratch.text.sources import STDLIB, DocumentSource
+from lit_gpt_scratch.text.sources import STDLIB
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class RunRecord:
 
     @property
     def hub_datasets(self) -> list[str]:
-        """Names of the datasets on the Hub on which the model was trained."""
-        name = _arguments(self.data).get("source")
-        return [name.partition("@")[0]] if isinstance(name, str) and _is_on_hub(name) else []
+        """Names of the datasets on the Hub from which the sessions read text, without revisions."""
+        names = (name for session in self.sessions for name in session.get("hub_datasets", []))
+        return list(dict.fromkeys(name.partition("@")[0] for name in names))
 
     def metrics(self) -> Iterator[tuple[str, str, float]]:
         """Yield the split, name and value of each validation and test metric."""
@@ -117,8 +118,7 @@ def build_model_card(
     """
     has_template = tokenizer.published is not None and tokenizer.published.chat_template is not None
     start = _arguments(run.model).get("init_from")
-    # The last two folders of a path, such as pretrain/version_0: the others may be private.
-    origin = f", fine-tuned from {escape_markdown('/'.join(Path(start).parts[-2:]))}" if isinstance(start, str) else ""
+    origin = f", fine-tuned from {escape_markdown(_public_path(start))}" if isinstance(start, str) else ""
     title = name.rpartition("/")[2]
     sections = {
         f"# {escape_markdown(title)}": f"A language model with {parameters:,} parameters ({architecture}){origin}, "
@@ -189,8 +189,9 @@ def _architecture_rows(shape: ModelShape) -> Iterator[tuple[str, Any]]:
 
 def _data_rows(run: RunRecord) -> Iterator[tuple[str, Any]]:
     if source := _arguments(run.data).get("source"):
-        named = "the source code of the Python standard library" if source == STDLIB else _public_path(source)
-        yield "source", named
+        named = "the source code of the Python standard library" if source == STDLIB else _describe(source)
+        is_public = isinstance(source, str) and source.partition("@")[0] in run.hub_datasets
+        yield "source", source if is_public else named
     on_hub = ("config", "split") if run.hub_datasets else ()
     for name in (*on_hub, "store", "mixture", "cleaning", "packing", "validation_share"):
         if (value := _arguments(run.data).get(name)) not in (None, []):
@@ -269,15 +270,13 @@ def _class_name(class_path: object) -> str:
     return str(class_path).rpartition(".")[2]
 
 
-def _is_on_hub(name: str) -> bool:
-    """Return whether a source is a dataset on the Hub, not a file; relative paths may be those of another folder."""
-    return DocumentSource(name).on_hub and not Path(name).parent.exists()
+def _public_path(path: str) -> str:
+    """Return the name of a file or folder without its parent folders, which may be private.
 
-
-def _public_path(name: object) -> str:
-    """Return the name of a dataset, or of a file or folder without its parent folders, which may be private."""
-    text = str(name)
-    return text if _is_on_hub(text) else Path(text).name
+    A run folder, such as ``pretrain/version_0``, keeps the name of its experiment.
+    """
+    run = Path(path)
+    return "/".join(run.parts[-2:]) if re.fullmatch(r"version_\d+", run.name) else run.name
 
 
 def _arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -39,6 +39,7 @@ class SessionFacts(TypedDict, total=False):
     hardware: Facts
     seed: int
     data: str
+    hub_datasets: list[str]
 
 
 @dataclass(frozen=True)

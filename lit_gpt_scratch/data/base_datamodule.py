@@ -124,6 +124,11 @@ class BaseDataModule(L.LightningDataModule):
 
     # Optional overrides, which callbacks use in reports and logs.
 
+    @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """Names of the Hub datasets that contain the text, as specified by the user (``owner/name@revision``)."""
+        return ()
+
     item_name: ClassVar[str] = "row"
     """Singular noun for the items that ``SplitCounts.items`` counts, such as "document"."""
     packing: PackingPolicy | None = None

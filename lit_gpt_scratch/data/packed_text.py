@@ -252,6 +252,11 @@ class PackedText(BaseDataModule):
         return self.store.fingerprint
 
     @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """Names of the Hub datasets from which the token stores were prepared."""
+        return self.store.hub_datasets
+
+    @property
     def prompts(self) -> list[list[int]]:
         """Token ids of sample prompts: a short prompt, and the first tokens of some validation documents.
 

@@ -184,6 +184,7 @@ class TokenPreparation:
                 "vocab_size": tokenizer.vocab_size,
                 "recipe": self._settings(given),
                 "stamps": self.selection.source_fingerprints,
+                "hub_datasets": self.selection.hub_datasets,
                 **{side: [shard.metadata for shard in shards[side]] for side in SPLITS},
             }
             TokenStore.write_manifest(folder, manifest)

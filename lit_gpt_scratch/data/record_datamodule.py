@@ -308,6 +308,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             found.update(split.encode() + hash_examples(examples))
         return found.hexdigest()
 
+    @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """Name of the source, if it is a Hub dataset."""
+        return (self.source.name,) if self.source is not None and self.source.on_hub else ()
+
     def prepare_data(self) -> None:
         """Read, split and tokenize the records; train a tokenizer if there is none yet."""
         _ = self.examples, self.training_copies

@@ -44,6 +44,7 @@ class TokenStore:
         vocab_size: One more than the largest possible token id.
         train: Training tokens.
         validation: Held-out tokens for validation.
+        hub_datasets: Names of the Hub datasets among the sources, as recorded when the text was read.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class TokenStore:
     vocab_size: int
     train: ShardedTokenStream
     validation: ShardedTokenStream
+    hub_datasets: tuple[str, ...]
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -78,7 +80,7 @@ class TokenStore:
         """Open a store from its manifest without verifying its files."""
         manifest = cls.read_manifest(folder)
         try:
-            streams = [
+            train, validation = (
                 ShardedTokenStream(
                     tuple(
                         TokenShard.from_metadata(folder, shard, f"{side}[{i}]")
@@ -86,14 +88,15 @@ class TokenStore:
                     )
                 )
                 for side in SPLITS
-            ]
+            )
             fingerprints = validate(manifest.get("fingerprints"), dict[str, str], "fingerprints")
             tokenizer = validate(fingerprints.get("tokenizer"), str, "fingerprints.tokenizer")
             fingerprint = validate(manifest.get("fingerprint"), str, "fingerprint")
             vocab_size = validate(manifest.get("vocab_size"), int, "vocab_size")
+            hub_datasets = tuple(validate(manifest.get("hub_datasets", []), list[str], "hub_datasets"))
         except ValueError as error:
             raise UserError(f"{folder / MANIFEST_FILE} is corrupted ({error}); {REBUILD_HINT}") from error
-        return cls(folder, fingerprint, tokenizer, vocab_size, *streams)
+        return cls(folder, fingerprint, tokenizer, vocab_size, train, validation, hub_datasets)
 
     @staticmethod
     def read_manifest(folder: Path) -> dict[str, Any]:
@@ -200,7 +203,8 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     train = ShardedTokenStream(tuple(shard for store in stores for shard in store.train.shards))
     validation = ShardedTokenStream(tuple(shard for store in stores for shard in store.validation.shards))
     fingerprint = hashlib.sha256(" ".join(store.fingerprint for store in stores).encode()).hexdigest()
-    return replace(first, fingerprint=fingerprint, train=train, validation=validation)
+    hub_datasets = tuple(name for store in stores for name in store.hub_datasets)
+    return replace(first, fingerprint=fingerprint, train=train, validation=validation, hub_datasets=hub_datasets)
 
 
 def hash_json(value: object) -> str:

@@ -132,6 +132,11 @@ class CorpusSpec:
         """Names of the sources as specified by the user, separated by commas."""
         return ", ".join(source.name for source, _ in self.sources)
 
+    @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """Names of the sources that are Hub datasets, because no files with these names exist now."""
+        return tuple(source.name for source, _ in self.sources if source.on_hub)
+
     @cached_property
     def source_fingerprints(self) -> list[str]:
         """Fingerprints of the sources; see ``DocumentSource.fingerprint``."""

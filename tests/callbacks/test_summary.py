@@ -1,18 +1,23 @@
 """Baselines are measured on the text on which the model is validated."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 
-from lit_gpt_scratch.callbacks.summary import BaselineMetrics
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.evaluation.text_classifiers import LabelledTexts, word_baseline
 from lit_gpt_scratch.tasks import Classification, LanguageModel
-from tests.conftest import TINY
+from lit_gpt_scratch.text import hub
+from lit_gpt_scratch.text.document import TableRow
+from tests.conftest import TINY, sentences
 
 
 class Uniform(L.Callback):
@@ -78,3 +83,32 @@ def test_baselines_of_a_classifier_are_of_the_validated_records(
     share = validated.labels.count(int(np.argmax(data.class_counts))) / len(validated.labels)
     assert baselines.metric == "val/accuracy"
     assert baselines.figures == {"majority class": share, **word_baseline(labelled("train"), validated)}
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_provenance_records_whether_the_text_is_on_the_hub(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_file: bool,
+) -> None:
+    """Also in the token store, whose text may have been removed before training."""
+    source, texts = "owner/texts.jsonl", [{"text": sentences(n)} for n in range(40)]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "dataset_revision", lambda *_: "revision")
+        patch.setattr(hub, "read_dataset_rows", lambda *_: (TableRow(str(n), "", row) for n, row in enumerate(texts)))
+        if is_file:
+            Path("owner").mkdir()
+            Path(source).write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
+        packed_text(source=source, store="tokens").prepare_data()
+    Path(source).unlink(missing_ok=True)
+    for data in (packed_text(source=source, store="tokens"), packed_text(source=None, mixture=["tokens"])):
+        folder = RunFolder.create(tmp_path / "runs", "pretrain")
+        metadata = RunMetadata()
+        metadata.folder = folder
+        trainer(max_steps=1, limit_val_batches=0, callbacks=[metadata]).fit(task(), data)
+        [session] = json.loads((folder.path / "provenance.json").read_text(encoding="utf-8"))["sessions"]
+        assert session["hub_datasets"] == ([] if is_file else [source])

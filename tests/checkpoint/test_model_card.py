@@ -39,10 +39,12 @@ SUMMARY: dict[str, Any] = {
     "baselines": {"unigram": 4.25}, "step": 40, "tokens": 123_456, "seconds": 61.0,
 }  # fmt: skip
 SESSIONS: list[dict[str, Any]] = [
-    {"from_step": 0, "code": {"commit": "abc", "changed_since": True}, "versions": {"torch": "2.13.0"}, "data": "d1"},
-    {"from_step": 20, "code": {"commit": "abd", "changed_since": False}, "versions": {"torch": "2.13.0"}, "data": "d1"},
-    {"from_step": 40, "code": {"commit": "later"}, "data": "d2"},
-]
+    {"from_step": 0, "code": {"commit": "abc", "changed_since": True}, "versions": {"torch": "2.13.0"}, "data": "d1",
+     "hub_datasets": ["owner/texts@main"]},
+    {"from_step": 20, "code": {"commit": "abd", "changed_since": False}, "versions": {"torch": "2.13.0"}, "data": "d1",
+     "hub_datasets": ["owner/texts@main"]},
+    {"from_step": 40, "code": {"commit": "later"}, "data": "d2", "hub_datasets": ["owner/later"]},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +146,43 @@ def test_folders_of_the_machine_are_not_published(run: Path, tokenizer: Tokenize
     assert stated["cleaning"] == "Decontaminate (against benchmark.jsonl, share 0.5)"
     change(run, "data", "init_args", "mixture", value={"/secret/code": 0.25, "/secret/web": 0.75})
     assert rows(card(RunRecord.read(run, 40), tokenizer).text)["mixture"] == "code 0.25, web 0.75"
-    change(run, "model", "init_args", "init_from", value="/secret/runs/pretrain/version_0")
-    built = card(RunRecord.read(run, 40), tokenizer)
-    assert "fine-tuned from pretrain/version_0" in built.text
-    assert "secret" not in built.text
 
 
-def test_relative_paths_are_not_datasets_on_the_hub(
-    run: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("init_from", "stated"),
+    [
+        ("/secret/runs/pretrain/version_0", "pretrain/version_0"),
+        ("runs/pretrain/version_12/", "pretrain/version_12"),
+        ("/home/secret/base.safetensors", "base.safetensors"),
+        ("/home/secret/qwen", "qwen"),
+        ("secret/qwen", "qwen"),
+        ("~/secret/version_0/checkpoints/last.ckpt", "last.ckpt"),
+    ],
+)
+def test_the_initial_model_is_named_without_its_folder(
+    run: Path, tokenizer: Tokenizer, init_from: str, stated: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner").mkdir()
+    change(run, "model", "init_args", "init_from", value=init_from)
+    built = card(RunRecord.read(run, 40), tokenizer)
+    assert f", fine-tuned from {stated}, exported" in built.text
+    assert "secret" not in str(built)
+
+
+@pytest.mark.parametrize("source", ["corpus/texts.jsonl", "corpus/texts", {"corpus/a": 0.25, "corpus/b.txt": 0.75}])
+@pytest.mark.parametrize("recorded", [None, []])
+def test_datasets_are_declared_only_if_training_recorded_them(
+    run: Path, tokenizer: Tokenizer, source: Any, recorded: list[str] | None
+) -> None:
+    """A source may look like the name of a dataset on the Hub, and its file may not exist where the model is."""
+    sessions = [{name: each[name] for name in each if name != "hub_datasets"} for each in SESSIONS]
+    if recorded is not None:
+        sessions = [each | {"hub_datasets": recorded} for each in sessions]
+    (run.parent.parent / "provenance.json").write_text(json.dumps({"sessions": sessions}), encoding="utf-8")
+    change(run, "data", "init_args", "source", value=source)
     built = card(RunRecord.read(run, 40), tokenizer)
     assert built.data.datasets is None
-    assert rows(built.text)["source"] == "texts@main"
+    assert "corpus" not in str(built)
+    assert rows(built.text)["source"] in ("texts.jsonl", "texts", "a 0.25, b.txt 0.75")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "x: ["])

@@ -81,7 +81,7 @@ def test_false_shards_in_the_manifest(store: Path, field: str, value: Any) -> No
         ("vocab_size", 10**12), ("vocab_size", 3), ("vocab_size", "300"), ("vocab_size", None), ("train", None),
         ("train", {}), ("train", [None]), ("train", 3), ("fingerprints", []), ("fingerprints", {}),
         ("fingerprints", {"tokenizer": 3}), ("fingerprint", None), ("format", None), ("format", "3"),
-        ("format", 10**30),
+        ("format", 10**30), ("hub_datasets", "owner/name"), ("hub_datasets", [3]),
     ],
 )  # fmt: skip
 def test_false_manifest(store: Path, field: str, value: Any) -> None:
