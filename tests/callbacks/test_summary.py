@@ -105,7 +105,10 @@ def test_provenance_records_whether_the_text_is_on_the_hub(
             Path(source).write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
         packed_text(source=source, store="tokens").prepare_data()
     Path(source).unlink(missing_ok=True)
-    for data in (packed_text(source=source, store="tokens"), packed_text(source=None, mixture=["tokens"])):
+    for data in (
+        packed_text(source=source, store="tokens"),
+        PackedText(mixture=["tokens"], block_size=32, batch_size=4),
+    ):
         folder = RunFolder.create(tmp_path / "runs", "pretrain")
         metadata = RunMetadata()
         metadata.folder = folder
