@@ -3,9 +3,9 @@
 The scaling law that a ladder of runs has measured (``experiments/scaling``) predicts the loss of each candidate: the
 number of parameters is known, and the number of tokens is that for which the budget suffices. For a budget in FLOPs, it
 follows from the FLOPs of a step. For a budget of time, a few steps of each candidate are timed, from the smallest up,
-until the predicted loss rises: no cost model is needed, and the time of steps of small matrices, which is not
-proportional to their FLOPs, is measured. The chosen model is timed again as it will run, compiled and with the
-vocabulary of the text, to set the number of steps.
+until the predicted loss rises or a candidate does not fit into memory: no cost model is needed, and the time of steps
+of small matrices, which is not proportional to their FLOPs, is measured. The chosen model is timed again, compiled and
+with the vocabulary of the text, to set the number of steps.
 """
 
 import math
@@ -18,21 +18,24 @@ from typing import Any, Final, NamedTuple
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from lit_gpt_scratch.callbacks.progress import format_count, format_duration, pluralize
 from lit_gpt_scratch.callbacks.summary import count_validated_rows
 from lit_gpt_scratch.cli.config_defaults import import_class
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.base_datamodule import require_positive_ints
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process, explain_no_compile
+from lit_gpt_scratch.distributed.validate_hardware import requested_devices, validate_hardware
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import set_max_steps
 from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.module_metadata import inactive_parameters
 from lit_gpt_scratch.optim import Muon
 from lit_gpt_scratch.profiling.flops_and_memory import build_on_meta, training_flops_per_token
 from lit_gpt_scratch.profiling.timed_steps import time_steps
-from lit_gpt_scratch.schema import read_json
+from lit_gpt_scratch.schema import describe, read_json
 from lit_gpt_scratch.sweeps.scaling_law import ScalingLaw
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -41,6 +44,10 @@ UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0}
 MAX_SECONDS, MAX_FLOPS = 1e8, 1e27
 """Largest budgets: three years, and more compute than any published run."""
 SHIPPED_LAW: Final = Path(__file__).parents[1] / "sweeps" / "scaling_law.json"
+LAW_METRIC: Final = "val/bits_per_byte"
+"""Metric that a law must predict."""
+UNBOUNDED: Final = (0.0, math.inf)
+"""Measured range of laws that do not state it."""
 SHAPES: Final = (
     (2, 48), (3, 64), (3, 96), (4, 128), (5, 160), (6, 192), (7, 256), (8, 320), (10, 384), (12, 512), (12, 768),
     (24, 1024), (24, 1536), (32, 2048),
@@ -54,8 +61,12 @@ TOKENS_PER_STEP, TOKENS_OF_SMALLEST_BATCH = 1024, 1_000_000
 The batch grows in factors of two with the square root of the number of training tokens, as the critical batch size does
 (https://arxiv.org/abs/2410.21676).
 """
-LR_TOKENS_PER_STEP: Final = 2048
-"""Tokens per step up to which the default learning rate is used; it then grows with the square root of the batch."""
+LR_TOKENS_PER_STEP: Final = 2048, 4096
+"""Tokens per step between which Muon's learning rates grow with the square root of the batch.
+
+They grow by a factor of at most sqrt(2): at the default batch, twice the default rate is worse than the default by 0.03
+bits per byte (``experiments/ablations``), and higher rates have not been measured with larger batches.
+"""
 MAX_MICRO_BATCH_TOKENS: Final = 16_384
 """Maximum number of tokens per micro-batch; larger batches accumulate gradients."""
 LOOP_SECONDS: Final = 0.003
@@ -92,19 +103,20 @@ class Budget(NamedTuple):
             raise UserError(f"--budget is {text}; it must be at most {MAX_SECONDS:g}s or {MAX_FLOPS:g}flops")
         return cls(text, amount, is_time)
 
-    def require_step(self, steps: float, cost: float) -> None:
+    def require_step(self, steps: float, **costs: float) -> None:
         """Check that the budget suffices for one step.
 
         Args:
             steps: Number of steps for which it suffices.
-            cost: Seconds or FLOPs of a step.
+            costs: Seconds or FLOPs that a run with one step takes, keyed by what they are for.
 
         Raises:
             UserError: It does not.
         """
         if steps < 1:
-            needed = f"{cost:.2g} s" if self.is_time else f"{cost:.2g} FLOPs"
-            raise UserError(f"--budget is {self.text}, which is too small for one step: a step takes {needed}")
+            unit = "s" if self.is_time else "FLOPs"
+            needed = ", ".join(f"{name} {cost:.3g} {unit}" for name, cost in costs.items())
+            raise UserError(f"--budget is {self.text}, which is too small for one step: {needed}")
 
 
 class LawFile(TypedDict):
@@ -112,23 +124,49 @@ class LawFile(TypedDict):
 
     law: dict[str, float]
     n_runs: int
+    metric: NotRequired[str]
+    parameters: NotRequired[tuple[float, float]]
+    tokens: NotRequired[tuple[float, float]]
 
 
-def read_scaling_law(path: Path) -> tuple[ScalingLaw, int]:
-    """Read a fitted law and the number of runs to which it was fitted.
+class FittedLaw(NamedTuple):
+    """Scaling law, the number of runs to which it was fitted, and the ranges of their parameters and tokens."""
+
+    law: ScalingLaw
+    n_runs: int
+    parameters: tuple[float, float]
+    tokens: tuple[float, float]
+
+    def describe(self, parameters: float, tokens: float) -> str:
+        """Describe the fit, and name the measured ranges that do not contain a model and its training length."""
+        numbers = ("parameters", parameters, self.parameters), ("tokens", tokens, self.tokens)
+        outside = [
+            f"{format_count(low)} to {format_count(high)} {name}"
+            for name, value, (low, high) in numbers
+            if not low <= value <= high
+        ]
+        beyond = f", extrapolated beyond the measured {' and '.join(outside)}" if outside else ""
+        return f"law fitted to {pluralize(self.n_runs, 'run')}{beyond}"
+
+
+def read_scaling_law(path: Path) -> FittedLaw:
+    """Read a fitted law.
 
     Raises:
-        UserError: The file cannot be read, or does not contain a law.
+        UserError: The file cannot be read, does not contain a law, or its law predicts another metric.
     """
     try:
         content = read_json(path, LawFile)
         law = ScalingLaw(**content["law"])
         if not all(0 < value < math.inf for value in content["law"].values()):
             raise ValueError("its coefficients are not positive")
+        if (metric := content.get("metric", LAW_METRIC)) != LAW_METRIC:
+            raise ValueError(f"its law predicts {describe(metric)}, not {LAW_METRIC}")
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--scaling_law: cannot read {path}: {reason}; pass a scaling_law.json of a sweep") from error
-    return law, content["n_runs"]
+    ranges = content.get("parameters", UNBOUNDED), content.get("tokens", UNBOUNDED)
+    return FittedLaw(law, content["n_runs"], *ranges)
 
 
 @dataclass(frozen=True)
@@ -137,7 +175,7 @@ class Choice:
 
     Args:
         gpt: Architecture.
-        parameters: Number of parameters.
+        parameters: Number of parameters; see ``count_parameters``.
         tokens_per_step: Number of tokens per optimizer step.
         steps: Number of optimizer steps for which the budget suffices.
         loss: Predicted loss in bits per byte.
@@ -154,12 +192,12 @@ class Choice:
         """Number of training tokens."""
         return self.steps * self.tokens_per_step
 
-    def describe(self, rejected: "list[Choice]", n_runs: int) -> str:
+    def describe(self, rejected: "list[Choice]", fitted: FittedLaw) -> str:
         """Return the reason for the choice.
 
         Args:
             rejected: Other candidates.
-            n_runs: Number of runs to which the law was fitted.
+            fitted: The law that predicted the losses.
         """
         others = sorted(rejected, key=lambda other: abs(math.log(other.parameters / self.parameters)))[:2]
         compared = ", ".join(
@@ -169,7 +207,7 @@ class Choice:
         return (
             f"{self.gpt.n_layer} layers of width {self.gpt.n_embd}, {self.tokens_per_step:,} tokens per step, because "
             f"{format_count(self.parameters)} parameters and {format_count(self.tokens)} tokens have the lowest "
-            f"predicted loss, {self.loss:.3f} bits per byte{than} (law fitted to {n_runs} runs)"
+            f"predicted loss, {self.loss:.3f} bits per byte{than} ({fitted.describe(self.parameters, self.tokens)})"
         )
 
 
@@ -203,15 +241,25 @@ def n_heads(n_embd: int) -> int:
     return next(n for n in range(max(1, round(n_embd / preferred)), 0, -1) if n_embd % (2 * n) == 0 or n == 1)
 
 
-def choose_tokens_per_step(tokens: float) -> int:
-    """Return the number of tokens per step for a number of training tokens."""
+def count_parameters(gpt: GPTConfig, vocab_size: int, block_size: int) -> int:
+    """Return the number of parameters to which the law, which was fitted to dense models, applies.
+
+    These are the parameters that a token uses, without the modules for multi-token prediction.
+    """
+    net = build_on_meta(replace(gpt, multi_token_depth=0), vocab_size, block_size)
+    return sum(p.numel() for p in net.parameters()) - inactive_parameters(net)
+
+
+def choose_tokens_per_step(tokens: float, block_size: int) -> int:
+    """Return the number of tokens per step, a power of two of sequences, for a number of training tokens."""
     doublings = max(0, round(0.5 * math.log2(max(tokens, 1.0) / TOKENS_OF_SMALLEST_BATCH)))
-    return int(TOKENS_PER_STEP * 2**doublings)
+    return int(block_size * 2 ** max(0, round(math.log2(TOKENS_PER_STEP / block_size)) + doublings))
 
 
 def choose_learning_rate(default: float, tokens_per_step: int) -> float:
-    """Return Muon's learning rate for a batch; its best rate hardly depends on the width."""
-    return default * math.sqrt(max(1.0, tokens_per_step / LR_TOKENS_PER_STEP))
+    """Return Muon's learning rate for a batch."""
+    smallest, largest = LR_TOKENS_PER_STEP
+    return default * math.sqrt(min(max(tokens_per_step, smallest), largest) / smallest)
 
 
 def choose_model(
@@ -230,7 +278,7 @@ def choose_model(
         law: Scaling law of the loss.
         models: Candidates, from the smallest; after the first whose predicted loss rises, the others are not tried.
         step_cost: Function that returns the cost of a step of a model with a number of tokens, in the unit of the
-            budget.
+            budget. It raises ``MemoryError`` if the step does not fit; larger candidates are then not tried.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
         tokens_per_step: Number of tokens per step, or None to choose it, too.
@@ -240,22 +288,28 @@ def choose_model(
 
     Raises:
         UserError: The budget is too small for one step of any candidate.
+        MemoryError: The first candidate does not fit.
     """
     tried: list[Choice] = []
     for gpt in models:
-        size = tokens_per_step or max(TOKENS_PER_STEP, block_size)
-        cost = step_cost(gpt, size)
-        while (
-            tokens_per_step is None
-            and (wanted := choose_tokens_per_step(budget.amount / cost * size) // block_size * block_size) > size
-        ):
-            size, cost = wanted, step_cost(gpt, wanted)
+        size = tokens_per_step or choose_tokens_per_step(0, block_size)
+        try:
+            cost = step_cost(gpt, size)
+            while (
+                tokens_per_step is None
+                and (wanted := choose_tokens_per_step(budget.amount / cost * size, block_size)) > size
+            ):
+                size, cost = wanted, step_cost(gpt, wanted)
+        except MemoryError:
+            if not tried:
+                raise
+            break
         steps = budget.amount / cost
         if not tried:
-            budget.require_step(steps, cost)
+            budget.require_step(steps, step=cost)
         elif steps < 1:
             break
-        parameters = sum(p.numel() for p in build_on_meta(gpt, vocab_size, block_size).parameters())
+        parameters = count_parameters(gpt, vocab_size, block_size)
         tried.append(Choice(gpt, parameters, size, steps, float(law.loss(parameters, steps * size))))
         if len(tried) > 1 and tried[-1].loss > tried[-2].loss:
             break
@@ -290,9 +344,9 @@ def plan_length(budget: Budget, first: float, step: float, validation: float) ->
         UserError: The budget is too small for one step.
     """
     validations = N_VALIDATIONS if N_VALIDATIONS * validation <= MAX_VALIDATION_SHARE * budget.amount else 1
-    rest = budget.amount - max(0.0, first - step) - validations * validation
-    steps = rest / (step + LOOP_SECONDS)
-    budget.require_step(steps, budget.amount - rest + step)
+    compilation = max(0.0, first - step)
+    steps = (budget.amount - compilation - validations * validation) / (step + LOOP_SECONDS)
+    budget.require_step(steps, compilation=compilation, validation=validations * validation, step=step + LOOP_SECONDS)
     return TrainingLength(int(steps), validations)
 
 
@@ -328,7 +382,8 @@ class BudgetedRun:
         is_given: Function that returns whether the user set a flag, on the command line or in a config file.
 
     Raises:
-        UserError: The budget or the law is invalid, or the law does not apply to the task or the data.
+        UserError: The budget, the law, a size or a hardware flag is invalid, there are several devices, or the law does
+            not apply to the task or the data.
     """
 
     def __init__(self, config: Namespace, is_given: Callable[[str], bool]) -> None:
@@ -339,7 +394,16 @@ class BudgetedRun:
         self._is_given = is_given
         if not config.model.class_path.endswith(".LanguageModel") or not config.data.class_path.endswith(".PackedText"):
             raise UserError("--budget requires --model LanguageModel and --data PackedText, to which the law applies")
-        self.law, self.n_runs = read_scaling_law(Path(config.scaling_law or SHIPPED_LAW))
+        data, trainer = config.data.init_args, config.trainer
+        require_positive_ints({name: data[name] for name in ("block_size", "batch_size", "tokens_per_step")})
+        validate_hardware(trainer, config.cpu_offload)
+        self._device = default_device(str(trainer.accelerator))
+        n_devices = requested_devices(trainer.devices)
+        if n_devices is None:
+            n_devices = 1 if self._device.type == "cpu" else torch.accelerator.device_count()
+        if n_devices * trainer.num_nodes > 1:
+            raise UserError("--budget measures one device; set --trainer.devices 1 and --trainer.num_nodes 1")
+        self._fitted = read_scaling_law(Path(config.scaling_law or SHIPPED_LAW))
 
     def choose_model(self) -> None:
         """Choose the architecture, the batch and the learning rate, and set them in the config."""
@@ -354,42 +418,51 @@ class BudgetedRun:
         vocab_size = data.vocab_size or DEFAULT_VOCAB_SIZE
         recipe = import_class(arguments.optimizer.class_path, "lit_gpt_scratch.optim")
         optimizer = recipe(**arguments.optimizer.init_args.as_dict())
-        device = default_device(str(trainer.accelerator))
+        options = optimizer, self._device, trainer.precision, arguments.activation_checkpointing
+        # Sequences per micro-batch and micro-batches per step of each candidate and number of tokens per step.
+        batches: dict[tuple[GPTConfig, int], tuple[int, int]] = {}
 
         def step_cost(gpt: GPTConfig, tokens: int) -> float:
-            if not self.budget.is_time:
-                return tokens * training_flops_per_token(build_on_meta(gpt, vocab_size, data.block_size))
-            batch, accumulate = split_batch(tokens, data.block_size)
-            if batch_given:
+            if not batch_given:
+                batch, accumulate = split_batch(tokens, data.block_size)
+            else:
                 batch, accumulate = data.batch_size, max(1, tokens // micro_batch)
-            sizes = vocab_size, data.block_size, batch, 1
-            micro_step = time_steps(gpt, *sizes, optimizer, device, trainer.precision).median
+            if not self.budget.is_time:
+                batches[gpt, tokens] = batch, accumulate
+                return tokens * training_flops_per_token(build_on_meta(gpt, vocab_size, data.block_size))
+            while True:
+                try:
+                    micro_step = time_steps(gpt, vocab_size, data.block_size, batch, 1, *options).median
+                    break
+                except MemoryError:
+                    if batch_given or batch == 1:
+                        raise
+                batch, accumulate = batch // 2, 2 * accumulate
+            batches[gpt, tokens] = batch, accumulate
             return accumulate * micro_step + LOOP_SECONDS  # the optimizer takes a small share of large micro-batches
 
         if self.budget.is_time:
             configure_process()
         models = candidate_models(replace(GPTConfig(), **arguments.gpt.as_dict()), given)
         sizes = vocab_size, data.block_size, accumulated if batch_given else None
-        choice, rejected = choose_model(self.budget, self.law, models, step_cost, *sizes)
+        choice, rejected = choose_model(self.budget, self._fitted.law, models, step_cost, *sizes)
         for name in SHAPE:
             arguments.gpt[name] = getattr(choice.gpt, name)
         if not batch_given:
-            data.batch_size, accumulate = split_batch(choice.tokens_per_step, data.block_size)
+            data.batch_size, accumulate = batches[choice.gpt, choice.tokens_per_step]
             data.tokens_per_step = choice.tokens_per_step if accumulate > 1 else None
         for name in ("lr", "adamw_lr") if recipe is Muon else ():
             if not self._is_given(f"model.optimizer.{name}"):
                 default = getattr(optimizer, name)
                 arguments.optimizer.init_args[name] = choose_learning_rate(default, choice.tokens_per_step)
         trainer.max_steps, trainer.max_epochs = int(choice.steps), None
-        self.reasons.append(choice.describe(rejected, self.n_runs))
+        self.reasons.append(choice.describe(rejected, self._fitted))
 
     def choose_length(self, trainer: Trainer, task: LanguageModel, data: PackedText) -> None:
         """Set the number of steps and the validation interval, once the vocabulary and the validation text are known.
 
         These values replace ``--budget`` in the config, so that a resumed run neither chooses nor measures again.
         """
-        if trainer.world_size > 1:
-            raise UserError("--budget measures one device; set --trainer.devices 1")
         sizes = data.vocab_size, data.block_size
         tokens = data.tokens_per_step or data.batch_size * data.block_size * trainer.accumulate_grad_batches
         accumulate = tokens // (data.batch_size * data.block_size)
@@ -397,15 +470,16 @@ class BudgetedRun:
             device = trainer.strategy.root_device
             compiles = task.compile_network is not False and explain_no_compile(device) is None
             measured = time_steps(
-                task.gpt, *sizes, data.batch_size, accumulate, task.optimizer, device, str(trainer.precision), compiles
-            )
+                task.gpt, *sizes, data.batch_size, accumulate, task.optimizer, device, str(trainer.precision),
+                task.activation_checkpointing, compiles,
+            )  # fmt: skip
             rows = count_validated_rows(trainer, data, self.config.trainer.limit_val_batches)
             validation = rows * data.block_size / tokens * measured.median * VALIDATION_COST
             length = plan_length(self.budget, measured.first, measured.median, validation)
             self.reasons.append(length.describe(measured.median, self.budget))
         else:
             cost = tokens * training_flops_per_token(build_on_meta(task.gpt, *sizes))
-            self.budget.require_step(self.budget.amount / cost, cost)
+            self.budget.require_step(self.budget.amount / cost, step=cost)
             length = TrainingLength(int(self.budget.amount / cost), N_VALIDATIONS)
             self.reasons.append(f"{length.steps:,} steps of {cost:.3g} FLOPs")
         set_max_steps(trainer, length.steps)
@@ -417,9 +491,16 @@ class BudgetedRun:
 
 
 def split_batch(tokens: int, block_size: int) -> tuple[int, int]:
-    """Return the number of sequences per micro-batch and of micro-batches per step for a number of tokens per step."""
-    accumulate = max(1, -(-tokens // MAX_MICRO_BATCH_TOKENS))
-    return max(1, tokens // (accumulate * block_size)), accumulate
+    """Return the numbers of sequences per micro-batch and of micro-batches per step, both powers of two.
+
+    Args:
+        tokens: Number of tokens per step, a power of two of sequences.
+        block_size: Number of tokens per sequence.
+    """
+    batch = tokens // block_size
+    while batch > 1 and batch * block_size > MAX_MICRO_BATCH_TOKENS:
+        batch //= 2
+    return batch, tokens // (batch * block_size)
 
 
 def default_device(accelerator: str) -> torch.device:

@@ -317,7 +317,8 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the model for ``--budget``."""
         if self.budget is not None:
-            self.budget.choose_model()
+            with explain_out_of_memory(None):
+                self.budget.choose_model()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; convert its exceptions to a ``UserError`` that names the flags that may be the cause.

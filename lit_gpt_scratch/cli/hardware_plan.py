@@ -17,6 +17,7 @@ from lit_gpt_scratch.cli.config_defaults import published_vocab_size
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
+from lit_gpt_scratch.distributed.hardware_defaults import normalize_precision
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.strategies import (
     TENSOR_PARALLEL_SIZES,
@@ -27,6 +28,7 @@ from lit_gpt_scratch.distributed.strategies import (
     resolve_strategy,
     validate_cpu_offload,
 )
+from lit_gpt_scratch.distributed.validate_hardware import requested_devices
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import MAX_LOGITS_MB_ACCELERATOR
 from lit_gpt_scratch.model.activation_checkpointing import validate_checkpointing
@@ -90,12 +92,8 @@ def plan_for_machine(
 
 def _validate_devices(trainer: Namespace, machine: Machine, name: str) -> None:
     """Check that ``devices`` and ``num_nodes``, unless they have their defaults, agree with the machine."""
-    devices, nodes = trainer.devices, trainer.num_nodes
-    if isinstance(devices, str):
-        devices = int(devices) if devices.isdecimal() else devices
-        devices = devices.split(",") if isinstance(devices, str) and "," in devices else devices
-    per_node = len(devices) if isinstance(devices, list) else devices
-    if per_node in ("auto", -1, "-1"):
+    nodes, per_node = trainer.num_nodes, requested_devices(trainer.devices)
+    if per_node is None:
         if nodes in (1, machine.nodes):
             return
         per_node = machine.per_node
@@ -120,7 +118,7 @@ def _training_setup(
         vocab_size: Number of token ids.
     """
     trainer = config.trainer
-    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(str(trainer.precision), trainer.precision)
+    precision = normalize_precision(trainer.precision)
     if precision not in WEIGHT_DTYPES:
         raise UserError(
             f"--trainer.precision is {precision}, which --devices_like does not support; use one of "

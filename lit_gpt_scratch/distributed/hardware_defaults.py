@@ -5,7 +5,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch.utils._triton import has_triton
@@ -19,6 +19,8 @@ oneDNN generates a kernel for each shape, and caches 1,024 kernels by default. I
 its longest row, the shapes vary, and the cached kernels use 1.6 GB of additional memory. A training step uses about 40
 different shapes, and regenerating a kernel takes less than 0.5 ms.
 """
+PRECISION_ALIASES: Final = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Names of precisions, keyed by short names that the Trainer also accepts."""
 
 
 class HardwareDefault(NamedTuple):
@@ -46,6 +48,11 @@ def default_precision(accelerator: str) -> HardwareDefault:
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return HardwareDefault("bf16-mixed", "this CPU supports bfloat16")
     return HardwareDefault("32-true", "torch detects no bfloat16 support on this CPU")
+
+
+def normalize_precision(precision: str | int) -> str:
+    """Return the full name of a ``--trainer.precision``, such as ``bf16-mixed`` for ``bf16``."""
+    return PRECISION_ALIASES.get(str(precision), str(precision))
 
 
 def configure_process(processes: int = 1) -> None:

@@ -108,6 +108,37 @@ def _validate_precision(accelerator: str, precision: str) -> None:
         raise UserError(f"--trainer.precision {precision}: {reason}; use --trainer.precision {instead}")
 
 
+def requested_devices(devices: str | int | list[int]) -> int | None:
+    """Return the number of devices per node that ``--trainer.devices`` requests, or None if it requests all.
+
+    Raises:
+        UserError: The value is not a number, a list, -1 or ``auto``.
+    """
+    if isinstance(devices, str) and "," in devices:
+        return sum(bool(index.strip()) for index in devices.split(","))
+    if isinstance(devices, list):
+        return len(devices)
+    if devices in ("auto", "-1", -1):
+        return None
+    try:
+        return int(devices)
+    except ValueError:
+        raise UserError(
+            f"--trainer.devices is {devices}; use a number of devices, indices such as 0,1, or auto"
+        ) from None
+
+
+@contextmanager
+def raise_memory_error() -> Iterator[None]:
+    """Raise out-of-memory errors of PyTorch as ``MemoryError``."""
+    try:
+        yield
+    except RuntimeError as error:  # accelerators and the CPU allocator raise it
+        if not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        raise MemoryError(str(error)) from error
+
+
 @contextmanager
 def explain_out_of_memory(data: Any) -> Iterator[None]:
     """Replace an out-of-memory error with an error that suggests flags to reduce memory use.
@@ -119,10 +150,9 @@ def explain_out_of_memory(data: Any) -> Iterator[None]:
         UserError: There is not enough memory.
     """
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # accelerators and the CPU allocator raise RuntimeError
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
-            raise
+        with raise_memory_error():
+            yield
+    except MemoryError as error:
         needed = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         raise UserError(
             f"out of memory{f' while allocating {needed[1]}' if needed else ''}; {_suggest_smaller_step(data)}"

@@ -7,9 +7,12 @@ from typing import Final, NamedTuple
 
 import torch
 
+from lit_gpt_scratch.distributed.hardware_defaults import normalize_precision
+from lit_gpt_scratch.distributed.validate_hardware import raise_memory_error
 from lit_gpt_scratch.kernels.compiler_backend import CompilerBackend
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt_scratch.optim.optimizers import OptimizerRecipe
 
 MAX_STEPS, MAX_SECONDS = 8, 3.0
@@ -29,6 +32,7 @@ class TimedSteps(NamedTuple):
     """Median of the following steps."""
 
 
+@raise_memory_error()
 def time_steps(
     config: GPTConfig,
     vocab_size: int,
@@ -37,11 +41,12 @@ def time_steps(
     accumulate: int,
     optimizer: OptimizerRecipe,
     device: torch.device,
-    precision: str,
+    precision: str | int,
+    checkpointing: ActivationCheckpointing = False,
     compile_blocks: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TimedSteps:
-    """Time a few optimizer steps of a new model.
+    """Time a few optimizer steps of a new model, including its modules for multi-token prediction.
 
     Args:
         config: Architecture of the model.
@@ -52,15 +57,21 @@ def time_steps(
         optimizer: The optimizer.
         device: Device that runs the steps.
         precision: Value of ``trainer.precision``.
+        checkpointing: What each block stores for the backward pass.
         compile_blocks: Whether to compile the blocks, as ``model.compile`` does.
         clock: Function that returns the time in seconds.
+
+    Raises:
+        MemoryError: The steps do not fit into the memory of the device.
     """
+    precision = normalize_precision(precision)
     with torch.random.fork_rng(devices=[]):
         net = GPT(config, vocab_size, block_size).to(device, WEIGHTS.get(precision, torch.float32))
+        net.activation_checkpointing = checkpointing
         ids = torch.randint(vocab_size, (batch_size, block_size + 1)).to(device)
     if compile_blocks:
         backend = CompilerBackend(required=False)
-        for block in net.blocks:
+        for block in net.all_blocks:
             block.compile(backend=backend)
     rule = optimizer.build(net)
     autocast = torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
@@ -69,8 +80,10 @@ def time_steps(
         started = clock()
         for _ in range(accumulate):
             with autocast:
-                nats, n_labels = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
-            (nats / n_labels).backward()  # type: ignore[no-untyped-call]  # not annotated in torch
+                states = net.hidden_states_by_depth(ids[:, :-1])
+                losses = [token_cross_entropy(net.apply_head(x), ids[:, 1 + i :])[0] for i, x in enumerate(states)]
+                loss = torch.stack(losses).mean() / (batch_size * block_size)
+            loss.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
         rule.step()
         rule.zero_grad()
         if device.type != "cpu":

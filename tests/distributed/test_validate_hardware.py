@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
+from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, requested_devices, validate_hardware
 from lit_gpt_scratch.errors import UserError
 
 
@@ -137,3 +137,16 @@ def test_out_of_memory_suggests_smaller_micro_batches(error: Exception, data: Da
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="singular"), explain_out_of_memory(None):
         raise RuntimeError("the matrix is singular")
+
+
+@pytest.mark.parametrize(
+    ("devices", "n"),
+    [("auto", None), (-1, None), ("-1", None), (2, 2), ("2", 2), ([0], 1), ([1, 3], 2), ("0,1", 2), ("3,", 1)],
+)
+def test_requested_devices(devices: Any, n: int | None) -> None:
+    assert requested_devices(devices) == n
+
+
+def test_invalid_devices() -> None:
+    with pytest.raises(UserError, match=r"^--trainer.devices is two; use a number of devices, indices such as 0,1, or"):
+        requested_devices("two")
