@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.feed_forward import MixtureOfExperts
 from lit_gpt_scratch.model.moe import count_choices, load_balance_loss, router_z_loss
+
+EXPERT_LOAD_KEY: Final = "expert_load"
+"""Key of the load of the last step in a checkpoint."""
 
 
 class ExpertBalancing:

@@ -48,7 +48,7 @@ from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
 from lit_gpt_scratch.optim.optimizer_state import validate_optimizer_state
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
-from lit_gpt_scratch.tasks.expert_balancing import ExpertBalancing, find_tokens
+from lit_gpt_scratch.tasks.expert_balancing import EXPERT_LOAD_KEY, ExpertBalancing, find_tokens
 
 log = logging.getLogger(__name__)
 
@@ -635,9 +635,14 @@ class GPTModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and the batch layout; if averaging is enabled, save the averages as the weights."""
+        """Add the metadata, the batch layout and the load of experts; save averages of the weights, if there are any.
+
+        A validation that is repeated after a kill draws the load of the last step.
+        """
         checkpoint[METADATA_KEY] = asdict(self.checkpoint_metadata())
         checkpoint[BATCH_LAYOUT_KEY] = self.data_info.layout._asdict()
+        if self.expert_balancing is not None:
+            checkpoint[EXPERT_LOAD_KEY] = self.expert_balancing.load.tolist()
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -657,4 +662,6 @@ class GPTModule(L.LightningModule):
         saved, own = CheckpointMetadata.from_checkpoint(checkpoint), self.checkpoint_metadata()
         require_same_model(saved, own)
         self._base_hash = saved.base
+        if self.expert_balancing is not None and EXPERT_LOAD_KEY in checkpoint:
+            self.expert_balancing.load = torch.tensor(checkpoint[EXPERT_LOAD_KEY])
         require_same_tokenizer(saved, own.tokenizer)

@@ -1,6 +1,7 @@
 """Auxiliary losses, load and biases of experts in training runs."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -69,6 +70,17 @@ def test_every_token_is_counted(run: Callable[..., Any], checkpointing: bool) ->
     assert torch.equal(whole.loads[0].sum(-1), torch.tensor([BATCH * CONTEXT * PER_TOKEN] * 2))
     _, parts = run(config(), batch_size=2, accumulate_grad_batches=2, activation_checkpointing=checkpointing)
     assert all(torch.equal(a, b) for a, b in zip(whole.loads, parts.loads[1::2], strict=True))
+
+
+def test_load_is_restored(run: Callable[..., Any], trainer: Build, packed_text: Any, tmp_path: Path) -> None:
+    """A validation that is repeated after a kill, before any step, draws the load of the last step."""
+    model, recorder = run(config())
+    model.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = LanguageModel(config(), AdamW(lr=1e-3), compile=False)
+    data = packed_text(batch_size=BATCH, block_size=CONTEXT)
+    trainer(max_steps=3, limit_val_batches=0).fit(resumed, data, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.expert_balancing is not None
+    assert torch.equal(resumed.expert_balancing.load, recorder.loads[-1])
 
 
 def test_gradient_is_that_of_the_loss_with_its_auxiliary_losses(
